@@ -1,0 +1,71 @@
+"""Capture: Dynamo's graph as a functional, pre-dispatch ATen graph.
+
+``linear``, ``layer_norm``, ``scaled_dot_product_attention`` and ``gelu`` stay whole; there are no methods, no mutation
+and no aliasing ops; every node keeps the user's source line and module path. All later passes see this form only::
+
+    hidden.add_(block(hidden))                    →    add = torch.ops.aten.add.Tensor(hidden, linear_7)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from toca_compile.errors import UnsupportedGraphError
+
+# Checks and switches that say nothing about values in an inference graph.
+_NO_VALUE = {torch.ops.aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The canonical graph of ``gm``, with one placeholder per input in the same order.
+
+    Sizes are specialised: another shape is another graph, and a guard on it is left with Dynamo.
+
+    Raises:
+        UnsupportedGraphError: the graph changes one of its inputs in place, which a cached step could not repeat.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [_fake(mode, value) for value in inputs]
+    mutated: list[int] = []
+
+    def run(*args: Any) -> Any:
+        out = fx.Interpreter(gm).run(*args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, FunctionalTensor) and torch._functionalize_has_data_mutation(arg.elem):
+                mutated.append(i)
+        return out
+
+    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    with preserve_node_meta(), tracing(None), mode:
+        captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
+    if mutated:
+        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        raise UnsupportedGraphError(
+            f"the model changes its input {names[mutated[0]]!r} in place; a cached step would skip that. "
+            "Clone it in forward, or keep the state outside the model."
+        )
+    for node in reversed(captured.graph.nodes):
+        if node.target in _NO_VALUE and not node.users:
+            captured.graph.erase_node(node)
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
+    return captured
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, torch._subclasses.FakeTensor):
+            sizes, strides = [int(s) for s in value.shape], [int(s) for s in value.stride()]
+            with mode:
+                return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return mode.from_tensor(value, static_shapes=True)
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    return value

@@ -1,0 +1,103 @@
+"""FindAttention: where queries read keys.
+
+Two forms: the fused op, and a softmax whose normalised dimension is then contracted with the values (matmul–softmax–
+matmul, einsum, bmm), with only shape and pointwise ops between. The index space that the queries run over is a token
+axis. Nothing else in a graph says what a token is.
+"""
+
+import operator
+
+import torch
+from torch import fx
+
+from toca_compile.ir.factors import Product
+from toca_compile.ir.graph import operand_nodes
+from toca_compile.ir.types import Attention, AxisTypes, Occurrence
+from toca_compile.passes.prove import label_at, occurrence_of
+from toca_compile.rules.registry import RULES, Work
+
+aten = torch.ops.aten
+
+
+def find_attention(graph: fx.Graph, types: AxisTypes) -> tuple[Attention, ...]:
+    """Every attention of a graph whose queries run over more than one token, in graph order."""
+    found = []
+    for node in graph.nodes:
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is None or node not in types.specs:
+            continue
+        if rule.work is Work.ATTENTION:
+            found.append(_fused(node, types))
+        elif rule.work is Work.SOFTMAX:
+            found.extend(_written_out(node, types))
+    return tuple(a for a in found if a.axis)
+
+
+def _fused(node: fx.Node, types: AxisTypes) -> Attention:
+    query, key, value = operand_nodes(node)[:3]
+    q, k = types.type_of(query), types.type_of(key)
+    lead = tuple(f for dim in q[:-2] for f in dim)
+    return Attention(node, q[-2], k[-2], lead, (query, key, value), value=value)
+
+
+def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
+    """Follow the softmax's dimension forward to the product that contracts it."""
+    spec = types.specs[softmax]
+    (over,) = spec.mixed & {label for dims in spec.results for dim in dims for label in dim} or {None}
+    if over is None:
+        return []
+    start = occurrence_of(types, softmax, spec.results[0], (over, 0))
+    assert start is not None
+    found, todo = [], [(softmax, start)]
+    while todo:
+        node, at = todo.pop()
+        for user in node.users:
+            use = types.specs.get(user)
+            if use is None or user.target is operator.getitem:
+                continue
+            for i, operand in enumerate(operand_nodes(user)):
+                label = label_at(types, user, use.operands[i], at) if operand is node else None
+                if label is None:
+                    continue
+                if RULES[user.target].work is Work.CONTRACT and not _in_results(use.results[0], label[0]):
+                    found.append(_product(softmax, user, i, label[0], types))
+                elif label[0] in use.carried:
+                    moved = occurrence_of(types, user, use.results[0], label)
+                    if moved is not None:
+                        todo.append((user, moved))
+    return found
+
+
+def _in_results(dims: tuple[tuple[str, ...], ...], label: str) -> bool:
+    return any(label in dim for dim in dims)
+
+
+def _product(softmax: fx.Node, product: fx.Node, position: int, keys: str, types: AxisTypes) -> Attention:
+    """The attention that ``product`` completes: its rows are the queries, its shared labels batch and heads."""
+    spec = types.specs[product]
+    weights = spec.operands[position]
+    other = 1 - position if len(spec.operands) == 2 else len(spec.operands) - 1
+    value_labels = {label for dim in spec.operands[other] for label in dim}
+    axis: Product = ()
+    lead: Product = ()
+    for label in (label for dim in weights for label in dim):
+        if label == keys:
+            continue
+        if label in value_labels:
+            lead += types.label(product, label)
+        else:
+            axis += types.label(product, label)
+    value = operand_nodes(product)[other]
+    return Attention(product, axis, types.label(product, keys), lead, (), map=softmax, value=value)
+
+
+def key_occurrences(attention: Attention, types: AxisTypes) -> tuple[Occurrence, ...]:
+    """Where the key axis lies in the map of an attention that is written out: the dimensions its softmax runs over."""
+    assert attention.map is not None
+    spec = types.specs[attention.map]
+    return tuple(
+        Occurrence(d, i)
+        for d, dim in enumerate(spec.results[0])
+        if any(label in spec.mixed for label in dim)
+        for i in range(len(types.type_of(attention.map)[d]))
+    )

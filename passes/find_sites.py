@@ -1,0 +1,219 @@
+"""FindSites: residual branches on a token axis, ``x ← x + g(M(f(x)))``, and what each may legally do.
+
+A branch is found by its shape alone: an addition one of whose operands is computed from the other. The cached value is
+M's output before the conditioning-only tail ``g`` (the gate), since the gate changes with the timestep. Cases:
+
+1. serial blocks: the branch starts at the addition's other operand;
+2. parallel blocks, ``x + a(x) + m(x)``: the branch starts earlier on the same residual chain;
+3. nests: a candidate around others that hold an attention is a block or a stack, not a site; one around others that do
+   not is the site, and they are part of it (an adapter inside a projection).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from toca_compile.ir.graph import module_path, operand_nodes, value_of
+from toca_compile.ir.types import Attention, AxisTypes, Occurrence, Site, TokenAxis
+from toca_compile.passes.prove import Blocked, batch_of, prove
+from toca_compile.rules.registry import RULES, Work
+
+aten = torch.ops.aten
+_ARITHMETIC = {Work.CONTRACT, Work.ATTENTION}
+
+
+@dataclass(frozen=True)
+class _Branch:
+    source: fx.Node
+    end: fx.Node
+    add: fx.Node
+    region: frozenset[fx.Node]
+
+
+def find_sites(
+    graph: fx.Graph,
+    types: AxisTypes,
+    attentions: tuple[Attention, ...],
+    static: frozenset[fx.Node],
+    grid: tuple[int, int] | None = None,
+) -> tuple[Site, ...]:
+    """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
+    token grid that the graph shows."""
+    token_factors = {f for a in attentions for part in types.factors.segments(a.axis) for f in part}
+    token_factors |= {f for a in attentions for f in a.axis}
+    branches = _choose(_branches(graph, types, token_factors), attentions)
+    axes: dict[tuple[int, ...], TokenAxis] = {}
+    sites: list[Site] = []
+    for branch in branches:
+        output = _before_tail(branch, static)
+        region = frozenset(n for n in branch.region if n is output or output in _users_within(n, branch.region))
+        if not any(_work(n) in _ARITHMETIC for n in region):
+            continue
+        tokens = tuple(
+            Occurrence(d, i)
+            for d, dim in enumerate(types.type_of(output))
+            for i, f in enumerate(dim)
+            if f in token_factors
+        )
+        if not tokens:
+            continue
+        factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
+        axis = axes.setdefault(factors, _axis(graph, types, factors, len(axes), grid))
+        inside = tuple(a for a in attentions if a.node in region)
+        batch = batch_of(types, branch.source, output, region, tokens)
+        proof = prove(types, branch.source, output, region, tokens, batch)
+        sites.append(
+            Site(
+                index=len(sites),
+                name=_name(region, len(sites)),
+                kind=_kind(inside, factors, proof, types),
+                axis=axis,
+                batch=tuple(types.type_of(output)[o.dim][o.index] for o in batch),
+                source=branch.source,
+                output=output,
+                add=branch.add,
+                region=region,
+                attention=inside,
+                carry=None if isinstance(proof, Blocked) else proof,
+                reason=str(proof) if isinstance(proof, Blocked) else None,
+            )
+        )
+    return tuple(replace(s, score_site=_score_site(s, sites)) for s in sites)
+
+
+def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Branch]:
+    nodes = list(graph.nodes)
+    bit = {node: 1 << i for i, node in enumerate(nodes)}
+    above: dict[fx.Node, int] = {}  # all ancestors and the node itself, as a bit set
+    for node in nodes:
+        above[node] = bit[node]
+        for parent in node.all_input_nodes:
+            above[node] |= above[parent]
+    chain: dict[fx.Node, fx.Node] = {}  # residual addition -> the residual operand
+    found = []
+    for node in nodes:
+        if node.target is not aten.add.Tensor or node.kwargs or len(operand_nodes(node)) != 2:
+            continue
+        if not any(f in token_factors for dim in types.type_of(node) for f in dim):
+            continue
+        a, b = operand_nodes(node)
+        if a is b or any(value_of(x).shape != value_of(node).shape for x in (a, b)):
+            continue
+        for residual, end in ((a, b), (b, a)):
+            if above[residual] & bit[end]:
+                continue
+            source: fx.Node | None = residual
+            while source is not None and not above[end] & bit[source]:
+                source = chain.get(source)
+            if source is None:
+                continue
+            chain[node] = residual
+            region = frozenset(n for n in nodes if above[end] & bit[n] and above[n] & bit[source] and n is not source)
+            found.append(_Branch(source, end, node, region))
+            break
+    return found
+
+
+def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[_Branch]:
+    """Of nested candidates, the sites (case 3)."""
+    branches = [b for b in branches if any(_work(n) in _ARITHMETIC for n in b.region)]
+    attends = {b.add: any(a.node in b.region for a in attentions) for b in branches}
+    kept: list[_Branch] = []
+    for branch in sorted(branches, key=lambda b: len(b.region)):
+        inner = [k for k in kept if k.add in branch.region]
+        if any(attends[k.add] for k in inner):
+            continue
+        kept = [k for k in kept if k not in inner] + [branch]
+    order = {branch.add: i for i, branch in enumerate(branches)}
+    return sorted(kept, key=lambda b: order[b.add])
+
+
+def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
+    """M's output: below every pointwise op at the branch's end that brings in the current conditioning."""
+    node = output = branch.end
+    while (rule := RULES.get(node.target)) is not None and rule.pointwise:  # type: ignore[call-overload]
+        inside = [o for o in operand_nodes(node) if o in branch.region]
+        outside = [o for o in operand_nodes(node) if o not in branch.region and o not in static]
+        if len(inside) != 1 or branch.source in outside or value_of(inside[0]).shape != value_of(node).shape:
+            break
+        node = inside[0]
+        if outside:
+            output = node
+    return output
+
+
+def _users_within(node: fx.Node, region: frozenset[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in region and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return seen
+
+
+def _work(node: fx.Node) -> Work:
+    rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    return rule.work if rule is not None else Work.NONE
+
+
+def _kind(
+    inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes
+) -> str:
+    if not inside:
+        return "mixer" if isinstance(proof, Blocked) else "mlp"
+    if all(not set(a.key_axis) & set(factors) for a in inside if a.axis == a.axis):
+        keys = {f for a in inside for part in types.factors.segments(a.key_axis) for f in part}
+        return "joint_attention" if keys & set(factors) else "cross_attention"
+    return "self_attention"
+
+
+def _axis(
+    graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...], count: int, grid: tuple[int, int] | None
+) -> TokenAxis:
+    size, offset = types.factors.size(factors), 0
+    found = None
+    for part in types.factors.segments(factors):
+        found = _grid(graph, types, part)
+        if found is not None:
+            break
+        offset += types.factors.size(part)
+    if grid is not None and grid[0] * grid[1] <= size:
+        # Tokens that are not part of the picture (registers, a class token) stand before it by convention.
+        found, offset = grid, size - grid[0] * grid[1]
+    name = "image" if found is not None else "tokens"
+    return TokenAxis(name if count == 0 else f"{name}{count}", factors, size, found, offset if found else 0)
+
+
+def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[int, int] | None:
+    """Height and width, where some value has the axis as two neighbouring dimensions (the patch embedding)."""
+    for node in graph.nodes:
+        for result in range(len(types.results.get(node, ()))):
+            dims = types.type_of(node, result)
+            for a, b in zip(dims, dims[1:], strict=False):
+                if a and b and a + b == factors:
+                    return types.factors.size(a), types.factors.size(b)
+    return None
+
+
+def _name(region: Iterable[fx.Node], index: int) -> str:
+    """The module that holds all the branch's arithmetic, as the user named it."""
+    paths = [module_path(n) for n in region if _work(n) in _ARITHMETIC]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common) or f"site{index}"
+
+
+def _score_site(site: Site, sites: list[Site]) -> int | None:
+    """The self-attention whose scores rank this site's tokens: the last before it on the same axis, or the next."""
+    if site.carry is None:
+        return None
+    able = [s.index for s in sites if any(a.key_axis == site.axis.factors for a in s.attention)]
+    before = [i for i in able if i < site.index]
+    return before[-1] if before else (able[0] if able else None)

@@ -1,0 +1,85 @@
+"""InferAxes: the type of every value, as products of factors.
+
+Each op's rule gives a spec over labels; labels are bound to the factors of the operands, factors bound to one label are
+unified, and the result's type is read off. An op without a rule gets fresh factors for its result: nothing is known to
+pass through it, so no proof can.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_compile.ir.calls import Call, shape, tensors
+from toca_compile.ir.factors import Product
+from toca_compile.ir.graph import operand_nodes, value_of
+from toca_compile.ir.spec import AxisSpec, Dim
+from toca_compile.ir.types import AxisTypes, Type
+from toca_compile.rules.registry import RULES
+
+
+def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:
+    """Fill ``types`` for every node of ``graph`` whose value is a tensor or a tuple of tensors."""
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        values = tensors(value_of(node))
+        if node.op in ("placeholder", "get_attr"):
+            types.results[node] = tuple(_fresh(types, v) for v in values)
+        elif node.target is operator.getitem:
+            source, item = node.args
+            types.results[node] = (types.results[source][item],) if values else ()
+        elif node.target in RULES:
+            _apply(node, types)
+        else:
+            types.results[node] = tuple(_fresh(types, v) for v in values)
+    return types
+
+
+def _fresh(types: AxisTypes, value: torch.Tensor) -> Type:
+    return tuple(types.factors.new(s) for s in shape(value))
+
+
+def _apply(node: fx.Node, types: AxisTypes) -> None:
+    spec = RULES[node.target].axes(call_of(node))
+    bound: dict[str, Product] = {}
+    for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
+        for dim, product in zip(dims, types.results[operand][0], strict=True):
+            _bind(types, spec, bound, dim, product)
+    factors = types.factors
+    for label, window in spec.windows.items():
+        size = spec.sizes[label]
+        bound[label] = factors.window(bound[window.source], window.start, size, window.step)
+    for label, parts in spec.concat.items():
+        bound[label] = factors.concatenate([bound[p] for p in parts])
+    for label, size in spec.sizes.items():
+        if label not in bound:
+            bound[label] = factors.new(size)
+    types.specs[node] = spec
+    types.labels[node] = bound
+    types.results[node] = tuple(
+        tuple(tuple(f for label in dim for f in bound[label]) for dim in dims) for dims in spec.results
+    )
+
+
+def _bind(types: AxisTypes, spec: AxisSpec, bound: dict[str, Product], dim: Dim, product: Product) -> None:
+    parts = types.factors.split(product, [spec.sizes[label] for label in dim]) if dim else ()
+    if parts is None:
+        # The dimension cannot be taken apart as the op does it (a boundary inside a concatenation, say): the labels
+        # become index spaces of their own, so nothing is claimed to pass through here.
+        return
+    for label, part in zip(dim, parts, strict=True):
+        if label in bound:
+            types.factors.unify(bound[label], part)
+        else:
+            bound[label] = part
+
+
+def call_of(node: fx.Node) -> Call:
+    """The node's call with every argument replaced by its value."""
+
+    def value(arg: Any) -> Any:
+        return value_of(arg)
+
+    return Call(fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value), value_of(node))

@@ -1,0 +1,242 @@
+"""Outline: cut the graph into segments, so that each distinct block is compiled once however deep the model is.
+
+Sites in sequence form a period (attention, MLP, attention, MLP, …). One period is a block; two blocks are the same if
+their graphs match node by node, walking back in lockstep from their additions until both reach the same node, a
+parameter each, or the residual stream. No module path or class name is asked. What lies outside the blocks is glue::
+
+    embed → [attn, mlp] → [attn, mlp] → … → head      ⇒      glue, block ×28 (one template), glue
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from toca_compile.ir.graph import ancestors, signature, value_of
+from toca_compile.ir.program import Segment
+from toca_compile.ir.types import Site
+
+
+def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ...], tuple[Site, ...]]:
+    """Segments in execution order, and the sites with their place in a stack of blocks."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    blocks: list[Segment] = []
+    placed = list(sites)
+    for group in _periods(sites):
+        matched = _match_blocks(group, sites, order, len(blocks)) if len(group) > 1 else None
+        if matched is None:
+            for members in group:
+                blocks.extend(_alone(members, blocks, order))
+        else:
+            blocks.extend(matched)
+        for depth, members in enumerate(group):
+            for site in members:
+                placed[site.index] = replace(site, depth=depth, depths=len(group), block=len(blocks))
+    segments = _with_glue(graph, blocks, order)
+    if segments is None:
+        segments = _whole(graph, sites, order)
+    number = {i: b for b, s in enumerate(s for s in segments if s.sites) for i in s.sites}
+    return segments, tuple(replace(s, block=number[s.index]) for s in placed)
+
+
+def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
+    """The sites as runs of equal periods: ``A M A M A M`` is three blocks of two."""
+    shape = [(s.kind, s.axis, tuple(value_of(s.output).shape), len(s.region)) for s in sites]
+    groups: list[list[tuple[Site, ...]]] = []
+    at = 0
+    while at < len(sites):
+        best = (1, 1)
+        for period in range(1, (len(sites) - at) // 2 + 1):
+            count = 1
+            while shape[at : at + period] == shape[at + count * period : at + (count + 1) * period]:
+                count += 1
+            if count > 1:
+                best = (period, count)
+                break
+        period, count = best
+        groups.append([sites[at + i * period : at + (i + 1) * period] for i in range(count)])
+        at += period * count
+    return groups
+
+
+def _match_blocks(
+    group: list[tuple[Site, ...]], sites: tuple[Site, ...], order: dict[fx.Node, int], template: int
+) -> list[Segment] | None:
+    """The blocks of a group as segments of one template; None where they are not the same graph."""
+    adds = {s.add for s in sites}
+    a, b = group[-2], group[-1]
+    inner = _lockstep([s.add for s in a], [s.add for s in b], adds - {s.add for s in a}, adds - {s.add for s in b})
+    if inner is None:
+        return None
+    exemplar = sorted(inner.values(), key=order.__getitem__)
+    maps = []
+    for members in group:
+        mapping = _bind([s.add for s in b], [s.add for s in members], set(exemplar))
+        if mapping is None:
+            return None
+        maps.append(mapping)
+    chosen = set(exemplar)
+    leaves = list(dict.fromkeys(i for n in exemplar for i in n.all_input_nodes if i not in chosen))
+    # A value is an output of the template if any of its blocks is asked for it from outside.
+    live = [n for n in exemplar if any(any(u not in set(m.values()) for u in m[n].users) for m in maps)]
+    if any(not _is_tensor(n) for n in (*live, *leaves)):
+        return None
+    blocks = []
+    for members, mapping in zip(group, maps, strict=True):
+        nodes = tuple(sorted((mapping[n] for n in exemplar), key=order.__getitem__))
+        inputs = tuple(mapping[n] for n in leaves)
+        if not _convex(set(nodes), inputs):
+            return None
+        blocks.append(Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members)))
+    # The exemplar leads: its nodes are the ones that analysis and rewriting speak about.
+    claimed: set[fx.Node] = set()
+    for block in blocks:
+        if claimed & set(block.nodes):
+            return None
+        claimed |= set(block.nodes)
+    return blocks
+
+
+def _lockstep(
+    roots_a: list[fx.Node], roots_b: list[fx.Node], stop_a: set[fx.Node], stop_b: set[fx.Node]
+) -> dict[fx.Node, fx.Node] | None:
+    """Nodes of two blocks that correspond, walking back from their roots."""
+
+    def is_leaf(u: fx.Node, v: fx.Node) -> bool:
+        if u is v or u in stop_a or v in stop_b or u.op != "call_function" or v.op != "call_function":
+            return True
+        if signature(u) != signature(v) or len(u.all_input_nodes) != len(v.all_input_nodes):
+            return True
+        # A part of a tuple that is itself a leaf: cut after the part, so that only tensors cross the boundary.
+        return u.target is operator.getitem and is_leaf(u.args[0], v.args[0])  # type: ignore[arg-type]
+
+    pairs: dict[fx.Node, fx.Node] = {}
+    todo = list(zip(roots_a, roots_b, strict=True))
+    if any(signature(u) != signature(v) for u, v in todo):
+        return None
+    while todo:
+        u, v = todo.pop()
+        if u in pairs:
+            if pairs[u] is not v:
+                return None
+            continue
+        pairs[u] = v
+        todo.extend((x, y) for x, y in zip(_operands(u), _operands(v), strict=True) if not is_leaf(x, y))
+    return pairs if len(set(pairs.values())) == len(pairs) else None
+
+
+def _bind(roots: list[fx.Node], targets: list[fx.Node], inner: set[fx.Node]) -> dict[fx.Node, fx.Node] | None:
+    """The template over ``inner`` laid onto the block that ends in ``targets``: nodes and leaves, or None."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    todo = list(zip(roots, targets, strict=True))
+    while todo:
+        u, v = todo.pop()
+        if u in mapping:
+            if mapping[u] is not v:
+                return None
+            continue
+        if u in inner:
+            if signature(u) != signature(v) or len(_operands(u)) != len(_operands(v)):
+                return None
+            todo.extend(zip(_operands(u), _operands(v), strict=True))
+        elif signature(u)[2] != signature(v)[2]:
+            return None
+        mapping[u] = v
+    body = [mapping[n] for n in inner]
+    return mapping if len(set(body)) == len(body) else None
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        found.append(arg)
+        return arg
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(value_of(node), (tuple, list))
+
+
+def _convex(nodes: set[fx.Node], inputs: Iterable[fx.Node]) -> bool:
+    """No input depends on what the segment computes."""
+    return not (ancestors(inputs) & nodes)
+
+
+def _alone(members: Sequence[Site], blocks: list[Segment], order: dict[fx.Node, int]) -> list[Segment]:
+    """Each site as a segment of its own: everything between its source and its addition."""
+    segments: list[Segment] = []
+    for site in members:
+        taken = {n for s in (*blocks, *segments) for n in s.nodes}
+        below = ancestors([site.add], stop=[site.source])
+        nodes = [n for n in below if n.op == "call_function" and n not in taken and _reaches(n, site.source, below)]
+        segments.append(_segment(nodes, order, len(blocks) + len(segments), (site.index,)))
+    return segments
+
+
+def _reaches(node: fx.Node, source: fx.Node, within: set[fx.Node]) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        n = todo.pop()
+        for parent in n.all_input_nodes:
+            if parent is source:
+                return True
+            if parent in within and parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return False
+
+
+def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int, sites: tuple[int, ...]) -> Segment:
+    body = tuple(sorted(nodes, key=order.__getitem__))
+    inside = set(body)
+    inputs = tuple(dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in inside))
+    outputs = tuple(n for n in body if any(u not in inside for u in n.users))
+    return Segment(template, inputs, body, outputs, sites)
+
+
+def _with_glue(
+    graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]
+) -> tuple[Segment, ...] | None:
+    """Blocks in graph order with the rest of the nodes in between, each as early as it can be. None where blocks are
+    entangled, so that no order of whole segments exists."""
+    blocks = sorted(blocks, key=lambda s: order[s.nodes[-1]])
+    level: dict[fx.Node, int] = {n: i + 1 for i, block in enumerate(blocks) for n in block.nodes}
+    inside = set(level)
+    glue: list[list[fx.Node]] = [[] for _ in range(len(blocks) + 1)]
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            level[node] = 0
+        elif node.op != "output" and node not in inside:
+            level[node] = max((level[i] for i in node.all_input_nodes), default=0)
+            glue[level[node]].append(node)
+    segments: list[Segment] = []
+    count = len({b.template for b in blocks})
+    for i, block in enumerate([None, *blocks]):
+        if block is not None:
+            if any(level[n] >= i for n in block.inputs):
+                return None
+            segments.append(block)
+        if glue[i]:
+            part = _segment(glue[i], order, count, ())
+            if any(not _is_tensor(n) for n in part.outputs):
+                return None
+            count += 1
+            segments.append(part)
+    return _renumbered(segments)
+
+
+def _renumbered(segments: list[Segment]) -> tuple[Segment, ...]:
+    numbers: dict[tuple[bool, int], int] = {}
+    return tuple(
+        replace(s, template=numbers.setdefault((bool(s.sites), s.template), len(numbers))) for s in segments
+    )
+
+
+def _whole(graph: fx.Graph, sites: tuple[Site, ...], order: dict[fx.Node, int]) -> tuple[Segment, ...]:
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    return (_segment(nodes, order, 0, tuple(s.index for s in sites)),)

@@ -1,0 +1,191 @@
+"""Prove: is a branch token-wise?
+
+A branch may be computed on a subset of tokens if every op between its input and its output carries the token axis: a
+row of the result needs the same row of the operands only. The proof walks from the output back to the input and follows
+one factor through each op's spec. It either ends at the input with the factor's place in every value between, or it
+names the op that reads the axis whole.
+"""
+
+import operator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from torch import fx
+
+from toca_compile.ir.graph import operand_nodes, source_line
+from toca_compile.ir.spec import Dims
+from toca_compile.ir.types import AxisTypes, Carry, Occurrence
+from toca_compile.rules.registry import RULES
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Why a factor is not carried: the op, and what it does."""
+
+    node: fx.Node
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.node.target} {self.why} ({source_line(self.node)})"
+
+
+def prove(
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: AbstractSet[fx.Node],
+    tokens: tuple[Occurrence, ...],
+    batch: tuple[Occurrence, ...],
+) -> Carry | Blocked:
+    """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
+
+    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` the factors that are carried all the
+    way beside the tokens, so that the selection may differ from sample to sample.
+    """
+    traces = []
+    for occurrence in tokens:
+        trace = follow(types, source, output, region, occurrence)
+        if isinstance(trace, Blocked):
+            return trace
+        traces.append(trace)
+    along = [follow(types, source, output, region, o) for o in batch]
+    batches = [t for t in along if not isinstance(t, Blocked)]
+    nodes = list(traces[0])
+    carry = Carry(
+        tokens={n: tuple(t[n] for t in traces) for n in nodes},
+        batch={n: tuple(t[n] for t in batches) for n in nodes},
+    )
+    return _layout(types, source, output, region, carry) or carry
+
+
+def batch_of(
+    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], tokens: tuple[Occurrence, ...]
+) -> tuple[Occurrence, ...]:
+    """The factors of ``output`` beside the tokens that every op back to ``source`` carries: they number samples."""
+    rest = [Occurrence(d, i) for d, dim in enumerate(types.type_of(output)) for i in range(len(dim))]
+    return tuple(
+        o for o in rest if o not in tokens and not isinstance(follow(types, source, output, region, o), Blocked)
+    )
+
+
+def leaf_places(
+    types: AxisTypes, node: fx.Node, carry: Carry, dims: Dims
+) -> tuple[tuple[Occurrence | None, ...], tuple[Occurrence | None, ...]]:
+    """Where the tokens and the batch lie in an operand of ``node`` (its dimensions ``dims``); None: it broadcasts."""
+    if node not in carry.tokens:
+        return (), ()
+    spec = types.specs[node]
+
+    def locate(places: tuple[Occurrence, ...]) -> tuple[Occurrence | None, ...]:
+        labels = [label_at(types, node, spec.results[0], o) for o in places]
+        return tuple(occurrence_of(types, node, dims, label) if label else None for label in labels)
+
+    return locate(carry.tokens[node]), locate(carry.batch[node])
+
+
+def _layout(
+    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], carry: Carry
+) -> Blocked | None:
+    """What in a proven restriction cannot be gathered or scattered as rows along one dimension."""
+    for node, places in carry.tokens.items():
+        if len({p.dim for p in places}) > 1:
+            return Blocked(node, "spreads the tokens over several dimensions")
+        ends = node in (source, output)
+        if ends and not (_whole(types, node, places) and _whole(types, node, carry.batch[node])):
+            return Blocked(node, "has tokens or samples in one dimension with something else")
+    for node in region:
+        spec = types.specs.get(node)
+        for operand, dims in zip(operand_nodes(node), spec.operands if spec else (), strict=False):
+            if operand in region or operand is source:
+                continue
+            tokens, batch = leaf_places(types, node, carry, dims)
+            if not any(tokens):
+                continue
+            if None in tokens or not _whole(types, operand, tokens):  # type: ignore[arg-type]
+                return Blocked(node, "reads a value that varies along part of the token axis only")
+            shared = carry.batch[node] and not any(batch)
+            if shared and not RULES[node.target].pointwise:  # type: ignore[index]
+                return Blocked(node, "reads a table of tokens that all samples share")
+            if None in batch and any(batch):
+                return Blocked(node, "reads a value that varies along part of the batch only")
+    return None
+
+
+def _whole(types: AxisTypes, node: fx.Node, places: tuple[Occurrence, ...]) -> bool:
+    """Whether the places fill one whole dimension of the value, in order (or there are none)."""
+    if not places:
+        return True
+    dim = places[0].dim
+    return places == tuple(Occurrence(dim, i) for i in range(len(types.type_of(node)[dim])))
+
+
+def follow(
+    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], start: Occurrence
+) -> dict[fx.Node, Occurrence] | Blocked:
+    """Where the factor at ``start`` of ``output`` lies in each value back to ``source``, or what stops it."""
+    order = {node: i for i, node in enumerate(output.graph.nodes)}
+    place: dict[fx.Node, Occurrence] = {}
+    labels: dict[fx.Node, tuple[str, int]] = {}
+    reason: Blocked | None = None
+
+    def demand(node: fx.Node, at: Occurrence, result: int = 0) -> Blocked | None:
+        if node.target is operator.getitem:
+            if place.setdefault(node, at) != at:
+                return Blocked(node, "is needed along two different axes")
+            return demand(node.args[0], at, node.args[1])  # type: ignore[arg-type]
+        if node is source:
+            return None if place.setdefault(node, at) == at else Blocked(node, "is needed along two different axes")
+        spec = types.specs.get(node)
+        if spec is None:
+            return Blocked(node, "has no rule")
+        label = label_at(types, node, spec.results[result], at)
+        if label is None or label[0] not in spec.carried:
+            return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")
+        if labels.setdefault(node, label) != label:
+            return Blocked(node, "is needed along two different axes")
+        if result == 0:
+            place[node] = at
+        return None
+
+    reason = demand(output, start)
+    pending = {output}
+    while pending and reason is None:
+        node = max(pending, key=order.__getitem__)
+        pending.discard(node)
+        if node is source:
+            continue
+        if node.target is operator.getitem:
+            pending.add(node.args[0])  # type: ignore[arg-type]
+            continue
+        spec = types.specs[node]
+        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
+            if operand not in region and operand is not source:
+                continue
+            at = occurrence_of(types, node, dims, labels[node])
+            reason = Blocked(node, "mixes the tokens") if at is None else demand(operand, at)
+            if reason is not None:
+                break
+            pending.add(operand)
+    return place if reason is None else reason
+
+
+def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: Occurrence) -> tuple[str, int] | None:
+    """The label that an occurrence of a value belongs to, and which of the label's factors it is."""
+    index = at.index
+    for label in dims[at.dim]:
+        count = len(types.label(node, label))
+        if index < count:
+            return label, index
+        index -= count
+    return None
+
+
+def occurrence_of(types: AxisTypes, node: fx.Node, dims: Dims, label: tuple[str, int]) -> Occurrence | None:
+    """Where a label's factor lies among ``dims``, or None where the operand broadcasts along it."""
+    for d, dim in enumerate(dims):
+        index = 0
+        for name in dim:
+            if name == label[0]:
+                return Occurrence(d, index + label[1])
+            index += len(types.label(node, name))
+    return None

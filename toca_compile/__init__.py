@@ -1,0 +1,30 @@
+"""toca_compile: token-wise feature caching for any diffusion transformer, as a torch.compile pass."""
+
+from toca_compile.api import OptimizedModel, explain, optimize
+from toca_compile.errors import (
+    InferenceModeError,
+    NoSiteError,
+    PassError,
+    PolicyError,
+    TocaError,
+    UnsupportedGraphError,
+    VerifyError,
+)
+from toca_compile.policies import Fora, FullCompute, ToCa, preset
+
+__all__ = [
+    "Fora",
+    "FullCompute",
+    "InferenceModeError",
+    "NoSiteError",
+    "OptimizedModel",
+    "PassError",
+    "PolicyError",
+    "ToCa",
+    "TocaError",
+    "UnsupportedGraphError",
+    "VerifyError",
+    "explain",
+    "optimize",
+    "preset",
+]

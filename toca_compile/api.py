@@ -1,0 +1,184 @@
+"""The public calls: ``optimize`` and ``explain``."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
+
+from toca_compile.backend import Session, session_of
+from toca_compile.errors import InferenceModeError, NoSiteError, TocaError
+from toca_compile.ir.plan import Policy
+from toca_compile.report import Report, make_report
+from toca_compile.runtime.step_control import StepRecord
+
+_RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth shape or policy into silent eager execution.
+
+
+class OptimizedModel(OptimizedModule):
+    """A model with caching: called, configured, moved and saved as the model itself, which stays as it was.
+
+    Attributes and methods are the model's own; ``state_dict`` has its keys. One object serves one sampling at a time
+    in each context.
+    """
+
+    _session: Session
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        object.__setattr__(self, "_session", session)
+        session.bounded = True
+        # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
+        super().__init__(model, torch._dynamo.optimize(session, dynamic=False))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as step number so-and-so of the current run.
+
+        Raises:
+            InferenceModeError: the model is in training mode, or gradients are enabled.
+            NoSiteError: nothing in the model can be cached (with ``strict``).
+            PolicyError: the policy asks for what the model cannot do (with ``strict``).
+        """
+        session = self._session
+        if session.strict:
+            self._check_mode()
+        control = session.control
+        control.begin_call()
+        failed = True
+        try:
+            with torch._dynamo.config.patch(
+                recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=4 * _RECOMPILE_LIMIT
+            ):
+                out = super().__call__(*args, **kwargs)
+            failed = False
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, TocaError):
+                raise error.inner_exception from None
+            raise
+        finally:
+            control.end_call(failed)
+        if not session.executors:
+            self._no_site()
+        return out
+
+    def reset(self) -> None:
+        """Forget every run: the next call is step 0 of a new one, and the caches are freed."""
+        self._session.control.reset()
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Calls inside belong to the run ``name``: one for each guidance pass, as in diffusers."""
+        self._session.control.enter(name)
+        try:
+            yield
+        finally:
+            self._session.control.leave()
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """What each model call of the current runs did, in order."""
+        return self._session.control.records
+
+    @property
+    def policy(self) -> Policy:
+        """The policy. Assigning another takes effect with the next run, without tracing again."""
+        return self._session.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._session.set_policy(policy)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held by all caches now."""
+        return self._session.control.cache_bytes
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's state, under the model's own names."""
+        return self._orig_mod.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the model. Caches of the old weights are forgotten."""
+        self.reset()
+        return self._orig_mod.load_state_dict(*args, **kwargs)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """diffusers calls this when a pipeline is done."""
+        self.reset()
+
+    def _check_mode(self) -> None:
+        if self._orig_mod.training:
+            raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
+        if torch.is_grad_enabled():
+            raise InferenceModeError(
+                "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
+                "torch.inference_mode()"
+            )
+
+    def _no_site(self) -> None:
+        message = (
+            f"no site was found in {type(self._orig_mod).__name__}: it has no residual branch on the axis of an "
+            "attention's queries, so there is nothing to cache. toca_compile is for diffusion transformers; is this "
+            "the right module? (strict=False runs it uncached)"
+        )
+        if self._session.strict:
+            raise NoSiteError(message)
+        self._session.warn_once(message)
+
+
+def optimize(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    lowering: str = "inductor",
+    strict: bool = True,
+    grid: tuple[int, int] | None = None,
+) -> OptimizedModel:
+    """A drop-in replacement of ``model`` that caches as ``policy`` says. ``model`` itself is not changed.
+
+    Nothing is compiled until the first call. With ``lowering="eager"`` the same rewritten graphs run without Inductor.
+
+    Args:
+        model: a diffusion transformer that Dynamo can trace, in eval mode.
+        policy: ``ToCa(...)``, ``Fora(...)``, ``FullCompute()``, or a preset.
+        lowering: ``"inductor"`` or ``"eager"``.
+        strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
+        grid: the picture's height and width in tokens, where the graph does not show it.
+
+    Raises:
+        TocaError: ``model`` is no module, or the lowering is unknown.
+        PolicyError: ``policy`` is no policy.
+    """
+    if not isinstance(model, nn.Module):
+        raise TocaError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, OptimizedModel):
+        model = model._orig_mod
+    return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid))
+
+
+def explain(model: Any) -> Report:
+    """What the compiler found and decided, after a first call. ``str(report)`` is a table.
+
+    Args:
+        model: what ``optimize`` returned, or ``torch.compile(model, backend="toca", …)``.
+
+    Raises:
+        TocaError: nothing was compiled yet, or it is no such model.
+    """
+    session = getattr(model, "_session", None)
+    if session is None:
+        context = getattr(model, "dynamo_ctx", None)
+        callback = getattr(context, "callback", None)
+        while hasattr(callback, "_torchdynamo_orig_backend"):
+            callback = callback._torchdynamo_orig_backend
+        session = getattr(callback, "_toca_session", None)
+    if not isinstance(session, Session):
+        raise TocaError("explain takes a model optimised by toca_compile, after its first call")
+    if not session.executors:
+        raise TocaError("nothing is compiled yet: call the model once, then explain it")
+    return make_report(session)
+
+
+__all__ = ["OptimizedModel", "explain", "optimize", "session_of"]

@@ -1,0 +1,286 @@
+"""The Dynamo backend: one session for each optimised model, which turns every graph of it into an executor."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from toca_compile.errors import InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.ir.calls import tensors
+from toca_compile.ir.graph import value_of
+from toca_compile.ir.plan import Plan, Policy
+from toca_compile.ir.program import Mode, Segment, Unit, Variant
+from toca_compile.ir.types import Action
+from toca_compile.ir.verify import verify_variant
+from toca_compile.lowerings import lowering as find_lowering
+from toca_compile.pass_manager import PassManager
+from toca_compile.passes.rewrite import rewrite
+from toca_compile.pipeline import PIPELINE
+from toca_compile.runtime.executor import Compiled, Executor, example_buffer
+from toca_compile.runtime.step_control import StepControl
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class Session:
+    """Everything that belongs to one optimised model: its policy, its graphs, its runs. Callable as a Dynamo backend.
+
+    A graph that cannot be compiled with caching gets a callable that raises the typed error when it is called (with
+    ``strict``), or runs uncached after one warning: Dynamo wraps what a backend raises, and users should see our error.
+    """
+
+    __name__ = "toca"
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        lowering: str = "inductor",
+        strict: bool = True,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        if not callable(getattr(policy, "plan", None)):
+            raise PolicyError(f"policy must be a caching policy such as toca_compile.ToCa(...), not {policy!r}")
+        if grid is not None and (len(grid) != 2 or min(grid) < 1):
+            raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
+        self.policy, self.strict, self.grid = policy, strict, grid
+        self.lowering = lowering
+        self._lower = find_lowering(lowering)
+        self.control = StepControl()
+        self.executors: list[Executor] = []
+        self.managers: list[PassManager] = []
+        self.bounded = False  # an OptimizedModel says where calls begin and end
+        self.graphs = 0
+        self._broken = False
+        self._warned: set[str] = set()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
+        policy needs a variant that no step so far has needed."""
+        plans = [_checked(policy, executor.unit) for executor in self.executors]
+        for executor, plan in zip(self.executors, plans, strict=True):
+            executor.set_plan(plan)
+        self.policy = policy
+        self.control.reset()
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph that Dynamo found."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        self._broken |= bool(getattr(reason, "graph_break", False))
+        try:
+            if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                raise InferenceModeError(
+                    "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
+                    "torch.inference_mode()"
+                )
+            executor = self._compile(gm, inputs)
+        except NoSiteError as error:
+            if self.strict and not self.bounded and not self._broken and not self.executors:
+                return _raising(error)
+            if not self.bounded and not self.executors:
+                self.warn_once(str(error))
+            return self._plain(gm, inputs)
+        except TocaError as error:
+            if self.strict:
+                return _raising(error)
+            self.warn_once(f"{error} The graph runs uncached.")
+            return self._plain(gm, inputs)
+        self.executors.append(executor)
+        return executor
+
+    def warn_once(self, message: str) -> None:
+        """Say it once in this session."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Executor:
+        unit = Unit(gm, _static_inputs(gm, inputs), tuple(inputs), self.grid)
+        manager = PassManager(PIPELINE)
+        unit = manager.run(unit)
+        for node in unit.module.graph.nodes:
+            if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
+                raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
+        if not unit.sites:
+            raise NoSiteError(
+                "no site was found: the graph has no residual branch on the axis of an attention's queries, so there "
+                "is nothing to cache. toca_compile is for diffusion transformers; is this the right module?"
+            )
+        plan = _checked(self.policy, unit)
+        self._explain_choices(unit, plan)
+        self.managers.append(manager)
+        self.graphs += 1
+        return Executor(unit, plan, self.control, self._variants(unit), _clock(unit), self.graphs)
+
+    def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], Plan], Compiled]:
+        def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
+            variant = self.variant(unit, segment, modes, plan)
+            examples = [value_of(segment.inputs[i]) for i in variant.values]
+            for slot in variant.slots:
+                buffer = slot.kind in ("cache", "score", "stamp")
+                site = unit.sites[segment.sites[slot.position]]
+                examples.append(example_buffer(slot, site, unit) if buffer else None)
+            return self._lower(variant, examples), variant.values, variant.slots
+
+        return compiled
+
+    def variant(self, unit: Unit, segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Variant:
+        """The rewritten graph of a segment, checked against what it stands for."""
+        assert unit.types is not None
+        # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
+        exemplar = next(s for s in unit.segments if s.template == segment.template)
+        sites = [unit.sites[i] for i in exemplar.sites]
+        dense = self.lowering == "dense"
+        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=dense)
+        _propagate(variant, exemplar, unit)
+        verify_variant(variant, exemplar)
+        return variant
+
+    def _explain_choices(self, unit: Unit, plan: Plan) -> None:
+        partial = [s for s in unit.sites if plan.partial(s.index)]
+        scored = plan.selector.score not in ("random", "none")
+        for site in partial if scored else ():
+            if site.score_site is None:
+                self.warn_once(f"no self-attention runs over the tokens of {site.name}: they are ranked by age alone")
+        if plan.selector.bonus and any(s.axis.grid is None for s in partial):
+            self.warn_once(
+                "the token grid is not visible in the graph, so no token gets the grid bonus; "
+                "give it with optimize(..., grid=(height, width))"
+            )
+
+    def _plain(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.lowering != "inductor":
+            return gm.forward
+        return lookup_backend("inductor")(gm, list(inputs))
+
+
+def toca(gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="toca", options={"policy": policy, …})``.
+
+    Options are the keywords of ``toca_compile.optimize``: ``policy``, ``lowering``, ``strict``, ``grid``.
+    """
+    owner = sys._getframe(1).f_locals.get("self")
+    try:
+        return session_of(owner, options)(gm, inputs)
+    except TocaError as error:
+        return _raising(error)
+
+
+def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
+    """The session of one torch.compile call, kept on the object by which torch represents that call.
+
+    Raises:
+        PolicyError: the options have no policy, or an unknown key.
+    """
+    session = getattr(owner, "_toca_session", None)
+    if session is None:
+        given = dict(options or {})
+        if "policy" not in given:
+            raise PolicyError(
+                'backend="toca" needs a policy: torch.compile(model, backend="toca", options={"policy": policy})'
+            )
+        unknown = set(given) - {"policy", "lowering", "strict", "grid"}
+        if unknown:
+            raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
+        session = Session(given.pop("policy"), **given)
+        if owner is not None:
+            owner._toca_session = session
+    return session
+
+
+def _raising(error: TocaError) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def _checked(policy: Policy, unit: Unit) -> Plan:
+    """The policy's plan, held against what the sites can do.
+
+    Raises:
+        PolicyError: an action that a site does not have, or a cache read before it was written.
+    """
+    plan = policy.plan(unit.sites)
+    if not plan.steps:
+        raise PolicyError("the policy plans no step")
+    written: set[int] = set()
+    for i, step in enumerate(plan.steps):
+        if len(step.sites) != len(unit.sites):
+            raise PolicyError(f"step {i} of the plan names {len(step.sites)} sites; the model has {len(unit.sites)}")
+        for site, todo in zip(unit.sites, step.sites, strict=True):
+            if todo.action not in site.actions:
+                raise PolicyError(f"step {i}: {site.name} cannot be {todo.action.value}: {site.reason}")
+            if todo.action is Action.COMPUTE:
+                written.add(site.index)
+            elif site.index not in written:
+                raise PolicyError(f"step {i}: {site.name} would read a cache that no earlier step of the run wrote")
+            if todo.action is Action.PARTIAL and not 1 <= todo.tokens <= site.axis.size:
+                raise PolicyError(f"step {i}: {site.name} has {site.axis.size} tokens, not {todo.tokens} to compute")
+    return plan
+
+
+def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...]:
+    """Which inputs are parameters or buffers of the model."""
+    fixed = []
+    for node, value in zip((n for n in gm.graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        owned = False
+        if source is not None:
+            guard = source.guard_source
+            guard = guard() if callable(guard) else guard
+            owned = guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module()
+        fixed.append(owned or isinstance(value, torch.nn.Parameter))
+    return tuple(fixed)
+
+
+def _clock(unit: Unit) -> list[int]:
+    """The inputs that tell the denoising time: those that reach a sine before any token axis (the timestep
+    embedding), by their number."""
+    assert unit.types is not None
+    token_factors = {f for s in unit.sites for f in s.axis.factors}
+    found = []
+    placeholders = [n for n in unit.module.graph.nodes if n.op == "placeholder"]
+    for i, (node, fixed) in enumerate(zip(placeholders, unit.static_inputs, strict=True)):
+        value = value_of(node)
+        if fixed or (isinstance(value, torch.Tensor) and value.dim() > 1):
+            continue
+        todo, seen = [node], {node}
+        while todo:
+            at = todo.pop()
+            if at.target in (aten.sin.default, aten.cos.default):
+                found.append(i)
+                break
+            for user in at.users:
+                dims = unit.types.results.get(user, ())
+                tokens = any(f in token_factors for d in dims for p in d for f in unit.types.factors.resolve(p))
+                if user not in seen and not tokens:
+                    seen.add(user)
+                    todo.append(user)
+    return found
+
+
+def _propagate(variant: Variant, exemplar: Segment, unit: Unit) -> None:
+    """Give every node of a variant its value, as fake tensors, with some K."""
+    examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
+    for slot in variant.slots:
+        site = unit.sites[exemplar.sites[slot.position]]
+        if slot.kind in ("cache", "score", "stamp"):
+            examples.append(example_buffer(slot, site, unit))
+        else:
+            examples.append(max(1, site.axis.size // 2) if slot.kind == "k" else 1)
+    modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
+    with modes.pop() if modes else torch.no_grad():
+        _Propagate(variant.module).run(*examples)
+
+
+class _Propagate(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value

@@ -1,0 +1,33 @@
+"""The errors that leave this package. Each names the cause and the remedy."""
+
+
+class TocaError(Exception):
+    """Base of every error raised by toca_compile."""
+
+
+class PolicyError(TocaError, ValueError):
+    """A policy whose numbers cannot hold, or that a model cannot honour."""
+
+
+class NoSiteError(TocaError):
+    """The model has no residual branch on a token axis: nothing could be cached."""
+
+
+class InferenceModeError(TocaError, RuntimeError):
+    """The model is in training mode, or gradients are enabled: a cached output has no history to differentiate."""
+
+
+class UnsupportedGraphError(TocaError):
+    """The traced graph holds something that cannot be compiled at all, such as a graph without tensors."""
+
+
+class PassError(TocaError):
+    """A compiler pass failed; the message names it and the passes that ran before."""
+
+
+class VerifyError(TocaError):
+    """A graph between two passes is not legal: the pass named in the message broke it."""
+
+
+class RuleError(TocaError):
+    """A rule was registered twice, or describes an op in a way that cannot be."""

@@ -1,0 +1,1 @@
+"""The types that the passes exchange: axes, sites, blocks, plans, and the ``toca::`` ops."""

@@ -1,0 +1,71 @@
+"""Questions that passes ask of FX graphs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_compile.ir.calls import tensors
+
+
+def value_of(node: fx.Node) -> Any:
+    """The value a node was traced with: a fake tensor, a tuple of them, or a scalar."""
+    return node.meta.get("val")
+
+
+def operand_nodes(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors are a call's operands, in the order of its arguments."""
+    found: list[fx.Node] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        if isinstance(value_of(arg), torch.Tensor):
+            found.append(arg)
+        return arg
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """``roots`` and all nodes that they depend on, not going past ``stop`` (which is not included)."""
+    halt, seen, todo = set(stop), set(), list(roots)
+    while todo:
+        node = todo.pop()
+        if node not in seen and node not in halt:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not lines:
+        return f"node {node.name}"
+    path, number = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]
+    return f"{path.rsplit('/', 1)[-1]}:{number}"
+
+
+def module_path(node: fx.Node) -> list[str]:
+    """The path of the module that a node came from, outermost name first."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return []
+    path = str(list(stack.values())[-1][0])
+    path = path.replace("['_modules']", "").replace(".__dict__", "").replace("_modules", "")
+    for old, new in (("L['self']", ""), ("['", "."), ("']", ""), ("[", "."), ("]", ""), ('"', "")):
+        path = path.replace(old, new)
+    return [part for part in path.split(".") if part and part != "_orig_mod"]
+
+
+def signature(node: fx.Node) -> tuple[Any, ...]:
+    """What must agree for two nodes to be the same op on the same kind of operands: target, constants, shapes."""
+
+    def opaque(arg: fx.Node) -> str:
+        return "·"
+
+    kinds = tuple((tuple(v.shape), v.dtype, v.device.type) for v in tensors(value_of(node)))
+    constants = repr(fx.node.map_arg((node.args, node.kwargs), opaque))
+    return (node.op if node.op != "call_function" else str(node.target), constants, kinds)

@@ -1,0 +1,222 @@
+"""The ``toca::`` ops: what a rewritten graph does beside the model's own arithmetic.
+
+Each is a composite of ATen ops, so it runs as it is in an eager graph, and Inductor sees through it and fuses it. Token
+scores are float32 ``[batch, tokens]``; indices are int64 ``[batch, k]``. None of them reads a device value on the host,
+and none keeps an n×n map.
+"""
+
+import torch
+from torch import Tensor
+
+_LIB = torch.library.Library("toca", "DEF")
+_SCORE_BLOCK = 256  # query rows of the attention map alive at a time
+_SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high resolution
+
+
+def _define(schema: str, fn: object) -> None:
+    _LIB.define(schema)
+    _LIB.impl(schema.split("(")[0], fn, "CompositeImplicitAutograd")  # type: ignore[arg-type]
+
+
+def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """Rows ``index[b]`` of ``x`` along ``dim``, each sample its own.
+
+    Args:
+        x: any rank; ``x.shape[batch_dim]`` is the batch.
+        index: int64 ``[batch, k]``.
+        dim: token dimension of ``x``.
+        batch_dim: batch dimension of ``x``; −1 where it has none (then ``index`` is ``[1, k]``).
+    """
+    return x.gather(dim, _spread(index, x, dim, batch_dim))
+
+
+def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """Write ``rows`` to the places ``index`` of ``cache``, in place; returns ``cache``."""
+    return cache.scatter_(dim, _spread(index, cache, dim, batch_dim), rows.to(cache.dtype))
+
+
+def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """As ``scatter_tokens_``, from a value computed for all tokens: the plain meaning of a partial step."""
+    chosen = torch.zeros(index.shape[0], cache.shape[dim], dtype=torch.bool, device=cache.device)
+    chosen = chosen.scatter(1, index, True)
+    shape = [1] * cache.dim()
+    shape[dim] = cache.shape[dim]
+    if batch_dim >= 0:
+        shape[batch_dim] = cache.shape[batch_dim]
+    return cache.copy_(torch.where(chosen.reshape(shape), dense, cache))
+
+
+def _spread(index: Tensor, like: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """``index`` with the rank of ``like``, expanded over every other dimension."""
+    view = [1] * like.dim()
+    if batch_dim >= 0:
+        view[batch_dim] = index.shape[0]
+    view[dim] = index.shape[1]
+    full = list(like.shape)
+    full[dim] = index.shape[1]
+    laid = index if batch_dim < dim else index.t()
+    return laid.reshape(view).expand(full)
+
+
+def store_(cache: Tensor, value: Tensor) -> Tensor:
+    """Keep ``value``: copy it into ``cache`` in place; returns ``cache``."""
+    return cache.copy_(value)
+
+
+def attention_received(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool, stride: int
+) -> Tensor:
+    """Attention that each key receives: column sums of the post-softmax map (s1 of ToCa, section 3.2).
+
+    The map is made a block of query rows at a time and summed at once. With ``stride`` r only every r-th query row
+    is asked, an estimate from n/r rows.
+
+    Args:
+        query: ``[..., heads, queries, d]``.
+        key: ``[..., heads, keys, d]`` (fewer heads are repeated).
+
+    Returns:
+        float32 ``[..., heads, keys]``.
+    """
+    if key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    queries, keys = query.shape[-2], key.shape[-2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = range(0, queries, stride)
+    block = max(_SCORE_BLOCK, -(-len(rows) // _SCORE_BLOCKS))
+    total: Tensor | None = None
+    for first in range(0, len(rows), block):
+        part = rows[first : first + block]
+        window = slice(part.start, part[-1] + 1, stride)
+        logits = (query[..., window, :] * scale) @ key.transpose(-1, -2)
+        logits = logits.float()
+        if causal:
+            at = torch.arange(part.start, part[-1] + 1, stride, device=query.device)
+            hidden = torch.arange(keys, device=query.device)[None, :] > at[:, None]
+            logits = logits.masked_fill(hidden, float("-inf"))
+        if mask is not None:
+            rows_of_mask = mask[..., window, :] if mask.shape[-2] > 1 else mask
+            logits = (
+                logits.masked_fill(~rows_of_mask, float("-inf")) if mask.dtype == torch.bool else logits + rows_of_mask
+            )
+        received = logits.softmax(-1).sum(-2)
+        total = received if total is None else total + received
+    assert total is not None
+    return total
+
+
+def row_norm(x: Tensor, negate: bool) -> Tensor:
+    """‖x‖₂ of each row, or 1 − ‖x‖₂ (V-norm score: small values are refreshed; DuCa, section 3.3).
+
+    Args:
+        x: ``[..., tokens, d]``.
+
+    Returns:
+        float32 ``[..., tokens]``.
+    """
+    norm = x.float().norm(dim=-1)
+    return 1 - norm if negate else norm
+
+
+def unit_scores(score: Tensor) -> Tensor:
+    """L2-normalised over the tokens of each sample: ``[batch, tokens]`` to the same."""
+    return torch.nn.functional.normalize(score.float(), dim=-1)
+
+
+def random_scores(like: Tensor, step: int, site: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each token, a function of step, site and token alone: the same in every run, and
+    the same for a sample whatever its batch mates are. ``like`` gives shape ``[batch, tokens]`` and device."""
+    x = torch.arange(like.shape[1], device=like.device, dtype=torch.int64)
+    x = x * 0x9E3779B1 + (step + 1) * 0x85EBCA77 + (site + 1) * 0xC2B2AE3D + (seed + 1) * 0x27D4EB2F
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = x & 0xFFFFFFFF
+        x = ((x ^ (x >> 16)) & 0xFFFFFFFF) * multiplier
+    x = (x & 0xFFFFFFFF) ^ ((x & 0xFFFFFFFF) >> 15)
+    # 24 bits: what a float32 can hold, so that no two values meet by rounding to 1.0.
+    return ((x & 0xFFFFFFFF) >> 8).to(torch.float32).mul(2.0**-24).expand(like.shape[0], -1)
+
+
+def select_tokens(
+    base: Tensor,
+    stamp: Tensor,
+    k: int,
+    step: int,
+    since: int,
+    weight: float,
+    grid: list[int],
+    cell: int,
+    bonus: float,
+) -> Tensor:
+    """The ``k`` tokens to recompute, by S = base + weight · age, with a bonus for the best of each grid cell.
+
+    ``age`` counts the steps that a token has missed (s3): since it was last selected (``stamp``, a step index) or the
+    site last computed all (``since``). The best token of each ``cell`` × ``cell`` patch of the picture gets S·(1 +
+    bonus) (s4); cells at the border of a grid that ``cell`` does not divide are smaller. Equal scores are taken in
+    token order, so the selection is a function of its inputs.
+
+    Args:
+        base: float32 ``[batch, tokens]``.
+        stamp: int32 ``[batch, tokens]``.
+        weight: λ3 / interval.
+        grid: height, width and first token of the picture; empty without a bonus.
+
+    Returns:
+        int64 ``[batch, k]``, in no particular order.
+    """
+    age = (step - 1 - since) - (stamp - since).clamp(min=0)
+    score = base + weight * age.to(torch.float32)
+    if grid and bonus:
+        score = _cell_bonus(score, grid, cell, bonus)
+    # A total order: score bits made monotonic, then the token's index. Top-k of distinct keys has one answer.
+    bits = score.contiguous().view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = torch.arange(score.shape[1] - 1, -1, -1, device=score.device, dtype=torch.int64)
+    keys = bits.to(torch.int64) * (1 << 32) + order
+    return keys.topk(k, dim=1, sorted=False).indices
+
+
+def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tensor:
+    height, width, offset = grid
+    batch = score.shape[0]
+    rows, columns = -(-height // cell), -(-width // cell)
+    picture = score[:, offset : offset + height * width].reshape(batch, height, width)
+    padded = torch.nn.functional.pad(
+        picture, (0, columns * cell - width, 0, rows * cell - height), value=float("-inf")
+    )
+    cells = padded.reshape(batch, rows, cell, columns, cell).permute(0, 1, 3, 2, 4).reshape(batch, -1, cell * cell)
+    best = cells.argmax(-1, keepdim=True) == torch.arange(cell * cell, device=score.device)
+    raised = torch.where(best, cells + cells * bonus, cells)
+    raised = raised.reshape(batch, rows, columns, cell, cell).permute(0, 1, 3, 2, 4)
+    raised = raised.reshape(batch, rows * cell, columns * cell)[:, :height, :width].reshape(batch, -1)
+    before, after = score[:, :offset], score[:, offset + height * width :]
+    return torch.cat([before, raised, after], dim=1)
+
+
+def mark_fresh_(stamp: Tensor, index: Tensor, step: int) -> Tensor:
+    """Note that the tokens ``index`` were recomputed in ``step``, in place."""
+    now = torch.zeros(index.shape, dtype=stamp.dtype, device=stamp.device) + step
+    return stamp.scatter_(1, index, now)
+
+
+_define("gather_tokens(Tensor x, Tensor index, int dim, int batch_dim) -> Tensor", gather_tokens)
+_define(
+    "scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim) -> Tensor(a!)",
+    scatter_tokens_,
+)
+_define(
+    "blend_tokens_(Tensor(a!) cache, Tensor index, Tensor dense, int dim, int batch_dim) -> Tensor(a!)", blend_tokens_
+)
+_define("store_(Tensor(a!) cache, Tensor value) -> Tensor(a!)", store_)
+_define(
+    "attention_received(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, int stride) -> Tensor",
+    attention_received,
+)
+_define("row_norm(Tensor x, bool negate) -> Tensor", row_norm)
+_define("unit_scores(Tensor score) -> Tensor", unit_scores)
+_define("random_scores(Tensor like, SymInt step, SymInt site, int seed) -> Tensor", random_scores)
+_define(
+    "select_tokens(Tensor base, Tensor stamp, SymInt k, SymInt step, SymInt since, float weight, int[] grid, int cell, "
+    "float bonus) -> Tensor",
+    select_tokens,
+)
+_define("mark_fresh_(Tensor(a!) stamp, Tensor index, SymInt step) -> Tensor(a!)", mark_fresh_)

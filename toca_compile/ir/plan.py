@@ -1,0 +1,69 @@
+"""Plans: what every site does at every step. Host data, complete before the first launch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from toca_compile.ir.types import Action, Site, StepKind
+
+SCORES = ("attention", "v_norm", "k_norm", "random", "none")
+
+
+@dataclass(frozen=True)
+class SiteStep:
+    """One site in one step. ``tokens``: how many it computes."""
+
+    action: Action
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: its kind and what each site does, in site order."""
+
+    kind: StepKind
+    sites: tuple[SiteStep, ...]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How tokens are ranked (toca-compile's ``select_tokens``): base score, weight of one missed step, and the bonus
+    of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
+    attention score."""
+
+    score: str = "attention"
+    weight: float = 0.0
+    cell: int = 1
+    bonus: float = 0.0
+    stride: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run. An ``endless`` plan repeats its last row; another ends after its rows and a further call
+    starts a new run."""
+
+    steps: tuple[StepPlan, ...]
+    selector: Selector = Selector()
+    endless: bool = False
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step reads a cache; without, nothing is stored."""
+        return any(s.action is not Action.COMPUTE for step in self.steps for s in step.sites)
+
+    def partial(self, site: int) -> bool:
+        """Whether the site ever selects tokens."""
+        return any(step.sites[site].action is Action.PARTIAL for step in self.steps)
+
+
+class Policy(Protocol):
+    """A caching policy: pure host data. It sees the sites of a model and says what each does at each step."""
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """The plan for these sites.
+
+        Raises:
+            PolicyError: the policy asks a site for what it cannot do.
+        """
+        ...

@@ -1,0 +1,131 @@
+"""What the analysis found in a graph: axes of values, attention, sites, blocks. All of it is host data about nodes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import fx
+
+from toca_compile.ir.factors import Factors, Product
+from toca_compile.ir.spec import AxisSpec
+
+Type = tuple[Product, ...]  # one product of factors per dimension
+
+
+class Action(Enum):
+    """What a site does in one step."""
+
+    COMPUTE = "compute"  # all tokens; the output is kept
+    PARTIAL = "partial"  # the selected tokens; the others come from the cache
+    REUSE = "reuse"  # the cached output as it is
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+class StepKind(str, Enum):
+    """The kind of a whole step."""
+
+    FULL = "full"
+    PARTIAL = "partial"
+    REUSE = "reuse"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One factor in the type of a value: the ``index``-th factor of dimension ``dim``."""
+
+    dim: int
+    index: int
+
+
+@dataclass
+class AxisTypes:
+    """The type of every tensor value of a graph, and the spec of every call by which it was inferred."""
+
+    factors: Factors
+    results: dict[fx.Node, tuple[Type, ...]] = field(default_factory=dict)
+    specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)  # missing: the op has no rule
+    labels: dict[fx.Node, dict[str, Product]] = field(default_factory=dict)
+
+    def type_of(self, node: fx.Node, result: int = 0) -> Type:
+        """Dimensions of a value in their finest form."""
+        return tuple(self.factors.resolve(d) for d in self.results[node][result])
+
+    def label(self, node: fx.Node, name: str) -> Product:
+        """The factors that a label of the node's spec stands for."""
+        return self.factors.resolve(self.labels[node][name])
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """An index space of tokens: the one that an attention's queries run over.
+
+    ``grid`` is the picture's height and width in tokens, where the graph or the user tells it; the grid's tokens start
+    at ``offset`` of the axis (registers or text may stand before them).
+    """
+
+    name: str
+    factors: Product
+    size: int
+    grid: tuple[int, int] | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention in the graph, fused or written out.
+
+    ``axis`` and ``key_axis`` are the factors that the queries and the keys run over, ``lead`` those of the dimensions
+    before them (samples and heads). ``map`` is the node holding the
+    post-softmax map where the model itself makes one.
+    """
+
+    node: fx.Node
+    axis: Product
+    key_axis: Product
+    lead: Product
+    operands: tuple[fx.Node, ...]  # query, key, value of a fused attention; empty where written out
+    map: fx.Node | None = None
+    value: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Carry:
+    """The proof that a branch is token-wise: for each node from its input to its output, where in its type the token
+    factors and the batch factors lie. Restricting all of them to the same rows commutes with every op between."""
+
+    tokens: Mapping[fx.Node, tuple[Occurrence, ...]]
+    batch: Mapping[fx.Node, tuple[Occurrence, ...]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A residual branch ``x ← x + g(M(f(x)))`` on a token axis. ``output`` is M's output, before the gate: the cached
+    value. ``carry`` holds the proof that the branch may be computed on a subset of tokens, ``reason`` why not."""
+
+    index: int
+    name: str
+    kind: str
+    axis: TokenAxis
+    batch: Product  # the factors that number samples
+    source: fx.Node
+    output: fx.Node
+    add: fx.Node
+    region: frozenset[fx.Node]
+    attention: tuple[Attention, ...]
+    carry: Carry | None
+    reason: str | None
+    score_site: int | None = None  # the site whose attention scores this one's tokens
+    block: int = 0
+    depth: int = 0  # position of the block in its stack
+    depths: int = 1  # number of blocks in the stack
+
+    @property
+    def actions(self) -> frozenset[Action]:
+        """The legal actions."""
+        partial = {Action.PARTIAL} if self.carry is not None else set()
+        return frozenset({Action.COMPUTE, Action.REUSE} | partial)

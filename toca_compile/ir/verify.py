@@ -1,0 +1,88 @@
+"""What a legal unit is after each pass. The pass manager checks it; a pass that breaks it is named in the error."""
+
+import torch
+from torch import fx
+
+from toca_compile.errors import VerifyError
+from toca_compile.ir.calls import shape, tensors
+from toca_compile.ir.graph import value_of
+from toca_compile.ir.program import Segment, Unit, Variant
+
+
+def verify(unit: Unit) -> None:
+    """Check every fact that the unit claims against the graph.
+
+    Raises:
+        VerifyError: the first that does not hold.
+    """
+    graph = unit.module.graph
+    graph.lint()
+    _functional(graph)
+    if unit.types is not None:
+        _types(unit)
+    nodes = set(graph.nodes)
+    for site in unit.sites:
+        _require(site.add in nodes and site.output in site.region, f"site {site.name} is not part of the graph")
+        _require(site.source not in site.region, f"site {site.name} starts inside its own branch")
+        if site.carry is not None:
+            _require(site.source in site.carry.tokens, f"site {site.name}: the proof does not reach its input")
+    if unit.segments:
+        _segments(unit)
+
+
+def verify_variant(variant: Variant, segment: Segment) -> None:
+    """A variant yields values of the same shapes and dtypes as the segment that it stands for.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    outputs = variant.module.graph.output_node().args[0]
+    _require(len(outputs) == len(segment.outputs), "a variant has another number of results than its segment")  # type: ignore[arg-type]
+    for new, old in zip(outputs, segment.outputs, strict=True):  # type: ignore[arg-type]
+        a, b = new.meta.get("val"), value_of(old)  # type: ignore[union-attr]
+        same = a is not None and tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype and a.device == b.device
+        _require(same, f"a variant's result {new} is {_kind(a)}, the segment's {old} is {_kind(b)}")
+
+
+def _functional(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _require(not node.target._schema.is_mutable, f"{node.target} mutates; the captured graph is functional")
+        _require(node.op != "call_method", f"{node} is a method call; the captured graph has ATen ops only")
+
+
+def _types(unit: Unit) -> None:
+    assert unit.types is not None
+    for node, results in unit.types.results.items():
+        values = tensors(value_of(node))
+        for i, value in enumerate(values[: len(results)]):
+            sizes = tuple(unit.types.factors.size(d) for d in unit.types.type_of(node, i))
+            _require(sizes == shape(value), f"{node}: its axes multiply to {sizes}, its shape is {shape(value)}")
+
+
+def _segments(unit: Unit) -> None:
+    ready = {n for n in unit.module.graph.nodes if n.op in ("placeholder", "get_attr")}
+    first: dict[int, Segment] = {}
+    done: set[fx.Node] = set()
+    for segment in unit.segments:
+        _require(set(segment.inputs) <= ready, f"segment {segment.template} runs before its inputs are there")
+        _require(not done & set(segment.nodes), f"segment {segment.template} repeats nodes of another")
+        done |= set(segment.nodes)
+        ready |= set(segment.nodes)
+        exemplar = first.setdefault(segment.template, segment)
+        for ours, theirs in ((segment.inputs, exemplar.inputs), (segment.outputs, exemplar.outputs)):
+            same = [_kind(value_of(n)) for n in ours] == [_kind(value_of(n)) for n in theirs]
+            _require(same, f"segments of template {segment.template} differ at their boundary")
+    missing = [n for n in unit.module.graph.nodes if n.op == "call_function" and n not in done]
+    _require(not missing, f"no segment computes {missing[:3]}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{list(value.shape)}@{value.device}"
+    return type(value).__name__
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise VerifyError(message)

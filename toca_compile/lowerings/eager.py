@@ -1,0 +1,12 @@
+"""Eager: the rewritten graph as it is, op by op."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from toca_compile.ir.program import Variant
+
+
+def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+    """The graph's own generated Python."""
+    forward: Callable[..., Sequence[Any]] = variant.module.forward
+    return forward

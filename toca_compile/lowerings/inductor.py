@@ -1,0 +1,99 @@
+"""Inductor: each distinct variant compiled once per process, with the host numbers (K, step) symbolic.
+
+The artifact is found again by the graph's text, its inputs' shapes, dtypes and devices, and Inductor's own settings:
+layers that are the same block, two models of one architecture, and two policies with other ratios share it. Inductor's
+disk cache keeps it for the next process.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._inductor import config, standalone_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from toca_compile.ir.program import Variant
+
+_ARTIFACTS: dict[tuple[Any, ...], Callable[..., Sequence[Any]]] = {}
+_EXAMPLE = 32  # a size hint for the symbolic numbers; no guard depends on it
+
+compiles = 0
+"""How many variants were compiled in this process: a counter for tests and reports."""
+
+
+def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+    """The compiled artifact. Buffers are changed in place; the numbers may take any value without a recompile."""
+    global compiles
+    key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
+    if key not in _ARTIFACTS:
+        compiles += 1
+        _ARTIFACTS[key] = _compile(variant.module, examples)
+    return _ARTIFACTS[key]
+
+
+def clear() -> None:
+    """Forget all artifacts."""
+    _ARTIFACTS.clear()
+
+
+def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+    # 0 and 1 are sizes as any other: K may be 1, and no guard may tell it from 2.
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    mode = FakeTensorMode(shape_env=env)
+    values: list[Any] = []
+    for i, example in enumerate(examples):
+        if isinstance(example, torch.Tensor):
+            with mode:
+                values.append(
+                    torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+                )
+        else:
+            source = ConstantSource(f"toca_number_{i}")
+            symbol = env.create_symbol(_EXAMPLE, source, DimDynamic.DYNAMIC)
+            values.append(env.create_symintnode(symbol, hint=_EXAMPLE, source=source))
+    own = fx.GraphModule(module, _with_values(module.graph, values))
+    with torch.no_grad(), torch.inference_mode(False), tracing(TracingContext(mode)):
+        return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
+
+
+def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, env))  # type: ignore[arg-type]
+    for node, value in zip((n for n in copy.nodes if n.op == "placeholder"), values, strict=True):
+        node.meta = {"val": value, "example_value": value}
+    for node in copy.nodes:
+        if node.op != "placeholder":
+            node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return copy
+
+
+def _kind(example: Any) -> Any:
+    if isinstance(example, torch.Tensor):
+        return tuple(example.shape), tuple(example.stride()), example.dtype, str(example.device)
+    return None
+
+
+def _text(graph: fx.Graph) -> str:
+    """The graph with nodes numbered, free of names."""
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(number[n]))
+        target = "" if node.op in ("placeholder", "output") else _target(node.target)
+        lines.append(f"{node.op} {target} {args!r}")
+    return "\n".join(lines)
+
+
+def _target(target: Any) -> str:
+    return "getitem" if target is operator.getitem else str(target)
+
+
+class _Ref(str):
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,7 @@
+"""Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
+
+from toca_compile.policies.full import FullCompute
+from toca_compile.policies.presets import PRESETS, preset
+from toca_compile.policies.toca import Fora, ToCa
+
+__all__ = ["PRESETS", "Fora", "FullCompute", "ToCa", "preset"]

@@ -1,0 +1,16 @@
+"""The identity policy."""
+
+from dataclasses import dataclass
+
+from toca_compile.ir.plan import Plan, SiteStep, StepPlan
+from toca_compile.ir.types import Action, Site, StepKind
+
+
+@dataclass(frozen=True)
+class FullCompute:
+    """Compute everything at every step: the plain model through the same path, for any number of steps."""
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """One full step, repeated."""
+        step = StepPlan(StepKind.FULL, tuple(SiteStep(Action.COMPUTE, s.axis.size) for s in sites))
+        return Plan((step,), endless=True)

@@ -1,0 +1,139 @@
+"""ToCa (Zou et al., ICLR 2025) and FORA (Selvaraju et al., 2024), which is ToCa with no token recomputed."""
+
+from dataclasses import dataclass, field
+
+from toca_compile.errors import PolicyError
+from toca_compile.ir.plan import SCORES, Plan, Selector, SiteStep, StepPlan
+from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.policies.schedules import RatioSchedule, constant_steps, toca_steps
+
+DDIM_RATIOS = RatioSchedule(layer=(0.8, 0.4), step=(3.0, -4.0), kinds={"mlp": 2.5, "self_attention": 0.0})
+"""The published ratio schedule of DiT with DDIM-50: rises with depth and along denoising, nothing in attention."""
+
+
+@dataclass(frozen=True)
+class ToCa:
+    """Token-wise feature caching.
+
+    Full steps compute and keep every site's output. Between them attention is reused and each site that is token-wise
+    recomputes its K best tokens by S = s1 + λ3·s3 (+ the s4 bonus), K = floor(ratio · tokens).
+
+    Args:
+        num_steps: model calls of one run, T.
+        interval: N, steps from one full step to the next (before the interval function bends it).
+        fresh_ratio: ρ, the share of tokens recomputed on other steps; 0 reuses everything (FORA).
+        schedule: ``"toca"``: the paper's interval function and ratio schedule. ``"constant"``: full steps every
+            ``interval`` steps, and every site that can be partial gets ``fresh_ratio``.
+        score: base score of a token. ``"attention"`` (s1): attention it received at the last full step; ``"v_norm"``:
+            1 − ‖value‖; ``"k_norm"``: ‖key‖; ``"random"``; ``"none"``: age alone.
+        staleness_weight: λ3, weight of the steps missed, over N.
+        interval_slope: w of the interval function.
+        sensitive: range of s/T (s counts down) in which the interval is ``sensitive_interval``.
+        cell, bonus: s4: the best token of each cell × cell patch of the picture gets S·(1 + bonus).
+        score_stride: ask every r-th query row for s1, an estimate.
+        layer_span: divisor of the layer factor; by default the depth of the block's stack less one.
+        ratios: layer, step and kind factors of the ratio; by default the published ones.
+        seed: of the random score.
+
+    Raises:
+        PolicyError: a number outside its range.
+    """
+
+    num_steps: int = 50
+    interval: int = 3
+    fresh_ratio: float = 0.07
+    schedule: str = "toca"
+    score: str = "attention"
+    staleness_weight: float = 0.25
+    interval_slope: float = 0.4
+    sensitive: tuple[float, float] = (0.2, 0.4)
+    sensitive_interval: int = 2
+    cell: int = 2
+    bonus: float = 0.6
+    score_stride: int = 1
+    layer_span: int | None = None
+    ratios: RatioSchedule = field(default=DDIM_RATIOS)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("num_steps", self.num_steps)
+        _check_whole("interval", self.interval)
+        _check_whole("sensitive_interval", self.sensitive_interval)
+        _check_whole("cell", self.cell)
+        _check_whole("score_stride", self.score_stride)
+        if not 0 <= self.fresh_ratio <= 1:
+            raise PolicyError(
+                f"fresh_ratio is the share of tokens recomputed and must lie in [0, 1], not {self.fresh_ratio}; "
+                "the paper's R (a percentage of tokens reused) is its complement"
+            )
+        if self.schedule not in ("toca", "constant"):
+            raise PolicyError(f"schedule must be 'toca' or 'constant', not {self.schedule!r}")
+        if self.score not in SCORES:
+            raise PolicyError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
+        if not 0 <= self.sensitive[0] <= self.sensitive[1] <= 1:
+            raise PolicyError(f"sensitive must be an increasing range within [0, 1], not {self.sensitive}")
+        if not 0 <= self.interval_slope < 1:
+            raise PolicyError(f"interval_slope must lie in [0, 1), not {self.interval_slope}")
+        if self.layer_span is not None:
+            _check_whole("layer_span", self.layer_span)
+
+    def full_steps(self) -> tuple[int, ...]:
+        """The full steps as call indices, 0 first."""
+        if self.schedule == "constant":
+            return constant_steps(self.num_steps, self.interval)
+        reuses = self.fresh_ratio == 0  # FORA: the published code drops slope and sensitive range with the ratio
+        slope = 0.0 if reuses else self.interval_slope
+        sensitive = (0.0, 0.0) if reuses else self.sensitive
+        counted = toca_steps(self.num_steps, self.interval, slope, sensitive, self.sensitive_interval)
+        return tuple(self.num_steps - 1 - s for s in counted)
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """What each site does at each step. Kinds are decided once for the whole step."""
+        full = set(self.full_steps())
+        steps = tuple(self._full(sites) if i in full else self._cached(i, sites) for i in range(self.num_steps))
+        weight = self.staleness_weight / self.interval
+        return Plan(steps, Selector(self.score, weight, self.cell, self.bonus, self.score_stride, self.seed))
+
+    def _full(self, sites: tuple[Site, ...]) -> StepPlan:
+        return StepPlan(StepKind.FULL, tuple(SiteStep(Action.COMPUTE, s.axis.size) for s in sites))
+
+    def _cached(self, call: int, sites: tuple[Site, ...]) -> StepPlan:
+        ratios = RatioSchedule() if self.schedule == "constant" else self.ratios
+        rows = []
+        for site in sites:
+            k = 0
+            if Action.PARTIAL in site.actions:
+                k = ratios.tokens(
+                    self.fresh_ratio, site.axis.size, kind=site.kind, depth=site.depth,
+                    span=self.layer_span or site.depths - 1, s=self.num_steps - 1 - call, num_steps=self.num_steps,
+                )  # fmt: skip
+            # All tokens is the dense path: nothing to gather.
+            action = Action.REUSE if k == 0 else Action.COMPUTE if k == site.axis.size else Action.PARTIAL
+            rows.append(SiteStep(action, k))
+        computes = any(r.action is not Action.REUSE for r in rows)
+        return StepPlan(StepKind.PARTIAL if computes else StepKind.REUSE, tuple(rows))
+
+
+@dataclass(frozen=True)
+class Fora:
+    """FORA: full steps 0, N, 2N, …, and every site reused in between.
+
+    Raises:
+        PolicyError: ``num_steps`` or ``interval`` below 1.
+    """
+
+    num_steps: int = 50
+    interval: int = 3
+
+    def __post_init__(self) -> None:
+        _check_whole("num_steps", self.num_steps)
+        _check_whole("interval", self.interval)
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """As ToCa with nothing recomputed."""
+        return ToCa(self.num_steps, self.interval, 0.0, schedule="constant", score="none").plan(sites)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PolicyError(f"{name} must be a whole number of at least 1, not {value!r}")

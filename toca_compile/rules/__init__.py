@@ -1,0 +1,7 @@
+"""Axis rules of ATen ops, one file per behaviour. A new op is one entry here and nothing elsewhere."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in sorted(m.name for m in iter_modules(__path__) if m.name != "registry"):
+    import_module(f"{__name__}.{_module}")

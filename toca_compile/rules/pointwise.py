@@ -1,0 +1,126 @@
+"""Ops that act on each element alone, and ops that only make values."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import torch
+
+from toca_compile.ir.calls import Call
+from toca_compile.ir.spec import AxisSpec, elementwise
+from toca_compile.rules.registry import Args, Sample, Work, register
+
+aten = torch.ops.aten
+
+
+def _shape(rng: Random, rank: int = 3) -> list[int]:
+    return [rng.randint(2, 4) for _ in range(rank)]
+
+
+def _one(*extra: Any, positive: bool = True, **kwargs: Any) -> Sample:
+    def sample(rng: Random) -> Args:
+        x = torch.rand(_shape(rng)) + 0.1 if positive else torch.randn(_shape(rng))
+        return (x, *extra), kwargs
+
+    return sample
+
+
+def _two(dtype: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Sample:
+    def sample(rng: Random) -> Args:
+        a = _shape(rng)
+        b = [1 if rng.random() < 0.4 else s for s in a][rng.randint(0, 2) :]
+        return (dtype(torch.rand(a) + 0.1), dtype(torch.rand(b) + 0.1)), {}
+
+    return sample
+
+
+def _three(rng: Random) -> Args:
+    s = _shape(rng)
+    return (torch.rand(s), torch.rand(s[1:]), torch.rand(s) + 0.1), {}
+
+
+def _where(rng: Random) -> Args:
+    s = _shape(rng)
+    return (torch.rand(s[-1]) > 0.5, torch.rand(s), torch.rand(s[0], 1, s[2])), {}
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x > 0.6
+
+
+def elementwise_axes(call: Call) -> AxisSpec:
+    """Everything broadcasts; each element of the result needs the same element of the operands."""
+    return elementwise(call.operands, call.results)
+
+
+UNARY = [
+    aten.abs.default, aten.neg.default, aten.exp.default, aten.exp2.default, aten.expm1.default, aten.log.default,
+    aten.log1p.default, aten.log2.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+    aten.square.default, aten.sin.default, aten.cos.default, aten.tan.default, aten.tanh.default, aten.atan.default,
+    aten.sigmoid.default, aten.log_sigmoid.default, aten.relu.default, aten.relu6.default, aten.silu.default,
+    aten.mish.default, aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.elu.default,
+    aten.selu.default, aten.leaky_relu.default, aten.softplus.default, aten.erf.default, aten.sign.default,
+    aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default, aten.isnan.default,
+    aten.isinf.default, aten.logical_not.default, aten.clone.default, aten.alias.default, aten.detach.default,
+    aten.contiguous.default, aten._to_copy.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.lift_fresh_copy.default, aten.nan_to_num.default,
+]  # fmt: skip
+register(UNARY, _one(), pointwise=True)(elementwise_axes)
+register(aten.gelu.default, _one(positive=False), _one(approximate="tanh"), pointwise=True, work=Work.GELU)(
+    elementwise_axes
+)
+register(aten.dropout.default, _one(0.0, False), pointwise=True)(elementwise_axes)
+register(aten.clamp.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
+register([aten.clamp_min.default, aten.clamp_max.default], _one(0.4), pointwise=True)(elementwise_axes)
+register(aten.full_like.default, _one(3.0), pointwise=True)(elementwise_axes)
+register([aten.to.dtype], _one(torch.float64), pointwise=True)(elementwise_axes)
+
+WITH_SCALAR = [
+    aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.rsub.Scalar, aten.pow.Tensor_Scalar,
+    aten.remainder.Scalar, aten.fmod.Scalar, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar,
+    aten.gt.Scalar, aten.ge.Scalar, aten.floor_divide.Scalar,
+]  # fmt: skip
+register(WITH_SCALAR, _one(1.5), pointwise=True)(elementwise_axes)
+
+BINARY = [
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Tensor, aten.atan2.default,
+    aten.maximum.default, aten.minimum.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.eq.Tensor,
+    aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.floor_divide.default,
+]  # fmt: skip
+register(BINARY, _two(), _one(2.0), pointwise=True)(elementwise_axes)
+register([aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor],
+         _two(_bits), pointwise=True)(elementwise_axes)  # fmt: skip
+register([aten.div.Tensor_mode, aten.div.Scalar_mode], _one(0.3, rounding_mode="floor"), pointwise=True)(
+    elementwise_axes
+)
+register([aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor], _three, pointwise=True)(elementwise_axes)
+register(aten.lerp.Scalar, lambda rng: (_two()(rng)[0] + (0.3,), {}), pointwise=True)(elementwise_axes)
+register(aten.where.self, _where, pointwise=True)(elementwise_axes)
+register(aten.where.ScalarOther, lambda rng: ((torch.rand(2, 3) > 0.5, torch.rand(2, 3), 0.0), {}), pointwise=True)(
+    elementwise_axes
+)
+register(aten.masked_fill.Scalar, lambda rng: ((torch.rand(2, 3), torch.rand(3) > 0.5, -1.0), {}), pointwise=True)(
+    elementwise_axes
+)
+register(aten.prelu.default, lambda rng: ((torch.randn(3, 4, 2), torch.rand(1)), {}))(elementwise_axes)
+register([aten.view_as_real.default], lambda rng: ((torch.randn(2, 3, 4, dtype=torch.complex64),), {}))(
+    lambda call: AxisSpec(
+        (elementwise(call.operands, call.operands).results[0],),
+        (elementwise(call.operands, call.operands).results[0] + (("pair",),),),
+        {**elementwise(call.operands, call.operands).sizes, "pair": 2},
+    )
+)
+
+
+@register(
+    [aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.zeros.default,
+     aten.ones.default, aten.scalar_tensor.default, aten.linspace.default, aten.empty.memory_format,
+     aten.randn.default, aten.rand.default],
+    lambda rng: ((4,), {}),
+)  # fmt: skip
+def constant(call: Call) -> AxisSpec:
+    """No operand: every dimension of the result is a new index space."""
+    shape = call.results[0]
+    labels = [f"d{i}" for i in range(len(shape))]
+    dims = tuple((n,) if s > 1 else () for n, s in zip(labels, shape, strict=True))
+    return AxisSpec((), (dims,), {n: s for n, s in zip(labels, shape, strict=True) if s > 1})

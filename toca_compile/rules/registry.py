@@ -1,0 +1,72 @@
+"""The table of axis rules.
+
+A rule says, for one op, what happens to the dimensions (``axes``), which argument states the size of the result and
+must shrink with it (``size_arg``), what the op costs (``work``), and it brings sample calls, so that one property test
+covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a counterexample
+along each that it calls mixed.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from random import Random
+from typing import Any
+
+from torch._ops import OpOverload
+
+from toca_compile.errors import RuleError
+from toca_compile.ir.calls import Call
+from toca_compile.ir.spec import AxisSpec
+
+Args = tuple[tuple[Any, ...], dict[str, Any]]
+Sample = Callable[[Random], Args]
+
+
+class Work(Enum):
+    """Arithmetic of an op, in the classes that the published FLOPs counts use (ToCa's counting rules)."""
+
+    NONE = 0
+    NORM = 2  # per element of the result
+    SOFTMAX = 5  # per element of the result
+    GELU = 6  # per element of the result
+    CONTRACT = -1  # 2 per combination of all labels
+    ATTENTION = -2  # both contractions and the softmax of a fused attention
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the compiler knows about one op."""
+
+    op: OpOverload
+    axes: Callable[[Call], AxisSpec]
+    samples: tuple[Sample, ...]
+    size_arg: int | None = None
+    pointwise: bool = False
+    work: Work = Work.NONE
+
+
+RULES: dict[OpOverload, Rule] = {}
+
+
+def register(
+    ops: OpOverload | Iterable[OpOverload],
+    *samples: Sample,
+    size_arg: int | None = None,
+    pointwise: bool = False,
+    work: Work = Work.NONE,
+) -> Callable[[Callable[[Call], AxisSpec]], Callable[[Call], AxisSpec]]:
+    """Decorator: the function is the axis rule of ``ops``.
+
+    Raises:
+        RuleError: an op has a rule already.
+    """
+    listed = [ops] if isinstance(ops, OpOverload) else list(ops)
+
+    def add(axes: Callable[[Call], AxisSpec]) -> Callable[[Call], AxisSpec]:
+        for op in listed:
+            if op in RULES:
+                raise RuleError(f"{op} has a rule already")
+            RULES[op] = Rule(op, axes, samples, size_arg, pointwise, work)
+        return axes
+
+    return add

@@ -1,0 +1,1 @@
+"""What lives while a model runs: which step it is, and the caches."""

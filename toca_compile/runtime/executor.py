@@ -1,0 +1,208 @@
+"""Executor: runs one captured graph, segment by segment, each in the variant that the plan names for the step.
+
+All decisions are made when the plan is laid out; a call only looks them up. A call of a block costs one dictionary
+look-up and one list of arguments on top of the compiled variant.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_compile.ir.plan import Plan
+from toca_compile.ir.program import Mode, Segment, Slot, Unit
+from toca_compile.ir.types import Action, Site
+from toca_compile.runtime.step_control import Run, StepControl
+
+log = logging.getLogger(__name__)
+
+Compiled = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One segment in one step: the modes of its sites and their host numbers."""
+
+    modes: tuple[Mode, ...]
+    numbers: dict[Slot, int]
+
+
+class Executor:
+    """A captured graph with a plan. Called with the graph's inputs; returns its outputs.
+
+    Args:
+        unit: the graph after all passes.
+        plan: what each site does at each step.
+        control: says which step a call is.
+        compiled: makes (or finds) the callable of a segment's variant.
+        number: of this graph in its model.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        plan: Plan,
+        control: StepControl,
+        compiled: Callable[[Segment, tuple[Mode, ...], Plan], Compiled],
+        clock: Sequence[int],
+        number: int,
+    ) -> None:
+        self.unit, self.control, self._compiled = unit, control, compiled
+        self._number, self._clock = number, tuple(clock)
+        self._state = next((i for i, fixed in enumerate(unit.static_inputs) if fixed), None)
+        graph = unit.module.graph
+        self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+        self._inputs = len(self._place)
+        self._constants = [(n, _attribute(unit.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
+        for segment in unit.segments:
+            for node in segment.outputs:
+                self._place.setdefault(node, len(self._place))
+        for node, _ in self._constants:
+            self._place[node] = len(self._place)
+        self._output = graph.output_node().args[0]
+        self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
+        self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
+        self._free = self._last_uses()
+        self.set_plan(plan)
+
+    def set_plan(self, plan: Plan) -> None:
+        """Follow another plan from the next run on."""
+        self.plan = plan
+        self._cells = [self._cell_row(i) for i in range(len(plan.steps))]
+        self._ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        instance = id(inputs[self._state]) if self._state is not None else 0
+        steps = None if self.plan.endless else len(self.plan.steps)
+        clock = [inputs[i] for i in self._clock]
+        run, key, begins = self.control.enter_graph(self._number, instance, steps, clock)
+        try:
+            return self._execute(inputs, run, key, begins)
+        except BaseException:
+            self.control.reset(run.context)
+            raise
+
+    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], begins: bool) -> Any:
+        index = min(run.step, len(self.plan.steps) - 1)
+        if index and run.last.get(key) != run.step - 1:
+            # This graph did not run in the step before (another model shares the run, or a branch of the model was
+            # skipped), so its caches are not what the plan thinks: compute everything.
+            log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
+            index = 0
+        run.last[key] = run.step
+        row = self.plan.steps[index]
+        record = self.control.record(run, row.kind)
+        for site, step in zip(self.unit.sites, row.sites, strict=True):
+            record.tokens[site.name] = step.tokens
+        buffers = run.buffers
+        if begins:
+            for name, buffer in buffers.items():
+                if name[:-2] == key and name[-2] == "stamp":
+                    buffer.zero_()
+        values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
+        for node, constant in self._constants:
+            values[self._place[node]] = constant
+        cells = self._cells[index]
+        for i, segment in enumerate(self.unit.segments):
+            cell = cells[i]
+            ready = self._ready.get((segment.template, cell.modes))
+            if ready is None:
+                ready = self._compiled(segment, cell.modes, self.plan)
+                self._ready[segment.template, cell.modes] = ready
+            call, used, slots = ready
+            places = self._segment_inputs[i]
+            arguments = [values[places[j]] for j in used]
+            for slot in slots:
+                number = cell.numbers.get(slot)
+                arguments.append(self._buffer(buffers, key, segment, slot) if number is None else number)
+            for place, value in zip(self._segment_outputs[i], call(*arguments), strict=True):
+                values[place] = value
+            for place in self._free[i]:
+                values[place] = None
+        return fx.node.map_arg(self._output, lambda n: values[self._place[n]])
+
+    def _buffer(
+        self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
+    ) -> torch.Tensor:
+        site = self.unit.sites[segment.sites[slot.position]]
+        # A self-attention keeps its own scores; other sites read those of the attention that ranks their tokens.
+        owner = site.index if site.score_site is None or slot.kind != "score" else site.score_site
+        name = (*key, slot.kind, owner)
+        if name not in buffers:
+            like = example_buffer(slot, site, self.unit)
+            with torch.inference_mode(False):
+                buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        return buffers[name]
+
+    def _cell_row(self, index: int) -> list[_Cell]:
+        row, since = self.plan.steps[index], self._since(index)
+        scored = {
+            s.score_site
+            for s in self.unit.sites
+            if self.plan.partial(s.index) and self.plan.selector.score not in ("random", "none")
+        }
+        cells = []
+        for segment in self.unit.segments:
+            modes, numbers = [], {}
+            for position, number in enumerate(segment.sites):
+                site = self.unit.sites[number]
+                modes.append(self._mode(site, row.sites[number].action, number in scored))
+                numbers |= {
+                    Slot("k", position): row.sites[number].tokens,
+                    Slot("step", position): index,
+                    Slot("since", position): since[number],
+                    Slot("site", position): number,
+                }
+            cells.append(_Cell(tuple(modes), numbers))
+        return cells
+
+    def _mode(self, site: Site, action: Action, scored: bool) -> Mode:
+        if action is Action.PARTIAL:
+            return Mode.PARTIAL
+        if action is Action.REUSE:
+            return Mode.REUSE
+        if not self.plan.caches:
+            return Mode.PLAIN
+        return Mode.SCORE if scored else Mode.STORE
+
+    def _since(self, index: int) -> list[int]:
+        """For each site the last step before this one that computed all of it."""
+        last = [0] * len(self.unit.sites)
+        for i, step in enumerate(self.plan.steps[:index]):
+            for number, site in enumerate(step.sites):
+                if site.action is Action.COMPUTE:
+                    last[number] = i
+        return last
+
+    def _last_uses(self) -> list[list[int]]:
+        """After each segment, which values no later one needs."""
+        last: dict[int, int] = {}
+        for i, (ins, outs) in enumerate(zip(self._segment_inputs, self._segment_outputs, strict=True)):
+            for place in (*ins, *outs):
+                last[place] = i
+        kept = {self._place[n] for n in self.unit.module.graph.output_node().all_input_nodes}
+        free: list[list[int]] = [[] for _ in self.unit.segments]
+        for place, i in last.items():
+            if place not in kept and place >= self._inputs:
+                free[i].append(place)
+        return free
+
+
+def example_buffer(slot: Slot, site: Site, unit: Unit) -> torch.Tensor:
+    """A fake tensor of the shape, dtype and device of a slot's buffer."""
+    output: torch.Tensor = site.output.meta["val"]
+    if slot.kind == "cache":
+        return output
+    assert unit.types is not None
+    shape = [unit.types.factors.size(site.batch), site.axis.size]
+    return output.new_empty(shape, dtype=torch.float32 if slot.kind == "score" else torch.int32)
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

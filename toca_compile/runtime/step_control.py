@@ -1,0 +1,181 @@
+"""StepControl: which step of which run a model call is.
+
+A *run* is one sampling in one context (``cache_context``: one for each guidance pass). A call continues the run of its
+context, or starts a new one at step 0: after ``reset``, after the plan's last step, after an exception, when the call
+reaches another graph than the run began with (another batch size, resolution, dtype or device traces another graph),
+and when the denoising clock jumps back. Step 0 computes everything, so nothing of an older run is ever read.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from toca_compile.ir.types import StepKind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepRecord:
+    """What one model call did. ``tokens``: how many tokens each site computed, by site name."""
+
+    index: int
+    kind: StepKind
+    context: str
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One sampling in one context."""
+
+    context: str
+    begun_with: int | None = None  # the graph its first call reached
+    step: int = 0
+    clock: tuple[float, ...] | None = None
+    direction: float = 0.0
+    records: list[StepRecord] = field(default_factory=list)
+    last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
+    buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+
+class StepControl:
+    """Counts model calls and keeps the runs apart. Nothing here reads a value from an accelerator."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, int], Run] = {}
+        self._contexts: list[str] = []
+        self._order: list[StepRecord] = []
+        self._current: Run | None = None
+        self._bounded = False
+        self._seen: dict[tuple[Any, ...], int] = {}
+
+    # -- what users do ----------------------------------------------------------------------------------------------
+
+    def reset(self, context: str | None = None) -> None:
+        """Forget the runs (of one context, or of all): the next call is step 0, and its caches are freed."""
+        for key in list(self._runs):
+            if context is None or key[0] == context:
+                del self._runs[key]
+        self._current = None
+        self._seen = {}
+
+    def enter(self, context: str) -> None:
+        """Calls from now on belong to ``context``."""
+        self._contexts.append(context)
+        self._current = None
+
+    def leave(self) -> None:
+        """Back to the context before."""
+        self._contexts.pop()
+        self._current = None
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The steps of the current runs, in call order."""
+        alive = {id(r) for run in self._runs.values() for r in run.records}
+        self._order = [r for r in self._order if id(r) in alive]
+        return list(self._order)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all buffers alive."""
+        return sum(b.numel() * b.element_size() for run in self._runs.values() for b in run.buffers.values())
+
+    # -- what the model object does -----------------------------------------------------------------------------------
+
+    def begin_call(self) -> None:
+        """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again."""
+        self._bounded, self._current, self._seen = True, None, {}
+
+    def end_call(self, error: bool) -> None:
+        """The call ended. After an exception the run is void."""
+        if error:
+            self.reset(self._contexts[-1] if self._contexts else "default")
+        elif self._current is not None:
+            self._current.step += 1
+        self._bounded, self._current, self._seen = False, None, {}
+
+    # -- what a compiled graph does -----------------------------------------------------------------------------------
+
+    def enter_graph(
+        self, graph: int, instance: int, steps: int | None, clock: Sequence[Any]
+    ) -> tuple[Run, tuple[int, ...], bool]:
+        """A graph of the model is about to run.
+
+        Args:
+            graph: number of the graph.
+            instance: tells apart several uses of one graph in one call (its first parameter).
+            steps: number of rows of the plan; None for an endless one.
+            clock: the inputs that carry the denoising time.
+
+        Returns:
+            The run, the key of this graph's buffers in it, and whether the run begins here.
+        """
+        place = (graph, instance)
+        known = place in self._seen
+        if not self._bounded and self._current is not None:
+            other = not known and self._current.step > 0 and (*place, 0) not in self._current.last
+            if known or other:  # the next call of this model, or the first of another
+                if known:
+                    self._current.step += 1
+                self._current, self._seen = None, {}
+        count = self._seen.get(place, 0)
+        self._seen[place] = count + 1
+        if self._current is None:
+            self._current = self._run(graph, 0 if self._bounded else instance, steps, clock)
+        return self._current, (*place, count), self._current.step == 0
+
+    def record(self, run: Run, kind: StepKind) -> StepRecord:
+        """The record of the current step, made by the first graph of a call."""
+        if not run.records or run.records[-1].index != run.step:
+            run.records.append(StepRecord(run.step, kind, run.context))
+            self._order.append(run.records[-1])
+        return run.records[-1]
+
+    def _run(self, graph: int, model: int, steps: int | None, clock: Sequence[Any]) -> Run:
+        name = (self._contexts[-1] if self._contexts else "default", model)
+        run = self._runs.get(name)
+        now = _read(clock)
+        if run is None or self._is_over(run, graph, steps, now):
+            keep = run.buffers if run is not None and run.begun_with == graph else {}
+            run = self._runs[name] = Run(name[0], graph, buffers=keep)
+        if now is not None:
+            if run.clock is not None and now != run.clock:
+                run.direction = run.direction or _direction(run.clock, now)
+            run.clock = now
+        return run
+
+    def _is_over(self, run: Run, graph: int, steps: int | None, now: tuple[float, ...] | None) -> bool:
+        if steps is not None and run.step >= steps:
+            return True
+        if run.begun_with != graph:
+            log.info("context %r: another graph was reached at step %d; a new run begins", run.context, run.step)
+            return True
+        if now is not None and run.clock is not None and run.direction:
+            if _direction(run.clock, now) * run.direction < 0:
+                log.info("context %r: the timestep jumped back at step %d; a new run begins", run.context, run.step)
+                return True
+        return False
+
+
+def _read(clock: Sequence[Any]) -> tuple[float, ...] | None:
+    """The clock's values where they are host values already; None where reading them would make the host wait."""
+    values: list[float] = []
+    for value in clock:
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu" or value.numel() > 4096 or type(value) not in (torch.Tensor,):
+                return None
+            if value.dtype in (torch.bfloat16, torch.float16):
+                value = value.float()
+            values.extend(float(x) for x in value.detach().numpy().reshape(-1)[:1])
+        elif isinstance(value, (int, float)):
+            values.append(float(value))
+    return tuple(values) or None
+
+
+def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> float:
+    return sum((b > a) - (b < a) for a, b in zip(before, after, strict=False))
