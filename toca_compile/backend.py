@@ -13,8 +13,8 @@ from toca_compile.errors import InferenceModeError, NoSiteError, PolicyError, To
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Policy
-from toca_compile.ir.program import Mode, Segment, Unit, Variant
-from toca_compile.ir.types import Action
+from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
+from toca_compile.ir.types import Action, Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
@@ -120,11 +120,8 @@ class Session:
     def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], Plan], Compiled]:
         def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
             variant = self.variant(unit, segment, modes, plan)
-            examples = [value_of(segment.inputs[i]) for i in variant.values]
-            for slot in variant.slots:
-                buffer = slot.kind in ("cache", "score", "stamp")
-                site = unit.sites[segment.sites[slot.position]]
-                examples.append(example_buffer(slot, site, unit) if buffer else None)
+            examples = [_example(segment.inputs[i]) for i in variant.values]
+            examples += [_slot_example(slot, unit.sites[segment.sites[slot.position]], unit) for slot in variant.slots]
             return self._lower(variant, examples), variant.values, variant.slots
 
         return compiled
@@ -265,15 +262,24 @@ def _clock(unit: Unit) -> list[int]:
     return found
 
 
+def _example(node: fx.Node) -> Any:
+    """A fake tensor as the segment will see the value: inputs as they are, what other segments compute contiguous."""
+    value = value_of(node)
+    given = node.op in ("placeholder", "get_attr") or not isinstance(value, torch.Tensor)
+    return value if given else value.new_empty(value.shape)
+
+
+def _slot_example(slot: Slot, site: Site, unit: Unit) -> Any:
+    """A fake buffer, or a number that could be one: some K, some step."""
+    if slot.kind in ("cache", "score", "stamp"):
+        return example_buffer(slot, site, unit)
+    return max(1, site.axis.size // 2) if slot.kind == "k" else 3
+
+
 def _propagate(variant: Variant, exemplar: Segment, unit: Unit) -> None:
     """Give every node of a variant its value, as fake tensors, with some K."""
     examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
-    for slot in variant.slots:
-        site = unit.sites[exemplar.sites[slot.position]]
-        if slot.kind in ("cache", "score", "stamp"):
-            examples.append(example_buffer(slot, site, unit))
-        else:
-            examples.append(max(1, site.axis.size // 2) if slot.kind == "k" else 1)
+    examples += [_slot_example(slot, unit.sites[exemplar.sites[slot.position]], unit) for slot in variant.slots]
     modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
     with modes.pop() if modes else torch.no_grad():
         _Propagate(variant.module).run(*examples)

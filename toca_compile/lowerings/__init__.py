@@ -11,7 +11,7 @@ from toca_compile.lowerings import eager, inductor
 class Lowering(Protocol):
     """Turn a variant into a callable.
 
-    ``examples`` are fake tensors for the buffers and None for the host numbers, in the order of the variant's inputs.
+    ``examples`` are a fake tensor or a plausible host number for each of the variant's inputs, in order.
     """
 
     def __call__(self, variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]: ...

@@ -20,14 +20,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from toca_compile.ir.program import Variant
 
 _ARTIFACTS: dict[tuple[Any, ...], Callable[..., Sequence[Any]]] = {}
-_EXAMPLE = 32  # a size hint for the symbolic numbers; no guard depends on it
 
 compiles = 0
 """How many variants were compiled in this process: a counter for tests and reports."""
 
 
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-    """The compiled artifact. Buffers are changed in place; the numbers may take any value without a recompile."""
+    """The compiled artifact. ``examples`` are fake tensors, and plausible values of the host numbers. Buffers are changed in place; the numbers may take any value without a recompile."""
     global compiles
     key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
     if key not in _ARTIFACTS:
@@ -54,8 +53,8 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
                 )
         else:
             source = ConstantSource(f"toca_number_{i}")
-            symbol = env.create_symbol(_EXAMPLE, source, DimDynamic.DYNAMIC)
-            values.append(env.create_symintnode(symbol, hint=_EXAMPLE, source=source))
+            symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
+            values.append(env.create_symintnode(symbol, hint=example, source=source))
     own = fx.GraphModule(module, _with_values(module.graph, values))
     with torch.no_grad(), torch.inference_mode(False), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
@@ -64,7 +63,10 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
 def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, env))  # type: ignore[arg-type]
+    # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
+    # compiled for one layout.
+    outputs = copy.graph_copy(graph, env)
+    copy.output(tuple(copy.call_method("contiguous", (o,)) for o in outputs))  # type: ignore[union-attr]
     for node, value in zip((n for n in copy.nodes if n.op == "placeholder"), values, strict=True):
         node.meta = {"val": value, "example_value": value}
     for node in copy.nodes:

@@ -195,7 +195,7 @@ def example_buffer(slot: Slot, site: Site, unit: Unit) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a slot's buffer."""
     output: torch.Tensor = site.output.meta["val"]
     if slot.kind == "cache":
-        return output
+        return output.new_empty(output.shape)
     assert unit.types is not None
     shape = [unit.types.factors.size(site.batch), site.axis.size]
     return output.new_empty(shape, dtype=torch.float32 if slot.kind == "score" else torch.int32)
