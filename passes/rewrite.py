@@ -48,6 +48,30 @@ def rewrite(
     return _Rewriter(segment, sites, modes, types, selector, dense).run()
 
 
+def needed_nodes(
+    segment: Segment, sites: Sequence[Site], modes: Sequence[Mode], *, dense: bool = False
+) -> set[fx.Node]:
+    """The nodes computed for all tokens. A reused branch needs none of its own, a partial one those that its rows are
+    gathered from."""
+    ends = {s.output: (s, m) for s, m in zip(sites, modes, strict=True)}
+    needed: set[fx.Node] = set()
+    todo = [*segment.outputs, *(s.add for s in sites)]
+    inside = set(segment.nodes)
+    while todo:
+        node = todo.pop()
+        if node in needed or node not in inside:
+            continue
+        needed.add(node)
+        site, mode = ends.get(node, (None, Mode.PLAIN))
+        if mode is Mode.REUSE:
+            continue
+        if site is not None and mode is Mode.PARTIAL and not dense:
+            todo += [i for n in site.region for i in n.all_input_nodes if i not in site.region]
+        else:
+            todo += node.all_input_nodes
+    return needed
+
+
 class _Rewriter:
     def __init__(
         self,
@@ -69,7 +93,7 @@ class _Rewriter:
     def run(self) -> Variant:
         inputs = {node: self._placeholder(node, f"in{i}_{node.name}") for i, node in enumerate(self.segment.inputs)}
         self.env.update(inputs)
-        needed = self._needed()
+        needed = needed_nodes(self.segment, self.sites, self.modes, dense=self.dense)
         for node in self.segment.nodes:
             if node in needed:
                 self._emit(node)
@@ -87,25 +111,6 @@ class _Rewriter:
                 self.graph.erase_node(node)
         module = fx.GraphModule({}, self.graph)
         return Variant(module, tuple(values), tuple(kept))
-
-    def _needed(self) -> set[fx.Node]:
-        """Nodes to emit for all tokens. A reused branch needs nothing, a partial one what its rows are gathered from."""
-        needed: set[fx.Node] = set()
-        todo = list(self.segment.outputs)
-        todo += [s.add for s in self.sites if s.add in self.segment.nodes]
-        while todo:
-            node = todo.pop()
-            if node in needed or node in self.segment.inputs:
-                continue
-            needed.add(node)
-            _, site, mode = self.ends.get(node, (0, None, Mode.PLAIN))
-            if mode is Mode.REUSE:
-                continue
-            if site is not None and mode is Mode.PARTIAL and not self.dense:
-                todo += [i for n in site.region for i in n.all_input_nodes if i not in site.region]
-            else:
-                todo += node.all_input_nodes
-        return needed
 
     def _emit(self, node: fx.Node) -> None:
         position, site, mode = self.ends.get(node, (0, None, Mode.PLAIN))

@@ -58,9 +58,9 @@ class OptimizedModel(OptimizedModule):
                 raise error.inner_exception from None
             raise
         finally:
-            control.end_call(failed)
-        if not session.executors:
-            self._no_site()
+            reached = control.end_call(failed)
+        if not reached:
+            self._uncached()
         return out
 
     def reset(self) -> None:
@@ -117,15 +117,24 @@ class OptimizedModel(OptimizedModule):
                 "torch.inference_mode()"
             )
 
-    def _no_site(self) -> None:
-        message = (
-            f"no site was found in {type(self._orig_mod).__name__}: it has no residual branch on the axis of an "
-            "attention's queries, so there is nothing to cache. toca_compile is for diffusion transformers; is this "
-            "the right module? (strict=False runs it uncached)"
-        )
-        if self._session.strict:
-            raise NoSiteError(message)
-        self._session.warn_once(message)
+    def _uncached(self) -> None:
+        """No graph with sites ran in a call: say why, and once."""
+        session = self._session
+        name = type(self._orig_mod).__name__
+        if session.seen and not session.executors:
+            error: TocaError = NoSiteError(
+                f"no site was found in {name}: it has no residual branch on the axis of an attention's queries, so "
+                "there is nothing to cache. toca_compile is for diffusion transformers; is this the right module? "
+                "(strict=False runs it uncached)"
+            )
+        else:
+            error = TocaError(
+                f"{name} ran uncached, because torch.compile is switched off here: look for TORCHDYNAMO_DISABLE, "
+                "torch.compiler.disable or an active TorchDispatchMode (strict=False allows it)"
+            )
+        if session.strict:
+            raise error
+        session.warn_once(str(error))
 
 
 def optimize(

@@ -55,7 +55,7 @@ class Session:
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
-        self.graphs = 0
+        self.seen = 0  # graphs that Dynamo handed over
         self._broken = False
         self._warned: set[str] = set()
 
@@ -70,6 +70,7 @@ class Session:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph that Dynamo found."""
+        self.seen += 1
         reason = getattr(gm, "compile_subgraph_reason", None)
         self._broken |= bool(getattr(reason, "graph_break", False))
         try:
@@ -114,8 +115,7 @@ class Session:
         plan = _checked(self.policy, unit)
         self._explain_choices(unit, plan)
         self.managers.append(manager)
-        self.graphs += 1
-        return Executor(unit, plan, self.control, self._variants(unit), _clock(unit), self.graphs)
+        return Executor(unit, plan, self.control, self._variants(unit), _clock(unit), self.seen)
 
     def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], Plan], Compiled]:
         def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:

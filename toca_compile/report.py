@@ -1,4 +1,167 @@
-"""stub for now"""
-from typing import Any
-Report = Any
-def make_report(session: Any) -> Any: return session
+"""Reports: what the compiler found, what each site may do and costs, and when the policy does what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from toca_compile.backend import Session
+from toca_compile.cost import K, CostModel
+from toca_compile.errors import TocaError
+from toca_compile.ir.plan import Plan
+from toca_compile.ir.printer import print_graph
+from toca_compile.ir.program import Mode
+from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.runtime.executor import Executor
+
+_LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "P", StepKind.REUSE: "R"}
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One residual branch. ``actions``: names of what it may do; ``reason``: why it cannot be partial, or None.
+    ``flops``: of its branch at all tokens; ``flops_partial``: an expression in K, or None."""
+
+    name: str
+    kind: str
+    stream: str
+    actions: frozenset[str]
+    reason: str | None
+    tokens: int
+    depth: int
+    flops: int
+    flops_partial: sympy.Expr | None
+    share: float
+
+
+class Report:
+    """What ``explain`` returns; ``str`` of it is a table."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._costs = [CostModel(e.unit) for e in session.executors]
+        self.sites = tuple(
+            row for e, c in zip(session.executors, self._costs, strict=True) for row in _site_rows(e, c)
+        )
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of each graph (most models are one)."""
+        return tuple(e.plan for e in self._session.executors)
+
+    def flops(self, kind: str, *, symbolic: bool = False, counting: str = "published") -> int | float | sympy.Expr:
+        """FLOPs of one step.
+
+        Args:
+            kind: ``"full"``, ``"partial"`` (the mean over the policy's partial steps) or ``"reuse"``.
+            symbolic: an expression in B, n, C, and K for every site that the policy makes partial.
+            counting: ``"published"`` (the ToCa authors' rules, blocks only) or ``"torch"`` (as
+                ``torch.utils.flop_counter``, the whole graph).
+
+        Raises:
+            TocaError: no such kind.
+        """
+        if kind not in [k.value for k in StepKind]:
+            raise TocaError(f"kind is 'full', 'partial' or 'reuse', not {kind!r}")
+        total: int | float | sympy.Expr = 0
+        for executor in self._session.executors:
+            cost = CostModel(executor.unit, counting)
+            rows = [s for s in executor.plan.steps if s.kind.value == kind]
+            if symbolic or not rows or kind != "partial":
+                expression = cost.symbolic(_actions(executor, kind))
+                total += expression if symbolic else int(expression.subs({**cost.values, K: 0}))
+            else:
+                total += sum(cost.step(r) for r in rows) / len(rows)
+        return total
+
+    def run_flops(self, counting: str = "published") -> int:
+        """FLOPs of a whole run under the policy."""
+        return sum(CostModel(e.unit, counting).run(e.plan) for e in self._session.executors)
+
+    def flop_speedup(self, counting: str = "published") -> float:
+        """FLOPs of a run with every step full, over those of a run under the policy."""
+        steps = len(self.plans[0].steps)
+        return float(self.flops("full", counting=counting)) * steps / self.run_flops(counting)
+
+    @property
+    def schedule(self) -> str:
+        """One letter a step: F full, P partial, R reuse."""
+        return "".join(_LETTERS[s.kind] for s in self.plans[0].steps)
+
+    def graphs(self) -> dict[str, str]:
+        """The graph after each pass, and every variant built so far, printed."""
+        texts: dict[str, str] = {}
+        for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
+            prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
+            texts |= {prefix + name: text for name, text in manager.graphs.items()}
+            for (template, modes), _ in executor.ready.items():
+                segment = next(s for s in executor.unit.segments if s.template == template)
+                variant = self._session.variant(executor.unit, segment, modes, executor.plan)
+                texts[f"{prefix}template{template}[{_mode_names(modes)}]"] = print_graph(variant.module.graph)
+        return texts
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "stream", "tokens", "actions", "GFLOPs", "partial, K of n", "share", "why not partial")]
+        for name, group in _grouped(self.sites):
+            site = group[0]
+            rows.append((
+                name, site.kind, site.stream, str(site.tokens), " ".join(sorted(site.actions)),
+                f"{site.flops / 1e9:.3f}", str(site.flops_partial) if site.flops_partial is not None else "–",
+                f"{sum(s.share for s in group):.1%}", site.reason or "",
+            ))  # fmt: skip
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append("")
+        lines.append(f"schedule  {self.schedule}")
+        full = float(self.flops("full"))
+        lines.append(
+            f"a full step {full / 1e9:.3f} GFLOPs, partial {float(self.flops('partial')) / 1e9:.3f} (mean), "
+            f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full"
+        )
+        return "\n".join(lines)
+
+
+def make_report(session: Session) -> Report:
+    """The report of a session with at least one compiled graph."""
+    return Report(session)
+
+
+def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
+    total = sum(int(cost.site(s, Action.COMPUTE).subs(cost.values)) for s in executor.unit.sites) or 1
+    rows = []
+    for site in executor.unit.sites:
+        full = int(cost.site(site, Action.COMPUTE).subs(cost.values))
+        partial = cost.site(site, Action.PARTIAL).subs(cost.values) if Action.PARTIAL in site.actions else None
+        actions = frozenset(a.value for a in site.actions)
+        rows.append(
+            SiteReport(
+                site.name, site.kind, site.axis.name, actions, site.reason, site.axis.size, site.depth, full, partial,
+                full / total,
+            )  # fmt: skip
+        )
+    return rows
+
+
+def _actions(executor: Executor, kind: str) -> list[Action]:
+    if kind == "full":
+        return [Action.COMPUTE] * len(executor.unit.sites)
+    if kind == "reuse":
+        return [Action.REUSE] * len(executor.unit.sites)
+    return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.unit.sites]
+
+
+def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
+    """Sites that are the same in every block of a stack, as one row."""
+    groups: dict[tuple[object, ...], list[SiteReport]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, site.stream, site.actions, site.reason, site.flops), []).append(site)
+    named = []
+    for group in groups.values():
+        extra = f" … {group[-1].name}  (×{len(group)})" if len(group) > 1 else ""
+        named.append((group[0].name + extra, group))
+    return named
+
+
+def _mode_names(modes: Sequence[Mode]) -> str:
+    return ", ".join(m.value for m in modes)

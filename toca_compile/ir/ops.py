@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _LIB = torch.library.Library("toca", "DEF")
-_SCORE_BLOCK = 256  # query rows of the attention map alive at a time
+_SCORE_BLOCK = 128  # query rows of the attention map alive at a time: at 1024 tokens they stay in the cache of a CPU
 _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high resolution
 
 

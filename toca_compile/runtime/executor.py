@@ -14,7 +14,7 @@ from torch import fx
 
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.types import Action, Site, StepKind
 from toca_compile.runtime.step_control import Run, StepControl
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Executor:
         """Follow another plan from the next run on."""
         self.plan = plan
         self._cells = [self._cell_row(i) for i in range(len(plan.steps))]
-        self._ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
+        self.ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(inputs[self._state]) if self._state is not None else 0
@@ -108,10 +108,10 @@ class Executor:
         cells = self._cells[index]
         for i, segment in enumerate(self.unit.segments):
             cell = cells[i]
-            ready = self._ready.get((segment.template, cell.modes))
+            ready = self.ready.get((segment.template, cell.modes))
             if ready is None:
                 ready = self._compiled(segment, cell.modes, self.plan)
-                self._ready[segment.template, cell.modes] = ready
+                self.ready[segment.template, cell.modes] = ready
             call, used, slots = ready
             places = self._segment_inputs[i]
             arguments = [values[places[j]] for j in used]
@@ -139,11 +139,7 @@ class Executor:
 
     def _cell_row(self, index: int) -> list[_Cell]:
         row, since = self.plan.steps[index], self._since(index)
-        scored = {
-            s.score_site
-            for s in self.unit.sites
-            if self.plan.partial(s.index) and self.plan.selector.score not in ("random", "none")
-        }
+        scored = self._scored(index)
         cells = []
         for segment in self.unit.segments:
             modes, numbers = [], {}
@@ -167,6 +163,19 @@ class Executor:
         if not self.plan.caches:
             return Mode.PLAIN
         return Mode.SCORE if scored else Mode.STORE
+
+    def _scored(self, index: int) -> set[int | None]:
+        """The sites whose scores of this step some partial site reads before they are made anew."""
+        if self.plan.selector.score in ("random", "none"):
+            return set()
+        used: set[int | None] = set()
+        for step in self.plan.steps[index + 1 :]:
+            for site, todo in zip(self.unit.sites, step.sites, strict=True):
+                if todo.action is Action.PARTIAL:
+                    used.add(site.score_site)
+            if step.kind is StepKind.FULL:
+                break
+        return used
 
     def _since(self, index: int) -> list[int]:
         """For each site the last step before this one that computed all of it."""

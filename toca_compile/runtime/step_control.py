@@ -91,13 +91,15 @@ class StepControl:
         """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again."""
         self._bounded, self._current, self._seen = True, None, {}
 
-    def end_call(self, error: bool) -> None:
-        """The call ended. After an exception the run is void."""
+    def end_call(self, error: bool) -> bool:
+        """The call ended; says whether any compiled graph ran in it. After an exception the run is void."""
+        reached = bool(self._seen)
         if error:
             self.reset(self._contexts[-1] if self._contexts else "default")
         elif self._current is not None:
             self._current.step += 1
         self._bounded, self._current, self._seen = False, None, {}
+        return reached
 
     # -- what a compiled graph does -----------------------------------------------------------------------------------
 

@@ -1,0 +1,170 @@
+"""Small diffusion transformers, written in three different styles."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_features(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of the timestep, ``[batch, dim]``."""
+    frequencies = torch.exp(-9.21 * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class PlainBlock(nn.Module):
+    """adaLN-Zero block with a fused qkv projection, as in the code of the DiT paper."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The projected output, and the post-softmax map ``[batch, heads, queries, keys]``: what an oracle needs."""
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
+        return self.proj(out.transpose(1, 2).reshape(b, n, c)), weights
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """One block on ``[batch, tokens, width]``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)[0]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class PlainDiT(nn.Module):
+    """A class-conditional DiT in the style of the paper's own code."""
+
+    def __init__(
+        self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 3, channels: int = 2
+    ) -> None:
+        super().__init__()
+        self.grid, self.width = (size[0] // 2, size[1] // 2), width
+        self.embed = nn.Conv2d(channels, width, 2, stride=2)
+        self.positions = nn.Parameter(torch.randn(1, self.grid[0] * self.grid[1], width))
+        self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
+        self.labels = nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 4 * channels)
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and conditioning."""
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
+        return tokens, self.time(timestep_features(t, 16)) + self.labels(y)
+
+    def finish(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens to a picture."""
+        shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=-1)
+        x = self.head(self.norm(x) * (1 + scale) + shift)
+        h, w = self.grid
+        return torch.einsum("nhwpqc->nchpwq", x.reshape(x.shape[0], h, w, 2, 2, -1)).reshape(
+            x.shape[0], -1, 2 * h, 2 * w
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The predicted noise of pictures ``[batch, channels, height, width]``."""
+        x, c = self.prepare(x, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.finish(x, c)
+
+
+class RegisterBlock(nn.Module):
+    """Pre-norm without adaLN, attention written out, SwiGLU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.n1, self.n2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.to_q, self.to_kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.gate, self.up, self.down = (nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block on ``[batch, registers + tokens, width]``."""
+        y = self.n1(x)
+        q = rearrange(self.to_q(y), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.to_kv(y), "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        weights = torch.softmax(torch.matmul(q, k.transpose(-2, -1)) / q.shape[-1] ** 0.5, dim=-1)
+        x = x + self.out(rearrange(torch.matmul(weights, v), "b h n d -> b n (h d)"))
+        y = self.n2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class RegisterDiT(nn.Module):
+    """einops reshapes, registers before the tokens, conditioning added to the tokens once."""
+
+    def __init__(self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 3) -> None:
+        super().__init__()
+        self.size = size
+        self.embed = nn.Linear(8, width)
+        self.registers = nn.Parameter(torch.randn(3, width))
+        self.time = nn.Linear(16, width)
+        self.labels = nn.Embedding(11, width)
+        self.layers = nn.ModuleList(RegisterBlock(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The predicted noise of pictures ``[batch, 2, height, width]``."""
+        tokens = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2))
+        tokens = tokens + (self.time(timestep_features(t, 16)) + self.labels(y))[:, None]
+        z = torch.cat([self.registers.expand(x.shape[0], -1, -1), tokens], dim=1)
+        for layer in self.layers:
+            z = layer(z)
+        z = self.head(z[:, 3:])
+        return rearrange(z, "b (h w) (p q c) -> b c (h p) (w q)", h=self.size[0] // 2, p=2, q=2)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights large enough that every branch matters; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.eval()
+
+
+def diffusers_dit(depth: int = 3, **overrides: Any) -> nn.Module:
+    """A small ``DiTTransformer2DModel``."""
+    from diffusers import DiTTransformer2DModel
+
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 2, "out_channels": 2, "num_layers": depth,
+        "patch_size": 2, "sample_size": 8, "num_embeds_ada_norm": 10, "attention_bias": True,
+        "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
+        "norm_num_groups": 1,
+    }  # fmt: skip
+    return randomize(DiTTransformer2DModel(**settings | overrides))
+
+
+class Positional(nn.Module):
+    """A model called as ``model(x, t, y)`` and answering with a tensor, whatever it is inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Call the diffusers model by keyword."""
+        return self.inner(x, timestep=t, class_labels=y, return_dict=False)[0]
+
+
+def zoo() -> dict[str, nn.Module]:
+    """One small model of each style."""
+    return {
+        "plain": randomize(PlainDiT()),
+        "register": randomize(RegisterDiT()),
+        "diffusers": Positional(diffusers_dit()).eval(),
+    }

@@ -1,0 +1,164 @@
+"""The cost model: FLOPs of a step as sympy expressions in batch B, tokens n, computed tokens K and width C.
+
+Two counting rules:
+
+* ``published``: as the ToCa authors count (a multiply-add is 2, softmax 5 an element, GELU 6, a norm 2, linears on the
+  conditioning once per multiply-add), over the transformer blocks;
+* ``torch``: what ``torch.utils.flop_counter`` counts, products only, over the whole graph.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import sympy
+from torch import fx
+
+from toca_compile.errors import TocaError
+from toca_compile.ir.plan import Plan, StepPlan
+from toca_compile.ir.program import Mode, Segment, Unit
+from toca_compile.ir.types import Action, Site
+from toca_compile.passes.rewrite import needed_nodes
+from toca_compile.rules.registry import RULES, Work
+
+B, K, C = sympy.symbols("B K C", positive=True, integer=True)
+_MODES = {Action.COMPUTE: Mode.PLAIN, Action.PARTIAL: Mode.PARTIAL, Action.REUSE: Mode.REUSE}
+
+
+class CostModel:
+    """FLOPs of the steps of one compiled graph."""
+
+    def __init__(self, unit: Unit, counting: str = "published") -> None:
+        if counting not in ("published", "torch"):
+            raise TocaError(f"counting is 'published' or 'torch', not {counting!r}")
+        assert unit.types is not None
+        self.unit, self.types, self.counting = unit, unit.types, counting
+        self.axes = {s.axis.factors: sympy.Symbol(self._symbol(s), positive=True, integer=True) for s in unit.sites}
+        self.batch = {f for s in unit.sites for f in s.batch}
+        self.width = max((self._features(s) for s in unit.sites), default=1)
+        self._seen: dict[tuple[fx.Node, bool], sympy.Expr] = {}
+
+    @property
+    def values(self) -> dict[sympy.Symbol, int]:
+        """What the symbols stand for in this graph (K apart)."""
+        numbers = {symbol: self.types.factors.size(factors) for factors, symbol in self.axes.items()}
+        site = self.unit.sites[0] if self.unit.sites else None
+        return {**numbers, B: self.types.factors.size(site.batch) if site else 1, C: self.width}
+
+    def step(self, plan: StepPlan) -> int:
+        """FLOPs of one step of a plan."""
+        total = 0
+        for segment in self._segments():
+            sites = [self.unit.sites[i] for i in segment.sites]
+            rows = [plan.sites[i] for i in segment.sites]
+            total += self._number(segment, sites, [r.action for r in rows], [r.tokens for r in rows])
+        return total
+
+    def run(self, plan: Plan) -> int:
+        """FLOPs of all steps of a plan."""
+        return sum(self.step(step) for step in plan.steps)
+
+    def symbolic(self, actions: Sequence[Action]) -> sympy.Expr:
+        """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens."""
+        total = sympy.Integer(0)
+        for segment in self._segments():
+            sites = [self.unit.sites[i] for i in segment.sites]
+            parts = self._parts(segment, sites, [actions[i] for i in segment.sites])
+            total += sum((expr for expr, _ in parts), sympy.Integer(0))
+        return sympy.expand(total)
+
+    def site(self, site: Site, action: Action) -> sympy.Expr:
+        """FLOPs of one site's own branch."""
+        if action is Action.REUSE:
+            return sympy.Integer(0)
+        return sympy.expand(sum(self._node(n, action is Action.PARTIAL) for n in site.region))
+
+    def _segments(self) -> list[Segment]:
+        return [s for s in self.unit.segments if s.sites or self.counting == "torch"]
+
+    def _parts(
+        self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]
+    ) -> list[tuple[sympy.Expr, int | None]]:
+        """Cost of a segment, apart for each partial site (whose position comes along), since each has its own K."""
+        needed = needed_nodes(segment, sites, [_MODES[a] for a in actions])
+        held = {s.output for s, a in zip(sites, actions, strict=True) if a is not Action.COMPUTE}
+        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - held), None)]
+        for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
+            if action is Action.PARTIAL:
+                parts.append((sum(self._node(n, True) for n in site.region), i))
+        return parts
+
+    def _number(
+        self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action], tokens: Sequence[int]
+    ) -> int:
+        total = 0
+        for expr, position in self._parts(segment, sites, actions):
+            values = self.values | ({K: tokens[position]} if position is not None else {})
+            total += int(sympy.sympify(expr).subs(values))
+        return total
+
+    def _node(self, node: fx.Node, restricted: bool) -> sympy.Expr:
+        if (node, restricted) not in self._seen:
+            self._seen[node, restricted] = self._cost(node, restricted)
+        return self._seen[node, restricted]
+
+    def _cost(self, node: fx.Node, restricted: bool) -> sympy.Expr:
+        rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+        spec = self.types.specs.get(node)
+        if rule is None or spec is None or rule.work is Work.NONE:
+            return sympy.Integer(0)
+        result = [label for dim in spec.results[0] for label in dim]
+        if rule.work is Work.CONTRACT:
+            if len(spec.operands) < 2:
+                return sympy.Integer(0)
+            bias_first = "add" in str(node.target)
+            other = spec.operands[2 if bias_first else 1]
+            labels = list(dict.fromkeys([*result, *(label for dim in other for label in dim)]))
+            size, tokens = self._size(node, labels, restricted)
+            conditioning = not tokens and self.counting == "published"
+            return size * (1 if conditioning else 2)
+        if rule.work is Work.ATTENTION:
+            query, key, value = spec.operands[:3]
+            rows = [label for dim in query[:-1] for label in dim]
+            keys = [label for label in key[-2] if label not in rows]
+            scores, _ = self._size(node, rows + keys, restricted)
+            first, _ = self._size(node, rows + keys + list(query[-1]), restricted)
+            second, _ = self._size(node, rows + keys + list(value[-1]), restricted)
+            softmax = Work.SOFTMAX.value * scores if self.counting == "published" else 0
+            return 2 * first + 2 * second + softmax
+        if self.counting == "torch":
+            return sympy.Integer(0)
+        return rule.work.value * self._size(node, result, restricted)[0]
+
+    def _size(self, node: fx.Node, labels: Sequence[str], restricted: bool) -> tuple[sympy.Expr, bool]:
+        """The product of the labels' sizes, and whether a token axis is among them."""
+        counted = Counter(f for label in labels for f in self.types.label(node, label))
+        expr, tokens = sympy.Integer(1), False
+        for factors, symbol in self.axes.items():
+            times = min(counted[f] for f in factors)
+            if times:
+                tokens = True
+                expr *= K * symbol ** (times - 1) if restricted else symbol**times
+                counted -= Counter({f: times for f in factors})
+        rest, products = 1, 1
+        for label in labels:
+            own = self.types.label(node, label)
+            size = self.types.factors.size(f for f in own if f in counted and f not in self.batch)
+            if size % self.width == 0 and size:
+                products *= size // self.width
+                expr *= C
+            else:
+                rest *= size
+        if rest % self.width == 0:
+            rest, expr = rest // self.width, expr * C
+        return expr * B ** (1 if any(f in self.batch for f in counted) else 0) * rest * products, tokens
+
+    def _symbol(self, site: Site) -> str:
+        names = list(dict.fromkeys(s.axis.name for s in self.unit.sites))
+        return "n" if len(names) == 1 else f"n_{site.axis.name}"
+
+    def _features(self, site: Site) -> int:
+        shape = [self.types.factors.size(d) for d in self.types.type_of(site.output)]
+        total = 1
+        for size in shape:
+            total *= size
+        return total // (site.axis.size * self.types.factors.size(site.batch))
