@@ -54,6 +54,11 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for node in reversed(captured.graph.nodes):
         if node.target in _NO_VALUE and not node.users:
             captured.graph.erase_node(node)
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.aten.squeeze.default:
+            # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
+            node.args = (node.args[0], [d for d, s in enumerate(node.args[0].meta["val"].shape) if s == 1])
+            node.target = torch.ops.aten.squeeze.dims
     captured.graph.eliminate_dead_code()
     captured.recompile()
     return captured

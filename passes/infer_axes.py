@@ -46,7 +46,11 @@ def _apply(node: fx.Node, types: AxisTypes) -> None:
     bound: dict[str, Product] = {}
     for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
         for dim, product in zip(dims, types.results[operand][0], strict=True):
-            _bind(types, spec, bound, dim, product)
+            if not _bind(types, spec, bound, dim, product):
+                # The operands cannot be taken apart as the op does it (a boundary inside a concatenation, say).
+                # Nothing is known to pass through: the result is new, and the call has no spec to prove with.
+                types.results[node] = tuple(_fresh(types, v) for v in tensors(value_of(node)))
+                return
     factors = types.factors
     for label, window in spec.windows.items():
         size = spec.sizes[label]
@@ -63,17 +67,11 @@ def _apply(node: fx.Node, types: AxisTypes) -> None:
     )
 
 
-def _bind(types: AxisTypes, spec: AxisSpec, bound: dict[str, Product], dim: Dim, product: Product) -> None:
+def _bind(types: AxisTypes, spec: AxisSpec, bound: dict[str, Product], dim: Dim, product: Product) -> bool:
     parts = types.factors.split(product, [spec.sizes[label] for label in dim]) if dim else ()
     if parts is None:
-        # The dimension cannot be taken apart as the op does it (a boundary inside a concatenation, say): the labels
-        # become index spaces of their own, so nothing is claimed to pass through here.
-        return
-    for label, part in zip(dim, parts, strict=True):
-        if label in bound:
-            types.factors.unify(bound[label], part)
-        else:
-            bound[label] = part
+        return False
+    return all(types.factors.unify(bound.setdefault(label, part), part) for label, part in zip(dim, parts, strict=True))
 
 
 def call_of(node: fx.Node) -> Call:

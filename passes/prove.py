@@ -137,7 +137,7 @@ def follow(
             return None if place.setdefault(node, at) == at else Blocked(node, "is needed along two different axes")
         spec = types.specs.get(node)
         if spec is None:
-            return Blocked(node, "has no rule")
+            return Blocked(node, "has no rule" if node.target not in RULES else "regroups the tokens")
         label = label_at(types, node, spec.results[result], at)
         if label is None or label[0] not in spec.carried:
             return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")

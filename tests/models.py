@@ -63,7 +63,7 @@ class PlainDiT(nn.Module):
     def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and conditioning."""
         tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
-        return tokens, self.time(timestep_features(t, 16)) + self.labels(y)
+        return tokens, self.time(timestep_features(t, 16).to(x.dtype)) + self.labels(y)
 
     def finish(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens to a picture."""

@@ -6,7 +6,7 @@ import torch
 
 from toca_compile.ir.calls import Call
 from toca_compile.ir.spec import AxisSpec, einsum
-from toca_compile.rules.registry import Args, Work, register
+from toca_compile.rules.registry import Args, Sample, Work, register
 
 aten = torch.ops.aten
 
@@ -99,31 +99,34 @@ def einsum_rule(call: Call) -> AxisSpec:
     return einsum(pattern, call.operands, call.results)
 
 
-@register(
-    [aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding],
-    lambda rng: ((torch.randn(2, 3, 4), torch.randn(2, 3, 2), None, [2]), {}),
-    work=Work.CONTRACT,
-)
 def conv(call: Call) -> AxisSpec:
     """A convolution carries the batch only: positions of the result are a new index space (the patch grid)."""
-    x, y = call.operands[0], call.results[0]
-    space = len(x) - 2
-    taps = " ".join(f"t{i}" for i in range(space))
-    pattern = f"b i {' '.join(f's{i}' for i in range(space))}, o j {taps}, o -> b o {' '.join(f'g{i}' for i in range(space))}"
-    return einsum(pattern, call.operands, [y])
+    return _convolution(call, "o j")
 
 
-@register(
-    [aten.conv_transpose1d.default, aten.conv_transpose2d.input],
-    lambda rng: ((torch.randn(2, 3, 4, 4), torch.randn(3, 2, 2, 2), None, [2, 2]), {}),
-    work=Work.CONTRACT,
-)
 def conv_transpose(call: Call) -> AxisSpec:
     """As a convolution, with the weight's channels exchanged."""
-    space = len(call.operands[0]) - 2
-    taps = " ".join(f"t{i}" for i in range(space))
-    pattern = f"b i {' '.join(f's{i}' for i in range(space))}, i j {taps}, o -> b o {' '.join(f'g{i}' for i in range(space))}"
-    return einsum(pattern, call.operands, call.results)
+    return _convolution(call, "i j")
+
+
+def _convolution(call: Call, weight: str) -> AxisSpec:
+    space = range(len(call.operands[0]) - 2)
+    inside, taps, outside = (" ".join(f"{letter}{i}" for i in space) for letter in "stg")
+    return einsum(f"b i {inside}, {weight} {taps}, o -> b o {outside}", call.operands, call.results)
+
+
+def _images(space: int, stride: int) -> Sample:
+    def sample(rng: Random) -> Args:
+        return (torch.randn(2, 3, *[4] * space), torch.randn(3, 3, *[2] * space), None, [stride] * space), {}
+
+    return sample
+
+
+register(aten.conv1d.default, _images(1, 2), work=Work.CONTRACT)(conv)
+register([aten.conv2d.default, aten.conv2d.padding], _images(2, 2), work=Work.CONTRACT)(conv)
+register(aten.conv3d.default, _images(3, 2), work=Work.CONTRACT)(conv)
+register(aten.conv_transpose1d.default, _images(1, 2), work=Work.CONTRACT)(conv_transpose)
+register(aten.conv_transpose2d.input, _images(2, 2), work=Work.CONTRACT)(conv_transpose)
 
 
 @register(aten.embedding.default, lambda rng: ((torch.randn(5, 3), torch.randint(0, 5, (2, 4))), {}))

@@ -1,17 +1,24 @@
 """Norms, softmax and reductions: ops that read some dimensions whole."""
 
+from random import Random
+
 import torch
 
 from toca_compile.ir.calls import Call, normal_dims
 from toca_compile.ir.spec import AxisSpec, einsum, over_dims
-from toca_compile.rules.registry import Work, register
+from toca_compile.rules.registry import Args, Work, register
 
 aten = torch.ops.aten
 
 
+def _rows(rng: Random) -> Args:
+    width = rng.randint(2, 5)
+    return (torch.randn(2, 3, width), [width]), {}
+
+
 @register(
     [aten.layer_norm.default, aten.rms_norm.default],
-    lambda rng: ((torch.randn(2, 3, rng.randint(2, 5)), [0]), {}),
+    _rows,
     work=Work.NORM,
 )
 def normalize_last(call: Call) -> AxisSpec:
@@ -33,8 +40,13 @@ def group_norm(call: Call) -> AxisSpec:
 
 
 @register(
-    [aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default],
+    [aten._softmax.default, aten._log_softmax.default],
     lambda rng: ((torch.randn(2, 3, 4), rng.choice([0, 1, 2, -1]), False), {}),
+    work=Work.SOFTMAX,
+)
+@register(
+    [aten.softmax.int, aten.log_softmax.int],
+    lambda rng: ((torch.randn(2, 3, 4), rng.choice([0, 1, 2, -1])), {}),
     work=Work.SOFTMAX,
 )
 def softmax(call: Call) -> AxisSpec:

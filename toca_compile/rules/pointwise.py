@@ -87,7 +87,7 @@ BINARY = [
     aten.maximum.default, aten.minimum.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.eq.Tensor,
     aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.floor_divide.default,
 ]  # fmt: skip
-register(BINARY, _two(), _one(2.0), pointwise=True)(elementwise_axes)
+register(BINARY, _two(), pointwise=True)(elementwise_axes)
 register([aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor],
          _two(_bits), pointwise=True)(elementwise_axes)  # fmt: skip
 register([aten.div.Tensor_mode, aten.div.Scalar_mode], _one(0.3, rounding_mode="floor"), pointwise=True)(
@@ -103,24 +103,28 @@ register(aten.masked_fill.Scalar, lambda rng: ((torch.rand(2, 3), torch.rand(3) 
     elementwise_axes
 )
 register(aten.prelu.default, lambda rng: ((torch.randn(3, 4, 2), torch.rand(1)), {}))(elementwise_axes)
-register([aten.view_as_real.default], lambda rng: ((torch.randn(2, 3, 4, dtype=torch.complex64),), {}))(
-    lambda call: AxisSpec(
-        (elementwise(call.operands, call.operands).results[0],),
-        (elementwise(call.operands, call.operands).results[0] + (("pair",),),),
-        {**elementwise(call.operands, call.operands).sizes, "pair": 2},
-    )
-)
 
 
-@register(
-    [aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.zeros.default,
-     aten.ones.default, aten.scalar_tensor.default, aten.linspace.default, aten.empty.memory_format,
-     aten.randn.default, aten.rand.default],
-    lambda rng: ((4,), {}),
-)  # fmt: skip
+@register(aten.view_as_real.default, lambda rng: ((torch.randn(2, 3, 4, dtype=torch.complex64),), {}))
+def view_as_real(call: Call) -> AxisSpec:
+    """Real and imaginary part become a last dimension."""
+    spec = elementwise(call.operands, call.operands)
+    return AxisSpec(spec.operands, (spec.results[0] + (("pair",),),), {**spec.sizes, "pair": 2})
+
+
 def constant(call: Call) -> AxisSpec:
     """No operand: every dimension of the result is a new index space."""
     shape = call.results[0]
     labels = [f"d{i}" for i in range(len(shape))]
     dims = tuple((n,) if s > 1 else () for n, s in zip(labels, shape, strict=True))
     return AxisSpec((), (dims,), {n: s for n, s in zip(labels, shape, strict=True) if s > 1})
+
+
+register(aten.arange.default, lambda rng: ((4,), {}))(constant)
+register(aten.arange.start, lambda rng: ((1, 4), {}))(constant)
+register(aten.arange.start_step, lambda rng: ((1, 7, 2), {}))(constant)
+register(aten.linspace.default, lambda rng: ((0.0, 1.0, 5), {}))(constant)
+register(aten.scalar_tensor.default, lambda rng: ((2.0,), {}))(constant)
+register(aten.full.default, lambda rng: (([2, 3], 1.0), {}))(constant)
+register([aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.rand.default, aten.randn.default],
+         lambda rng: (([2, 3],), {}))(constant)  # fmt: skip

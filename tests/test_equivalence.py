@@ -1,0 +1,146 @@
+"""Identities that every model of the suite must keep, in each lowering that needs no compiler."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.models import PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
+from tests.sampling import noise, sample
+from torch import nn
+
+import toca_compile
+from toca_compile import Fora, FullCompute, ToCa
+
+MODELS = ["plain", "register", "diffusers"]
+POLICIES = [
+    ToCa(num_steps=12, interval=4, fresh_ratio=0.3),
+    ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant"),
+    ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant", score="random"),
+    ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant", score="v_norm"),
+    ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant", score="none"),
+    ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant", score_stride=3),
+    Fora(num_steps=12, interval=3),
+]
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return zoo()[request.param]
+
+
+def test_full_compute_is_the_model_bit_for_bit(model: nn.Module) -> None:
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    x = noise()
+    assert torch.equal(sample(opt, 4, x), sample(model, 4, x))
+    assert opt.cache_bytes == 0
+
+
+def test_full_steps_are_the_model(model: nn.Module) -> None:
+    opt = toca_compile.optimize(model, ToCa(num_steps=6, interval=1, schedule="constant"), lowering="eager")
+    x = noise()
+    assert torch.equal(sample(opt, 6, x), sample(model, 6, x))
+    assert {r.kind for r in opt.steps} == {"full"}
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_gather_scatter_is_dense_and_blend(model: nn.Module, policy: ToCa | Fora) -> None:
+    x = noise()
+    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 12, x) for way in ("eager", "dense")]
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+
+
+def test_k_norm_needs_a_fused_attention() -> None:
+    x, policy = noise(), ToCa(num_steps=6, fresh_ratio=0.4, schedule="constant", score="k_norm")
+    model = zoo()["plain"]
+    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, x) for way in ("eager", "dense")]
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+
+
+def test_every_token_selected_is_the_dense_path(model: nn.Module) -> None:
+    """With attention reused and all MLP tokens fresh, a step at the inputs of the full step is the full step."""
+    opt = toca_compile.optimize(model, ToCa(num_steps=2, interval=2, fresh_ratio=1.0, schedule="constant"), lowering="eager")
+    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
+    with torch.no_grad():
+        first, second = opt(x, t, y), opt(x, t, y)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert [r.kind for r in opt.steps] == ["full", "partial"]
+
+
+def test_reuse_repeats_the_full_step_and_leaves_caches_alone(model: nn.Module) -> None:
+    opt = toca_compile.optimize(model, Fora(num_steps=4, interval=4), lowering="eager")
+    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
+    with torch.no_grad():
+        first = opt(x, t, y)
+        kept = [b.clone() for run in opt._session.control._runs.values() for b in run.buffers.values()]
+        second = opt(x, t, y)
+        sample(opt, 1, noise(seed=9))
+    assert torch.equal(first, second)
+    now = [b for run in opt._session.control._runs.values() for b in run.buffers.values()]
+    assert kept
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    size=st.sampled_from([(8, 8), (4, 12), (10, 6)]), depth=st.integers(1, 3), ratio=st.floats(0, 1),
+    interval=st.integers(1, 5), score=st.sampled_from(["attention", "random", "v_norm", "none"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_policy_on_the_foreign_model(
+    size: tuple[int, int], depth: int, ratio: float, interval: int, score: str, seed: int
+) -> None:
+    torch._dynamo.reset()
+    model = randomize(RegisterDiT(size, depth=depth), seed)
+    policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
+    x = noise(2, size, seed=seed)
+    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 8, x) for way in ("eager", "dense")]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:
+    policy = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
+    for score in ("attention", "random"):
+        opt = toca_compile.optimize(model, ToCa(**{**policy.__dict__, "score": score}), lowering="eager")
+        x, y = noise(3), torch.arange(3)
+        mates = torch.cat([x[:1], 6 * x[1:]])
+        alone = [sample(opt, 8, x[i : i + 1], y[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(sample(opt, 8, x, y), torch.cat(alone), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sample(opt, 8, mates, y)[:1], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_found_in_each_style() -> None:
+    for name, model in zoo().items():
+        opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+        sample(opt, 1, noise())
+        report = toca_compile.explain(opt)
+        assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 3, name
+        for site in report.sites:
+            assert ("partial" in site.actions) == (site.kind == "mlp"), name
+            assert (site.reason is None) == (site.kind == "mlp"), name
+        unit = opt._session.executors[0].unit
+        assert unit.sites[1].axis.grid == (4, 4), name
+        assert unit.sites[1].axis.offset == (3 if name == "register" else 0), name
+        blocks = [s.template for s in unit.segments if s.sites]
+        assert blocks == [blocks[0]] * 3, f"{name}: one template for all blocks"
+
+
+def test_depths_and_shapes_of_the_diffusers_model() -> None:
+    for settings_ in ({"num_layers": 1}, {"num_layers": 5}, {"sample_size": 12, "attention_head_dim": 4}):
+        torch._dynamo.reset()
+        model = Positional(diffusers_dit(**settings_)).eval()
+        side = settings_.get("sample_size", 8)
+        x = noise(2, (side, side))
+        runs = [sample(toca_compile.optimize(model, POLICIES[0], lowering=way), 12, x) for way in ("eager", "dense")]
+        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+        full = toca_compile.optimize(model, FullCompute(), lowering="eager")
+        assert torch.equal(sample(full, 2, x), sample(model, 2, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inference_mode_and_other_dtypes(dtype: torch.dtype) -> None:
+    model = randomize(PlainDiT()).to(dtype)
+    opt = toca_compile.optimize(model, POLICIES[1], lowering="eager")
+    x, y = noise().to(dtype), torch.arange(2)
+    with torch.inference_mode():
+        outs = [opt(x, torch.full((2,), 900.0 - 50 * i, dtype=dtype), y) for i in range(6)]
+    assert {o.dtype for o in outs} == {dtype}
+    assert len(opt.steps) == 6
