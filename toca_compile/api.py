@@ -95,6 +95,10 @@ class OptimizedModel(OptimizedModule):
         """Bytes held by all caches now."""
         return self._session.control.cache_bytes
 
+    def fresh_tokens(self) -> dict[str, torch.Tensor]:
+        """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
+        return {name: mask for e in self._session.executors for name, mask in e.fresh_tokens().items()}
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's state, under the model's own names."""
         return self._orig_mod.state_dict(*args, **kwargs)

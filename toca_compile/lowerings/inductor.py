@@ -31,7 +31,9 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
     key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
     if key not in _ARTIFACTS:
         compiles += 1
-        _ARTIFACTS[key] = _compile(variant.module, examples)
+        # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
+        with torch.inference_mode(False), torch.no_grad():
+            _ARTIFACTS[key] = _compile(variant.module, examples)
     return _ARTIFACTS[key]
 
 
@@ -56,7 +58,7 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
             symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
             values.append(env.create_symintnode(symbol, hint=example, source=source))
     own = fx.GraphModule(module, _with_values(module.graph, values))
-    with torch.no_grad(), torch.inference_mode(False), tracing(TracingContext(mode)):
+    with tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
 

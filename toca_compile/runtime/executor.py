@@ -66,6 +66,7 @@ class Executor:
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
         self._free = self._last_uses()
+        self._last: tuple[Run, tuple[int, ...], int] | None = None
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
@@ -85,6 +86,21 @@ class Executor:
             self.control.reset(run.context)
             raise
 
+    def fresh_tokens(self) -> dict[str, torch.Tensor]:
+        """For each site, which tokens the last step computed: bool ``[batch, tokens]`` by site name."""
+        if self._last is None:
+            return {}
+        run, key, index = self._last
+        fresh = {}
+        for site, todo in zip(self.unit.sites, self.plan.steps[index].sites, strict=True):
+            shape = example_buffer(Slot("stamp", 0), site, self.unit).shape
+            stamp = run.buffers.get((*key, "stamp", site.index))
+            if todo.action is Action.PARTIAL and stamp is not None:
+                fresh[site.name] = stamp == index
+            else:
+                fresh[site.name] = torch.full(shape, todo.action is Action.COMPUTE)
+        return fresh
+
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], begins: bool) -> Any:
         index = min(run.step, len(self.plan.steps) - 1)
         if index and run.last.get(key) != run.step - 1:
@@ -93,6 +109,7 @@ class Executor:
             log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
             index = 0
         run.last[key] = run.step
+        self._last = (run, key, index)
         row = self.plan.steps[index]
         record = self.control.record(run, row.kind)
         for site, step in zip(self.unit.sites, row.sites, strict=True):
