@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Session:
         """Compile one graph that Dynamo found."""
         self.seen += 1
         reason = getattr(gm, "compile_subgraph_reason", None)
-        self._broken |= bool(getattr(reason, "graph_break", False))
+        self._broken |= bool(getattr(reason, "graph_break", False)) or _is_nested()
         try:
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 raise InferenceModeError(
@@ -188,6 +189,18 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
         if owner is not None:
             owner._toca_session = session
     return session
+
+
+def _is_nested() -> bool:
+    """Whether the frame being compiled was called by user code that runs uncompiled: then it is a fragment of the
+    model, not the model. Between torch.compile's wrapper and Dynamo there are otherwise torch's own frames only."""
+    frame = sys._getframe(1)
+    own = (__file__, str(Path(torch.__file__).parent))
+    while frame.f_code.co_name != "compile_wrapper":
+        if not frame.f_code.co_filename.startswith(own) or frame.f_back is None:
+            return frame.f_back is not None
+        frame = frame.f_back
+    return False
 
 
 def _raising(error: TocaError) -> Callable[..., Any]:
