@@ -184,6 +184,7 @@ class _Rewriter:
             return self.env[operand]
 
         copy = self.graph.node_copy(node, argument)
+        copy.meta.pop("val", None)  # it has other sizes now
         size_arg = RULES[node.target].size_arg  # type: ignore[index]
         if size_arg is not None:
             sizes = self._restricted_shape(node, site)

@@ -1,9 +1,12 @@
 """One process, many compilations: each test starts with an empty Dynamo."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ["TOCA_VERIFY"] = "1"  # every partial variant is held against its dense meaning
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from toca_compile import numeric_check
 from toca_compile.errors import InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
@@ -137,6 +138,12 @@ class Session:
         variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=dense)
         _propagate(variant, exemplar, unit)
         verify_variant(variant, exemplar)
+        if Mode.PARTIAL in modes and not dense and numeric_check.enabled():
+            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=True)
+            examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
+            for slot in (*variant.slots, *meaning.slots):
+                examples[slot] = _slot_example(slot, sites[slot.position], unit)
+            numeric_check.check_partial(variant, meaning, examples, [s.name for s in sites])
         return variant
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
