@@ -19,8 +19,10 @@ from torch.fx.traceback import preserve_node_meta
 
 from toca_compile.errors import UnsupportedGraphError
 
+aten = torch.ops.aten
+
 # Checks and switches that say nothing about values in an inference graph.
-_NO_VALUE = {torch.ops.aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+_NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -55,13 +57,25 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         if node.target in _NO_VALUE and not node.users:
             captured.graph.erase_node(node)
     for node in captured.graph.nodes:
-        if node.target is torch.ops.aten.squeeze.default:
-            # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
-            node.args = (node.args[0], [d for d, s in enumerate(node.args[0].meta["val"].shape) if s == 1])
-            node.target = torch.ops.aten.squeeze.dims
+        _canonical(node)
     captured.graph.eliminate_dead_code()
     captured.recompile()
     return captured
+
+
+def _canonical(node: fx.Node) -> None:
+    """Rewrite ops whose meaning depends on more than their operands' values."""
+    if node.target is aten.squeeze.default:
+        # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
+        node.args = (node.args[0], [d for d, s in enumerate(node.args[0].meta["val"].shape) if s == 1])
+        node.target = aten.squeeze.dims
+    elif node.target is aten.type_as.default:
+        # Of its second operand it reads the dtype alone.
+        source, dtype = node.args[0], node.meta["val"].dtype
+        if source.meta["val"].dtype == dtype:
+            node.replace_all_uses_with(source)
+        else:
+            node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

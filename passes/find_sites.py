@@ -9,6 +9,7 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,11 @@ def find_sites(
         )
         if not tokens:
             continue
+        # Tokens in several dimensions (frames and patches): the largest that holds nothing else is selected from, the
+        # others number samples.
+        by_dim = {d: tuple(t for t in tokens if t.dim == d) for d in dict.fromkeys(t.dim for t in tokens)}
+        dims, size = types.type_of(output), value_of(output).shape
+        tokens = max(by_dim.values(), key=lambda p: (len(p) == len(dims[p[0].dim]), size[p[0].dim]))
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         axis = axes.setdefault(factors, _axis(graph, types, factors, len(axes), grid))
         inside = tuple(a for a in attentions if a.node in region)
@@ -80,7 +86,9 @@ def find_sites(
                 reason=str(proof) if isinstance(proof, Blocked) else None,
             )
         )
-    return tuple(replace(s, score_site=_score_site(s, sites)) for s in sites)
+    counts = Counter(s.name for s in sites)
+    named = [replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites]
+    return tuple(_with_scores(s, named, types) for s in named)
 
 
 def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Branch]:
@@ -123,11 +131,18 @@ def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[
     kept: list[_Branch] = []
     for branch in sorted(branches, key=lambda b: len(b.region)):
         inner = [k for k in kept if k.add in branch.region]
-        if any(attends[k.add] for k in inner):
+        attentive = [k for k in inner if attends[k.add]]
+        if len(attentive) > 1 or (attentive and (len(inner) > 1 or not _more_work(branch, attentive[0]))):
             continue
         kept = [k for k in kept if k not in inner] + [branch]
     order = {branch.add: i for i, branch in enumerate(branches)}
     return sorted(kept, key=lambda b: order[b.add])
+
+
+def _more_work(outer: _Branch, inner: _Branch) -> bool:
+    """Whether ``outer`` does arithmetic on what ``inner`` adds: a branch through attention and MLP both, whose first
+    addition is no step of the residual stream."""
+    return any(_work(n) in _ARITHMETIC for n in _users_within(inner.add, outer.region))
 
 
 def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
@@ -210,10 +225,26 @@ def _name(region: Iterable[fx.Node], index: int) -> str:
     return ".".join(common) or f"site{index}"
 
 
-def _score_site(site: Site, sites: list[Site]) -> int | None:
-    """The self-attention whose scores rank this site's tokens: the last before it on the same axis, or the next."""
+def _with_scores(site: Site, sites: list[Site], types: AxisTypes) -> Site:
+    """Names the attention whose scores rank this site's tokens: the last before it whose keys are these tokens, alone
+    or as a segment of more (an image beside its text); else the next."""
     if site.carry is None:
-        return None
-    able = [s.index for s in sites if any(a.key_axis == site.axis.factors for a in s.attention)]
+        return site
+    able: dict[int, tuple[int, int] | None] = {}
+    seen: set[fx.Node] = set()
+    for other in sites:
+        if not other.attention or other.attention[-1].node in seen:
+            continue
+        keys, start = other.attention[-1].key_axis, 0
+        seen.add(other.attention[-1].node)
+        for part in types.factors.segments(keys):
+            if part == site.axis.factors:
+                able[other.index] = (start, start + site.axis.size)
+            start += types.factors.size(part)
+        if keys == site.axis.factors:
+            able[other.index] = None
+    if not able:
+        return site
     before = [i for i in able if i < site.index]
-    return before[-1] if before else (able[0] if able else None)
+    chosen = before[-1] if before else next(iter(able))
+    return replace(site, score_site=chosen, score_window=able[chosen])

@@ -156,6 +156,10 @@ class _Rewriter:
             base = self._call(aten._to_copy.default, base, dtype=torch.float32)
         else:
             base = self._slot("score", position)
+            if site.score_window is not None:
+                # The attention runs over more than these tokens: their part of its scores, normalised by itself.
+                base = self._call(aten.slice.Tensor, base, 1, *site.score_window)
+                base = self._call(toca.unit_scores.default, base)
         grid = [*site.axis.grid, site.axis.offset] if site.axis.grid and self.selector.bonus else []
         index = self._call(
             toca.select_tokens.default, base, stamp, self._slot("k", position), step, self._slot("since", position),

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 # Ops whose sample has no meaningful values to compare, with the reason.
 VALUELESS = {
     aten.empty.memory_format: "uninitialised memory",
+    aten.empty_like.default: "uninitialised memory",
     aten.rand.default: "random values",
     aten.randn.default: "random values",
 }

@@ -120,6 +120,7 @@ class Site:
     carry: Carry | None
     reason: str | None
     score_site: int | None = None  # the site whose attention scores this one's tokens
+    score_window: tuple[int, int] | None = None  # which of that attention's keys they are; None: all
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack

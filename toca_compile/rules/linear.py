@@ -29,6 +29,12 @@ def mm(call: Call) -> AxisSpec:
     return einsum("i k, k j -> i j", call.operands, call.results)
 
 
+@register(aten.outer.default, lambda rng: ((torch.randn(3), torch.randn(4)), {}))
+def outer(call: Call) -> AxisSpec:
+    """Every pair of elements of two vectors."""
+    return einsum("i, j -> i j", call.operands, call.results)
+
+
 @register(aten.bmm.default, lambda rng: ((torch.randn(2, 3, 4), torch.randn(2, 4, 5)), {}), work=Work.CONTRACT)
 def bmm(call: Call) -> AxisSpec:
     """A batch of matrix products."""

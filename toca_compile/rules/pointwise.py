@@ -69,6 +69,12 @@ register(UNARY, _one(), pointwise=True)(elementwise_axes)
 register(aten.gelu.default, _one(positive=False), _one(approximate="tanh"), pointwise=True, work=Work.GELU)(
     elementwise_axes
 )
+register(aten.empty_like.default, _one(), pointwise=True)(elementwise_axes)
+register(aten.pow.Scalar, lambda rng: ((2.0, torch.rand(2, 3)), {}), pointwise=True)(elementwise_axes)
+register([aten.polar.default, aten.complex.default], lambda rng: ((torch.rand(2, 3), torch.rand(2, 3)), {}),
+         pointwise=True)(elementwise_axes)  # fmt: skip
+register(aten.copy.default, lambda rng: ((torch.rand(2, 3), torch.rand(1, 3)), {}), pointwise=True)(elementwise_axes)
+register(aten.bitwise_not.default, lambda rng: ((torch.rand(2, 3) > 0.5,), {}), pointwise=True)(elementwise_axes)
 register(aten.dropout.default, _one(0.0, False), pointwise=True)(elementwise_axes)
 register(aten.clamp.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
 register([aten.clamp_min.default, aten.clamp_max.default], _one(0.4), pointwise=True)(elementwise_axes)

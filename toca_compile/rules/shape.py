@@ -191,6 +191,48 @@ def unbind(call: Call) -> AxisSpec:
     return einsum(f"{' '.join(names)} -> {','.join([rest] * len(call.results))}", call.operands, call.results)
 
 
+@register(aten.slice_scatter.default, lambda rng: ((torch.randn(2, 6, 4), torch.randn(2, 3, 4), 1, 0, 6, 2), {}))
+@register(aten.select_scatter.default, lambda rng: ((torch.randn(2, 3, 4), torch.randn(2, 4), 1, 0), {}))
+def overwrite(call: Call) -> AxisSpec:
+    """A value with a window of one dimension overwritten; which element comes from where depends on its index."""
+    x, part = call.operands
+    names = _names(len(x))
+    dim = normal_dims(call.arg(2, "dim", 0), len(x))[0]
+    inner = [n if d != dim else "w" for d, n in enumerate(names) if d != dim or len(part) == len(x)]
+    out = [n + "!" if d == dim else n for d, n in enumerate(names)]
+    return einsum(f"{' '.join(names)}, {' '.join(inner)} -> {' '.join(out)}", call.operands, call.results)
+
+
+@register(aten.repeat_interleave.self_int, lambda rng: ((torch.randn(2, 3), 2, 1), {}))
+def repeat_interleave(call: Call) -> AxisSpec:
+    """Each index of one dimension several times: a new index space."""
+    (x,), names = call.operands, _names(len(call.operands[0]))
+    dim = call.arg(2, "dim")
+    if dim is None:
+        return einsum(f"{' '.join(names)} -> r", call.operands, call.results)
+    right = ["r" if d == dim % len(x) else n for d, n in enumerate(names)]
+    return einsum(f"{' '.join(names)} -> {' '.join(right)}", call.operands, call.results)
+
+
+@register(aten.glu.default, lambda rng: ((torch.randn(2, 3, 4), -1), {}))
+def glu(call: Call) -> AxisSpec:
+    """One half of a dimension gates the other."""
+    names = _names(len(call.operands[0]))
+    dim = normal_dims(call.arg(1, "dim", -1), len(names))[0]
+    right = ["half" if d == dim else n for d, n in enumerate(names)]
+    return einsum(f"{' '.join(names)} -> {' '.join(right)}", call.operands, call.results)
+
+
+@register([aten.pixel_shuffle.default], lambda rng: ((torch.randn(2, 4, 3, 3), 2), {}))
+@register([aten.pixel_unshuffle.default], lambda rng: ((torch.randn(2, 1, 4, 4), 2), {}))
+@register([aten.avg_pool2d.default], lambda rng: ((torch.randn(2, 2, 4, 4), [2, 2]), {}))
+@register([aten.upsample_nearest2d.vec], lambda rng: ((torch.randn(2, 2, 4, 4), None, [2.0, 2.0]), {}))
+def resample(call: Call) -> AxisSpec:
+    """Pictures to pictures of another size: only the batch is sure to pass through."""
+    left, right = (" ".join(f"{letter}{i}" for i in range(1, len(call.operands[0]))) for letter in "xy")
+    return einsum(f"b {left} -> b {right}", call.operands, call.results)
+
+
 @register([aten.constant_pad_nd.default, aten.pad.default], lambda rng: ((torch.randn(2, 3, 4), [1, 1]), {}))
 def pad(call: Call) -> AxisSpec:
     """Padded dimensions are new index spaces; the others are carried."""

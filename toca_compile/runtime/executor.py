@@ -145,8 +145,7 @@ class Executor:
         self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
     ) -> torch.Tensor:
         site = self.unit.sites[segment.sites[slot.position]]
-        # A self-attention keeps its own scores; other sites read those of the attention that ranks their tokens.
-        owner = site.index if site.score_site is None or slot.kind != "score" else site.score_site
+        owner = score_owner(site) if slot.kind == "score" else site.index
         name = (*key, slot.kind, owner)
         if name not in buffers:
             like = example_buffer(slot, site, self.unit)
@@ -223,8 +222,17 @@ def example_buffer(slot: Slot, site: Site, unit: Unit) -> torch.Tensor:
     if slot.kind == "cache":
         return output.new_empty(output.shape)
     assert unit.types is not None
-    shape = [unit.types.factors.size(site.batch), site.axis.size]
-    return output.new_empty(shape, dtype=torch.float32 if slot.kind == "score" else torch.int32)
+    batch = unit.types.factors.size(site.batch)
+    if slot.kind == "stamp":
+        return output.new_empty([batch, site.axis.size], dtype=torch.int32)
+    keys = unit.sites[score_owner(site)].attention[-1].key_axis
+    return output.new_empty([batch, unit.types.factors.size(keys)], dtype=torch.float32)
+
+
+def score_owner(site: Site) -> int:
+    """Whose scores a site's ``score`` slot means: an attention keeps its own; other sites read those of the attention
+    that ranks their tokens."""
+    return site.index if site.score_site is None else site.score_site
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:
