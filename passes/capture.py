@@ -69,6 +69,9 @@ def _canonical(node: fx.Node) -> None:
         # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
         node.args = (node.args[0], [d for d, s in enumerate(node.args[0].meta["val"].shape) if s == 1])
         node.target = aten.squeeze.dims
+    elif node.target in (aten.view.default, aten._unsafe_view.default):
+        # A cached value need not lie in memory as the computed one did; reshape copies where it must.
+        node.target = aten.reshape.default
     elif node.target is aten.type_as.default:
         # Of its second operand it reads the dtype alone.
         source, dtype = node.args[0], node.meta["val"].dtype

@@ -65,7 +65,7 @@ def test_capture(unit: Unit) -> None:
     text = print_graph(unit.module.graph).split("\n")
     assert_expected_inline("\n".join([t for t in text if "input" not in t][:17]), """\
 conv2d = conv2d(arg2_1, arg0_1, arg1_1, [2, 2])  # [2, 4, 2, 3]
-view = view(conv2d, [2, 4, 6])  # [2, 4, 6]
+view = reshape(conv2d, [2, 4, 6])  # [2, 4, 6]
 transpose = transpose.int(view, 1, 2)  # [2, 6, 4]
 linear = linear(transpose, arg3_1, arg4_1)  # [2, 6, 12]
 unsqueeze = unsqueeze(linear, 1)  # [2, 1, 6, 12]

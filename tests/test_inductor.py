@@ -1,0 +1,81 @@
+"""A few runs through Inductor: the same numbers, one compilation for each distinct variant, none in the loop."""
+
+import pytest
+import torch
+from tests.models import PlainDiT, RegisterDiT, randomize
+from tests.sampling import noise, sample
+from torch import nn
+from torch._dynamo.utils import counters
+
+import toca_compile
+from toca_compile import FullCompute, ToCa, preset
+from toca_compile.lowerings import inductor
+
+pytestmark = pytest.mark.inductor
+
+
+@pytest.mark.parametrize("style", [PlainDiT, RegisterDiT])
+def test_a_whole_run_is_the_eager_run(style: type[nn.Module]) -> None:
+    model = randomize(style())
+    policy = preset("dit-xl-2/ddim-50", fresh_ratio=0.2)
+    x = noise()
+    eager = sample(toca_compile.optimize(model, policy, lowering="eager"), 50, x)
+    opt = toca_compile.optimize(model, policy)
+    torch.testing.assert_close(sample(opt, 50, x), eager, rtol=1e-4, atol=1e-4)
+
+    # The second run, a second policy with other ratios, and a deeper model of the same blocks compile nothing.
+    before, graphs = inductor.compiles, counters["stats"]["unique_graphs"]
+    sample(opt, 50, x)
+    other = preset("dit-xl-2/ddim-50", fresh_ratio=0.11)
+    opt.policy = other
+    expected = sample(toca_compile.optimize(model, other, lowering="eager"), 50, x)
+    graphs = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(sample(opt, 50, x), expected, rtol=1e-4, atol=1e-4)
+    assert inductor.compiles == before
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_depth_costs_no_compilation() -> None:
+    policy = ToCa(num_steps=4, interval=4, fresh_ratio=0.3, schedule="constant")
+    counts = []
+    for depth in (2, 6):
+        torch._dynamo.reset()
+        inductor.clear()
+        before = inductor.compiles
+        opt = toca_compile.optimize(randomize(PlainDiT(depth=depth)), policy)
+        sample(opt, 4, noise())
+        counts.append(inductor.compiles - before)
+    assert counts == [4, 4]  # two pieces of glue, the full and the partial block
+
+
+def test_single_tokens_and_batches_of_one() -> None:
+    """K = 1 and B = 1 are sizes as any other to the symbolic graph."""
+    model = randomize(PlainDiT())
+    for batch in (1, 2):
+        policy = ToCa(num_steps=4, interval=4, fresh_ratio=1 / 16, schedule="constant")
+        runs = [sample(toca_compile.optimize(model, policy, lowering=way), 4, noise(batch)) for way in ("eager", "inductor")]
+        torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+
+
+def test_full_compute_and_torch_compile() -> None:
+    model = randomize(PlainDiT())
+    opt = toca_compile.optimize(model, FullCompute())
+    torch.testing.assert_close(sample(opt, 2, noise()), sample(model, 2, noise()), rtol=1e-4, atol=1e-4)
+    policy = ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant")
+    compiled = torch.compile(model, backend="toca", options={"policy": policy}, fullgraph=True)
+    eager = toca_compile.optimize(model, policy, lowering="eager")
+    torch.testing.assert_close(sample(compiled, 4, noise()), sample(eager, 4, noise()), rtol=1e-4, atol=1e-4)
+
+
+def test_caches_are_changed_in_place() -> None:
+    opt = toca_compile.optimize(randomize(PlainDiT()), ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant"))
+    x, y = noise(), torch.arange(2)
+    with torch.inference_mode():
+        opt(x, torch.full((2,), 900), y)
+        opt(x, torch.full((2,), 800), y)
+        places = {k: b.data_ptr() for r in opt._session.control._runs.values() for k, b in r.buffers.items()}
+        for t in (700, 600, 500, 400):
+            opt(x, torch.full((2,), t), y)
+        after = {k: b.data_ptr() for r in opt._session.control._runs.values() for k, b in r.buffers.items()}
+    assert places == after

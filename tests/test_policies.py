@@ -1,0 +1,88 @@
+"""Schedules and ratios against the published values (ToCa's code, confirmed by its users' printouts)."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.models import PlainDiT, randomize
+from tests.oracle import interval
+from tests.sampling import noise, sample
+
+import toca_compile
+from toca_compile import Fora, FullCompute, ToCa, preset
+from toca_compile.ir.types import Action
+from toca_compile.policies.schedules import toca_steps
+
+
+def counted_down(policy: ToCa) -> list[int]:
+    return [policy.num_steps - 1 - i for i in policy.full_steps()]
+
+
+def test_full_steps_of_ddim_50() -> None:
+    expected = [49, 44, 40, 36, 30, 27, 24, 21, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0]
+    assert counted_down(preset("dit-xl-2/ddim-50")) == expected
+
+
+def test_full_steps_of_ddpm_250() -> None:
+    steps = counted_down(preset("dit-xl-2/ddpm-250"))
+    assert len(steps) == 72
+    assert steps[:10] == [249, 240, 234, 228, 222, 216, 210, 205, 200, 195]
+    assert not {245, 155} & set(steps)
+    assert [s for s in steps if 48 <= s <= 94] == list(range(94, 47, -2))
+
+
+def test_without_ratio_the_schedule_is_fora() -> None:
+    assert counted_down(preset("dit-xl-2/ddim-50", fresh_ratio=0.0)) == [49, *range(48, -1, -3)]
+    assert ToCa(num_steps=10, interval=4, fresh_ratio=0.0, schedule="constant").full_steps() == (0, 4, 8)
+
+
+@given(st.integers(1, 120), st.integers(1, 9))
+def test_the_interval_function(steps: int, n: int) -> None:
+    """Against the literal form: whenever s is a multiple of the interval, evaluate anew and test again."""
+    current, expected = 1, []
+    for s in range(steps - 1, -1, -1):
+        full = s == steps - 1
+        if full or s % current == 0:
+            current = interval(s, steps, n, 0.4, True)
+            full = full or s % current == 0
+        if full:
+            expected.append(s)
+    assert list(toca_steps(steps, n, 0.4, (0.2, 0.4), 2)) == expected
+
+
+def tokens_at(name: str, depth: int, s: int) -> int:
+    policy = preset(name)
+    return policy.ratios.tokens(
+        policy.fresh_ratio, 256, kind="mlp", depth=depth, span=27, s=s, num_steps=policy.num_steps
+    )
+
+
+def test_tokens_of_both_presets() -> None:
+    for s, expected in {48: (0, 0, 0), 36: (4, 5, 6), 25: (35, 44, 53), 12: (73, 90, 109), 1: (104, 129, 156)}.items():
+        assert tuple(tokens_at("dit-xl-2/ddim-50", d, s) for d in (0, 13, 27)) == expected
+    for s, expected in {248: (48, 27, 5), 125: (80, 46, 8), 1: (112, 64, 12)}.items():
+        assert tuple(tokens_at("dit-xl-2/ddpm-250", d, s) for d in (0, 13, 27)) == expected
+
+
+def test_depth_comes_from_the_graph() -> None:
+    """The layer factor runs over the blocks there are: 0.8 at the first, 1.2 at the last; a span may be given."""
+    for depth in (2, 5):
+        torch._dynamo.reset()
+        opt = toca_compile.optimize(randomize(PlainDiT((16, 16), depth=depth)), preset("dit-xl-2/ddim-50"), lowering="eager")
+        sample(opt, 1, noise(size=(16, 16)))
+        plan = opt._session.executors[0].plan
+        ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]  # s = 1
+        assert len(ks) == depth
+        assert (ks[0], ks[-1]) == (26, 39)  # ⌊64·0.07·(0.8, 1.2)·2.92·2.5⌋
+        opt.policy = preset("dit-xl-2/ddim-50", layer_span=27)
+        plan = opt._session.executors[0].plan
+        ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]
+        assert ks[-1] == int(64 * 0.07 * (0.8 + 0.4 * (depth - 1) / 27) * 2.92 * 2.5)
+
+
+def test_plans_of_the_simple_policies() -> None:
+    model = randomize(PlainDiT())
+    for policy, schedule in ((FullCompute(), "F"), (Fora(7, 3), "FRRFRRF")):
+        torch._dynamo.reset()
+        opt = toca_compile.optimize(model, policy, lowering="eager")
+        sample(opt, 1, noise())
+        assert toca_compile.explain(opt).schedule == schedule
