@@ -75,9 +75,7 @@ class StepControl:
 
     @property
     def records(self) -> list[StepRecord]:
-        """The steps of the current runs, in call order."""
-        alive = {id(r) for run in self._runs.values() for r in run.records}
-        self._order = [r for r in self._order if id(r) in alive]
+        """The steps of each context's last run, in call order; they outlive the run's caches."""
         return list(self._order)
 
     @property
@@ -145,6 +143,7 @@ class StepControl:
         if run is None or self._is_over(run, graph, steps, now):
             keep = run.buffers if run is not None and run.begun_with == graph else {}
             run = self._runs[name] = Run(name[0], graph, buffers=keep)
+            self._order = [r for r in self._order if r.context != name[0]]
         if now is not None:
             if run.clock is not None and now != run.clock:
                 run.direction = run.direction or _direction(run.clock, now)
