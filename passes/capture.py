@@ -40,7 +40,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         out = fx.Interpreter(gm).run(*args)
         for i, arg in enumerate(args):
-            if isinstance(arg, FunctionalTensor) and torch._functionalize_has_data_mutation(arg.elem):
+            changed = torch._functionalize_has_data_mutation  # type: ignore[attr-defined]
+            if isinstance(arg, FunctionalTensor) and changed(arg.elem):
                 mutated.append(i)
         return out
 
@@ -65,16 +66,17 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 def _canonical(node: fx.Node) -> None:
     """Rewrite ops whose meaning depends on more than their operands' values."""
+    source: Any = node.args[0] if node.args else None
     if node.target is aten.squeeze.default:
         # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
-        node.args = (node.args[0], [d for d, s in enumerate(node.args[0].meta["val"].shape) if s == 1])
+        node.args = (source, [d for d, s in enumerate(source.meta["val"].shape) if s == 1])
         node.target = aten.squeeze.dims
     elif node.target in (aten.view.default, aten._unsafe_view.default):
         # A cached value need not lie in memory as the computed one did; reshape copies where it must.
         node.target = aten.reshape.default
     elif node.target is aten.type_as.default:
         # Of its second operand it reads the dtype alone.
-        source, dtype = node.args[0], node.meta["val"].dtype
+        dtype = node.meta["val"].dtype
         if source.meta["val"].dtype == dtype:
             node.replace_all_uses_with(source)
         else:

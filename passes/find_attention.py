@@ -59,13 +59,18 @@ def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
                 label = label_at(types, user, use.operands[i], at) if operand is node else None
                 if label is None:
                     continue
-                if RULES[user.target].work is Work.CONTRACT and not _in_results(use.results[0], label[0]):
+                if _is_product(user) and not _in_results(use.results[0], label[0]):
                     found.append(_product(softmax, user, i, label[0], types))
                 elif label[0] in use.carried:
                     moved = occurrence_of(types, user, use.results[0], label)
                     if moved is not None:
                         todo.append((user, moved))
     return found
+
+
+def _is_product(node: fx.Node) -> bool:
+    rule = RULES.get(node.target)  # type: ignore[call-overload]
+    return rule is not None and rule.work is Work.CONTRACT
 
 
 def _in_results(dims: tuple[tuple[str, ...], ...], label: str) -> bool:

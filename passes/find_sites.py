@@ -12,6 +12,7 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -175,9 +176,7 @@ def _work(node: fx.Node) -> Work:
     return rule.work if rule is not None else Work.NONE
 
 
-def _kind(
-    inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes
-) -> str:
+def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes) -> str:
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
     if all(not set(a.key_axis) & set(factors) for a in inside if a.axis == a.axis):
@@ -208,7 +207,7 @@ def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[
     for node in graph.nodes:
         for result in range(len(types.results.get(node, ()))):
             dims = types.type_of(node, result)
-            for a, b in zip(dims, dims[1:], strict=False):
+            for a, b in pairwise(dims):
                 if a and b and a + b == factors:
                     return types.factors.size(a), types.factors.size(b)
     return None

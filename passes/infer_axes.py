@@ -42,7 +42,7 @@ def _fresh(types: AxisTypes, value: torch.Tensor) -> Type:
 
 
 def _apply(node: fx.Node, types: AxisTypes) -> None:
-    spec = RULES[node.target].axes(call_of(node))
+    spec = RULES[node.target].axes(call_of(node))  # type: ignore[index]
     bound: dict[str, Product] = {}
     for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
         for dim, product in zip(dims, types.results[operand][0], strict=True):

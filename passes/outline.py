@@ -88,7 +88,9 @@ def _match_blocks(
         inputs = tuple(mapping[n] for n in leaves)
         if not _convex(set(nodes), inputs):
             return None
-        blocks.append(Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members)))
+        blocks.append(
+            Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members))
+        )
     # The exemplar leads: its nodes are the ones that analysis and rewriting speak about.
     claimed: set[fx.Node] = set()
     for block in blocks:
@@ -199,9 +201,7 @@ def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int,
     return Segment(template, inputs, body, outputs, sites)
 
 
-def _with_glue(
-    graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]
-) -> tuple[Segment, ...] | None:
+def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:
     """Blocks in graph order with the rest of the nodes in between, each as early as it can be. None where blocks are
     entangled, so that no order of whole segments exists."""
     blocks = sorted(blocks, key=lambda s: order[s.nodes[-1]])
@@ -232,9 +232,7 @@ def _with_glue(
 
 def _renumbered(segments: list[Segment]) -> tuple[Segment, ...]:
     numbers: dict[tuple[bool, int], int] = {}
-    return tuple(
-        replace(s, template=numbers.setdefault((bool(s.sites), s.template), len(numbers))) for s in segments
-    )
+    return tuple(replace(s, template=numbers.setdefault((bool(s.sites), s.template), len(numbers))) for s in segments)
 
 
 def _whole(graph: fx.Graph, sites: tuple[Site, ...], order: dict[fx.Node, int]) -> tuple[Segment, ...]:

@@ -39,8 +39,8 @@ def prove(
 ) -> Carry | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
-    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` the factors that are carried all the
-    way beside the tokens, so that the selection may differ from sample to sample.
+    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` the factors carried all the way
+    beside the tokens, so that the selection may differ from sample to sample.
     """
     traces = []
     for occurrence in tokens:

@@ -42,9 +42,7 @@ def _commutes(
     small_args, small_kwargs = pytree.tree_map_only(
         Tensor, lambda t: restrict(t, next(dims), spec.sizes, label, index), (args, kwargs)
     )
-    wanted = [
-        restrict(t, d, spec.sizes, label, index) for t, d in zip(tensors(result), spec.results, strict=True)
-    ]
+    wanted = [restrict(t, d, spec.sizes, label, index) for t, d in zip(tensors(result), spec.results, strict=True)]
     if rule.size_arg is not None:
         small_args = (*small_args[: rule.size_arg], list(wanted[0].shape), *small_args[rule.size_arg + 1 :])
     try:
@@ -52,6 +50,7 @@ def _commutes(
     except (RuntimeError, IndexError):
         return False
     return all(
-        g.shape == w.shape and torch.allclose(g.to(torch.complex64), w.to(torch.complex64), rtol=1e-4, atol=1e-5, equal_nan=True)
+        g.shape == w.shape
+        and torch.allclose(g.to(torch.complex64), w.to(torch.complex64), rtol=1e-4, atol=1e-5, equal_nan=True)
         for g, w in zip(got, wanted, strict=True)
     )

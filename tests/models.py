@@ -91,7 +91,11 @@ class RegisterBlock(nn.Module):
         self.n1, self.n2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.to_q, self.to_kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
-        self.gate, self.up, self.down = (nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width))
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """One block on ``[batch, registers + tokens, width]``."""

@@ -8,8 +8,9 @@ from math import floor
 from typing import Any
 
 import torch
-from tests.models import PlainDiT
 from torch import Tensor
+
+from tests.models import PlainDiT
 
 
 def interval(s: int, total: int, n: int, slope: float, sensitive: bool) -> int:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import PlainBlock, PlainDiT, randomize
-from tests.sampling import noise, sample
 from torch import Tensor, nn
 
 import toca_compile
-from toca_compile import FullCompute, InferenceModeError, NoSiteError, PolicyError, TocaError, ToCa
+from tests.models import PlainBlock, PlainDiT, randomize
+from tests.sampling import noise, sample
+from toca_compile import FullCompute, InferenceModeError, NoSiteError, PolicyError, ToCa, TocaError
 
 POLICY = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from tests.models import PlainDiT, randomize, zoo
-from tests.sampling import noise, sample
 from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
+from tests.models import PlainDiT, randomize, zoo
+from tests.sampling import noise, sample
 from toca_compile import FullCompute, ToCa, preset
 
 TERA = 1e12
@@ -88,15 +88,15 @@ class WrittenOut(torch.fx.Interpreter):
 
 def _inputs(opt: Any) -> list[torch.Tensor]:
     graph = opt._session.executors[0].unit.module.graph
-    return [
-        torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in graph.nodes if n.op == "placeholder"
-    ]
+    return [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in graph.nodes if n.op == "placeholder"]
 
 
 def test_a_partial_step_costs_what_its_variant_does() -> None:
     """Counted by torch on the rewritten graphs as they run."""
     model = randomize(PlainDiT())
-    opt = toca_compile.optimize(model, ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant", score="none"), lowering="eager")
+    opt = toca_compile.optimize(
+        model, ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant", score="none"), lowering="eager"
+    )
     x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
     with torch.no_grad():
         opt(x, t, y)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import diffusers_dit
 
 import toca_compile
+from tests.models import diffusers_dit
 from toca_compile import FullCompute, ToCa
 
 diffusers = pytest.importorskip("diffusers")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.models import PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
-from tests.sampling import noise, sample
 from torch import nn
 
 import toca_compile
+from tests.models import PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
+from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, ToCa
 
 MODELS = ["plain", "register", "diffusers"]
@@ -58,7 +58,9 @@ def test_k_norm_needs_a_fused_attention() -> None:
 
 def test_every_token_selected_is_the_dense_path(model: nn.Module) -> None:
     """With attention reused and all MLP tokens fresh, a step at the inputs of the full step is the full step."""
-    opt = toca_compile.optimize(model, ToCa(num_steps=2, interval=2, fresh_ratio=1.0, schedule="constant"), lowering="eager")
+    opt = toca_compile.optimize(
+        model, ToCa(num_steps=2, interval=2, fresh_ratio=1.0, schedule="constant"), lowering="eager"
+    )
     x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
     with torch.no_grad():
         first, second = opt(x, t, y), opt(x, t, y)

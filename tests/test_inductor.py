@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.models import PlainDiT, RegisterDiT, randomize
-from tests.sampling import noise, sample
 from torch import nn
 from torch._dynamo.utils import counters
 
 import toca_compile
+from tests.models import PlainDiT, RegisterDiT, randomize
+from tests.sampling import noise, sample
 from toca_compile import FullCompute, ToCa, preset
 from toca_compile.lowerings import inductor
 
@@ -54,7 +54,9 @@ def test_single_tokens_and_batches_of_one() -> None:
     model = randomize(PlainDiT())
     for batch in (1, 2):
         policy = ToCa(num_steps=4, interval=4, fresh_ratio=1 / 16, schedule="constant")
-        runs = [sample(toca_compile.optimize(model, policy, lowering=way), 4, noise(batch)) for way in ("eager", "inductor")]
+        runs = [
+            sample(toca_compile.optimize(model, policy, lowering=way), 4, noise(batch)) for way in ("eager", "inductor")
+        ]
         torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 
 
@@ -69,7 +71,9 @@ def test_full_compute_and_torch_compile() -> None:
 
 
 def test_caches_are_changed_in_place() -> None:
-    opt = toca_compile.optimize(randomize(PlainDiT()), ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant"))
+    opt = toca_compile.optimize(
+        randomize(PlainDiT()), ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant")
+    )
     x, y = noise(), torch.arange(2)
     with torch.inference_mode():
         opt(x, torch.full((2,), 900), y)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracle import Oracle
 from tests.sampling import noise, sample
-
-import toca_compile
 from toca_compile.lowerings import LOWERINGS
 
 CASES = st.fixed_dictionaries(
@@ -75,7 +75,10 @@ def test_whole_ddim_preset(size: tuple[int, int]) -> None:
     opt = toca_compile.optimize(model, toca_compile.preset("dit-xl-2/ddim-50"), lowering="eager")
     x = noise(2, size)
     torch.testing.assert_close(
-        sample(opt, 50, x), sample(Oracle(model, 50, 3, 0.07), 50, x), rtol=1e-4, atol=1e-5  # type: ignore[arg-type]
+        sample(opt, 50, x),
+        sample(Oracle(model, 50, 3, 0.07), 50, x),
+        rtol=1e-4,
+        atol=1e-5,  # type: ignore[arg-type]
     )
     full = [49 - r.index for r in opt.steps if r.kind == "full"]
     assert full == [49, 44, 40, 36, 30, 27, 24, 21, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0]

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from tests.models import PlainDiT, randomize
-from tests.sampling import noise, sample
 from torch import Tensor, fx, nn
 
 import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.sampling import noise, sample
 from toca_compile import PassError, ToCa, VerifyError
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.printer import print_graph
@@ -63,7 +63,9 @@ def unit() -> Unit:
 
 def test_capture(unit: Unit) -> None:
     text = print_graph(unit.module.graph).split("\n")
-    assert_expected_inline("\n".join([t for t in text if "input" not in t][:17]), """\
+    assert_expected_inline(
+        "\n".join([t for t in text if "input" not in t][:17]),
+        """\
 conv2d = conv2d(arg2_1, arg0_1, arg1_1, [2, 2])  # [2, 4, 2, 3]
 view = reshape(conv2d, [2, 4, 6])  # [2, 4, 6]
 transpose = transpose.int(view, 1, 2)  # [2, 6, 4]
@@ -80,7 +82,8 @@ linear_1 = linear(add, arg5_1, arg6_1)  # [2, 6, 8]
 relu = relu(linear_1)  # [2, 6, 8]
 linear_2 = linear(relu, arg7_1, arg8_1)  # [2, 6, 4]
 mul = mul.Tensor(arg9_1, linear_2)  # [2, 6, 4]
-add_1 = add.Tensor(add, mul)  # [2, 6, 4]""")
+add_1 = add.Tensor(add, mul)  # [2, 6, 4]""",
+    )
 
 
 def test_infer_axes(unit: Unit) -> None:
@@ -90,7 +93,9 @@ def test_infer_axes(unit: Unit) -> None:
     for node in unit.module.graph.nodes:
         if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
             lines.append(f"{node.name}: {' '.join(str(d) for d in unit.types.type_of(node))}")
-    assert_expected_inline("\n".join(lines[:11]), """\
+    assert_expected_inline(
+        "\n".join(lines[:11]),
+        """\
 conv2d: (4,) (0,) (27,) (28,)
 view: (4,) (0,) (27, 28)
 transpose: (4,) (27, 28) (0,)
@@ -101,7 +106,8 @@ getitem_1: (4,) () (27, 28) (29,)
 getitem_2: (4,) () (27, 28) (0,)
 scaled_dot_product_attention: (4,) () (27, 28) (0,)
 squeeze: (4,) (27, 28) (0,)
-add: (4,) (27, 28) (0,)""")
+add: (4,) (27, 28) (0,)""",
+    )
 
 
 def test_find_sites(unit: Unit) -> None:
@@ -110,11 +116,14 @@ def test_find_sites(unit: Unit) -> None:
         f"score={s.score_site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
         for s in unit.sites
     ]
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 0 self_attention axis=6 grid=(2, 3) transpose..squeeze -> add score=None block=0 depth=0/2 actions=['compute', 'reuse']
 1 mlp axis=6 grid=(2, 3) add..linear_2 -> add_1 score=0 block=0 depth=0/2 actions=['compute', 'partial', 'reuse']
 2 self_attention axis=6 grid=(2, 3) add_1..squeeze_1 -> add_2 score=None block=1 depth=1/2 actions=['compute', 'reuse']
-3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'partial', 'reuse']""")
+3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'partial', 'reuse']""",
+    )
 
 
 def test_find_attention(unit: Unit) -> None:
@@ -125,22 +134,32 @@ def test_find_attention(unit: Unit) -> None:
 
 
 def test_outline(unit: Unit) -> None:
-    lines = [f"template {s.template} sites {s.sites}: {[n.name for n in s.nodes]} -> {list(s.outputs)}" for s in unit.segments]
-    assert_expected_inline("\n".join(lines), """\
+    lines = [
+        f"template {s.template} sites {s.sites}: {[n.name for n in s.nodes]} -> {list(s.outputs)}"
+        for s in unit.segments
+    ]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 template 0 sites (): ['conv2d', 'view', 'transpose'] -> [transpose]
 template 1 sites (0, 1): ['linear', 'unsqueeze', 'split', 'getitem', 'getitem_1', 'getitem_2', 'scaled_dot_product_attention', 'squeeze', 'add', 'linear_1', 'relu', 'linear_2', 'mul', 'add_1'] -> [add_1]
-template 1 sites (2, 3): ['linear_3', 'unsqueeze_1', 'split_1', 'getitem_3', 'getitem_4', 'getitem_5', 'scaled_dot_product_attention_1', 'squeeze_1', 'add_2', 'linear_4', 'relu_1', 'linear_5', 'mul_1', 'add_3'] -> [add_3]""")
+template 1 sites (2, 3): ['linear_3', 'unsqueeze_1', 'split_1', 'getitem_3', 'getitem_4', 'getitem_5', 'scaled_dot_product_attention_1', 'squeeze_1', 'add_2', 'linear_4', 'relu_1', 'linear_5', 'mul_1', 'add_3'] -> [add_3]""",
+    )
 
 
 def variant(unit: Unit, *modes: Mode, dense: bool = False) -> str:
     segment = next(s for s in unit.segments if s.sites)
     assert unit.types is not None
-    made = rewrite(segment, [unit.sites[i] for i in segment.sites], modes, unit.types, Selector(weight=0.1), dense=dense)
+    made = rewrite(
+        segment, [unit.sites[i] for i in segment.sites], modes, unit.types, Selector(weight=0.1), dense=dense
+    )
     return print_graph(made.module.graph)
 
 
 def test_rewrite_partial(unit: Unit) -> None:
-    assert_expected_inline(variant(unit, Mode.REUSE, Mode.PARTIAL), """\
+    assert_expected_inline(
+        variant(unit, Mode.REUSE, Mode.PARTIAL),
+        """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
 in4_arg6_1 = input  # [8]
@@ -164,11 +183,14 @@ linear_2 = linear(relu, in5_arg7_1, in6_arg8_1)
 scatter_tokens__default = toca.scatter_tokens_(cache1, select_tokens_default, linear_2, 1, 0)
 mul = mul.Tensor(in7_arg9_1, scatter_tokens__default)  # [2, 6, 4]
 add_1 = add.Tensor(add, mul)  # [2, 6, 4]
-return [add_1]""")
+return [add_1]""",
+    )
 
 
 def test_rewrite_partial_dense(unit: Unit) -> None:
-    assert_expected_inline(variant(unit, Mode.REUSE, Mode.PARTIAL, dense=True), """\
+    assert_expected_inline(
+        variant(unit, Mode.REUSE, Mode.PARTIAL, dense=True),
+        """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
 in4_arg6_1 = input  # [8]
@@ -191,11 +213,14 @@ linear_2 = linear(relu, in5_arg7_1, in6_arg8_1)  # [2, 6, 4]
 blend_tokens__default = toca.blend_tokens_(cache1, select_tokens_default, linear_2, 1, 0)
 mul = mul.Tensor(in7_arg9_1, blend_tokens__default)  # [2, 6, 4]
 add_1 = add.Tensor(add, mul)  # [2, 6, 4]
-return [add_1]""")
+return [add_1]""",
+    )
 
 
 def test_rewrite_full(unit: Unit) -> None:
-    assert_expected_inline(variant(unit, Mode.SCORE, Mode.STORE), """\
+    assert_expected_inline(
+        variant(unit, Mode.SCORE, Mode.STORE),
+        """\
 in0_transpose = input  # [2, 6, 4]
 in1_arg3_1 = input  # [12, 4]
 in2_arg4_1 = input  # [12]
@@ -230,11 +255,14 @@ linear_2 = linear(relu, in5_arg7_1, in6_arg8_1)  # [2, 6, 4]
 store__default_2 = toca.store_(cache1, linear_2)
 mul = mul.Tensor(in7_arg9_1, linear_2)  # [2, 6, 4]
 add_1 = add.Tensor(add, mul)  # [2, 6, 4]
-return [add_1]""")
+return [add_1]""",
+    )
 
 
 def test_rewrite_reuse(unit: Unit) -> None:
-    assert_expected_inline(variant(unit, Mode.REUSE, Mode.REUSE), """\
+    assert_expected_inline(
+        variant(unit, Mode.REUSE, Mode.REUSE),
+        """\
 in0_transpose = input  # [2, 6, 4]
 in7_arg9_1 = input  # [2, 1, 4]
 cache0 = input
@@ -242,7 +270,8 @@ cache1 = input
 add = add.Tensor(in0_transpose, cache0)  # [2, 6, 4]
 mul = mul.Tensor(in7_arg9_1, cache1)  # [2, 6, 4]
 add_1 = add.Tensor(add, mul)  # [2, 6, 4]
-return [add_1]""")
+return [add_1]""",
+    )
 
 
 def test_plain_is_the_model(unit: Unit) -> None:
@@ -273,7 +302,10 @@ def mutates(unit: Unit) -> fx.GraphModule:
         (breaking(module=mutates), "mutates"),
         (breaking(segments=lambda u: u.segments[:-1]), "no segment computes"),
         (breaking(segments=lambda u: u.segments[::-1]), "runs before its inputs"),
-        (breaking(sites=lambda u: (replace(u.sites[0], source=u.sites[0].output), *u.sites[1:])), "inside its own branch"),
+        (
+            breaking(sites=lambda u: (replace(u.sites[0], source=u.sites[0].output), *u.sites[1:])),
+            "inside its own branch",
+        ),
     ],
 )
 def test_a_broken_pass_is_named(broken: Pass, says: str) -> None:
@@ -325,13 +357,17 @@ def test_a_wrong_rule_is_caught_by_the_verifier(monkeypatch: pytest.MonkeyPatch)
         return elementwise(call.operands, call.results)
 
     monkeypatch.setitem(RULES, aten.cumsum.default, replace(RULES[aten.cumsum.default], axes=wrong))
-    opt = toca_compile.optimize(randomize(Mixing()), ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant"), lowering="eager")
+    opt = toca_compile.optimize(
+        randomize(Mixing()), ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant"), lowering="eager"
+    )
     with pytest.raises(VerifyError, match="not its dense meaning"):
         sample(opt, 4, noise())
 
 
 def test_graphs_are_printed_on_request() -> None:
-    opt = toca_compile.optimize(randomize(PlainDiT()), ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant"), lowering="eager")
+    opt = toca_compile.optimize(
+        randomize(PlainDiT()), ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant"), lowering="eager"
+    )
     sample(opt, 4, noise())
     graphs = toca_compile.explain(opt).graphs()
     assert list(graphs)[:5] == ["capture", "infer-axes", "find-attention", "find-sites", "outline"]

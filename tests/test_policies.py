@@ -3,11 +3,11 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracle import interval
 from tests.sampling import noise, sample
-
-import toca_compile
 from toca_compile import Fora, FullCompute, ToCa, preset
 from toca_compile.ir.types import Action
 from toca_compile.policies.schedules import toca_steps
@@ -67,7 +67,9 @@ def test_depth_comes_from_the_graph() -> None:
     """The layer factor runs over the blocks there are: 0.8 at the first, 1.2 at the last; a span may be given."""
     for depth in (2, 5):
         torch._dynamo.reset()
-        opt = toca_compile.optimize(randomize(PlainDiT((16, 16), depth=depth)), preset("dit-xl-2/ddim-50"), lowering="eager")
+        opt = toca_compile.optimize(
+            randomize(PlainDiT((16, 16), depth=depth)), preset("dit-xl-2/ddim-50"), lowering="eager"
+        )
         sample(opt, 1, noise(size=(16, 16)))
         plan = opt._session.executors[0].plan
         ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]  # s = 1

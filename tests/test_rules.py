@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.harness import check
 
 import toca_compile.rules  # noqa: F401
+from tests.harness import check
 from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call
 from toca_compile.ir.spec import AxisSpec, elementwise
@@ -77,7 +77,9 @@ def sample_of(rule: Rule, rng: Random, which: int) -> tuple[tuple[object, ...], 
 def test_a_wrong_rule_is_caught() -> None:
     """Softmax called pointwise: the property must fail on it."""
     wrong = Rule(
-        aten.softmax.int, lambda call: elementwise(call.operands, call.results), (lambda rng: ((torch.randn(3, 4), -1), {}),)
+        aten.softmax.int,
+        lambda call: elementwise(call.operands, call.results),
+        (lambda rng: ((torch.randn(3, 4), -1), {}),),
     )
     args, kwargs = wrong.samples[0](Random(0))
     outcome = check(wrong, args, kwargs, lambda n: torch.arange(n - 1))

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import PlainDiT, randomize
-from tests.sampling import noise, sample
 from torch import Tensor, nn
 
 import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.sampling import noise, sample
 from toca_compile import Fora, ToCa
 
 POLICY = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
@@ -132,7 +132,7 @@ def test_an_exception_voids_the_run(model: PlainDiT) -> None:
     clean = sample(opt, 8, noise())
     opt.reset()
     partial_run(opt, 2)
-    with torch.no_grad(), pytest.raises((RuntimeError, IndexError, torch._dynamo.exc.TorchDynamoException)):  # noqa: PT012
+    with torch.no_grad(), pytest.raises((RuntimeError, IndexError, torch._dynamo.exc.TorchDynamoException)):
         opt(torch.randn(2, 5, 8, 8), torch.zeros(2), torch.arange(2))
     # The failed call carried no timestep of its own, so only the exception can have ended the run.
     with torch.no_grad():

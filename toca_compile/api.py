@@ -31,7 +31,7 @@ class OptimizedModel(OptimizedModule):
         object.__setattr__(self, "_session", session)
         session.bounded = True
         # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
-        super().__init__(model, torch._dynamo.optimize(session, dynamic=False))
+        super().__init__(model, torch._dynamo.optimize(session, dynamic=False))  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as step number so-and-so of the current run.
@@ -183,7 +183,7 @@ def explain(model: Any) -> Report:
     session = getattr(model, "_session", None)
     if session is None:
         context = getattr(model, "dynamo_ctx", None)
-        callback = getattr(context, "callback", None)
+        callback: Any = getattr(context, "callback", None)
         while hasattr(callback, "_torchdynamo_orig_backend"):
             callback = callback._torchdynamo_orig_backend
         session = getattr(callback, "_toca_session", None)

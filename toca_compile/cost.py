@@ -87,9 +87,7 @@ class CostModel:
                 parts.append((sum(self._node(n, True) for n in site.region), i))
         return parts
 
-    def _number(
-        self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action], tokens: Sequence[int]
-    ) -> int:
+    def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action], tokens: Sequence[int]) -> int:
         total = 0
         for expr, position in self._parts(segment, sites, actions):
             values = self.values | ({K: tokens[position]} if position is not None else {})

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def run(
     labels = torch.arange(samples) % 10
     policy = preset("dit-xl-2/ddim-50", num_steps=steps)
     rows = [
-        Row("uncached", torch.compile(model, dynamic=False), f"{steps}+0+0"),
+        Row("uncached", cast(nn.Module, torch.compile(model, dynamic=False)), f"{steps}+0+0"),
         Row("ToCa ddim-50", optimize(model, policy), ""),
         Row("FORA N=3", optimize(model, Fora(steps, 3)), ""),
     ]
@@ -110,7 +110,13 @@ def run(
         warm = [progress.add_task(f"compile: {r.name}", total=steps) for r in rows]
         for row, task in zip(rows, warm, strict=True):
             row.samples = sample(
-                row.model, scheduler, labels, steps, seed=seed, device=device, after_step=lambda i, t=task: progress.advance(t)  # type: ignore[misc]
+                row.model,
+                scheduler,
+                labels,
+                steps,
+                seed=seed,
+                device=device,
+                after_step=lambda i, t=task: progress.advance(t),  # type: ignore[misc]
             )
             _sync(device)
         timed = progress.add_task("timed, interleaved", total=steps * repeats * len(rows))
@@ -140,9 +146,7 @@ def _sync(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def _recompute_counts(
-    model: nn.Module, scheduler: Any, labels: Tensor, steps: int, seed: int, device: str
-) -> Tensor:
+def _recompute_counts(model: nn.Module, scheduler: Any, labels: Tensor, steps: int, seed: int, device: str) -> Tensor:
     """Share of steps in which a token was computed, mean over MLP sites and samples: ``[tokens]``. A run of its own,
     since looking costs time."""
     assert isinstance(model, OptimizedModel)
@@ -173,9 +177,15 @@ def _print_table(console: Any, rows: list[Row]) -> None:
         assert row.samples is not None
         close = "–" if row is base else f"{psnr(row.samples, base.samples):.1f}"
         table.add_row(
-            row.name, row.steps, f"{row.flop_speedup:.2f}", f"{speedup:.2f}", f"{speedup / row.flop_speedup:.2f}", close,
-            f"{row.cache_mb:.1f}", f"{row.median:.2f}",
-        )  # fmt: skip
+            row.name,
+            row.steps,
+            f"{row.flop_speedup:.2f}",
+            f"{speedup:.2f}",
+            f"{speedup / row.flop_speedup:.2f}",
+            close,
+            f"{row.cache_mb:.1f}",
+            f"{row.median:.2f}",
+        )
     console.print(table)
 
 
@@ -191,7 +201,9 @@ def _write_pictures(out: Path, rows: list[Row], counts: Tensor, labels: Tensor) 
 
     def strip(file: str, pictures: list[tuple[str, Tensor]], **show: Any) -> None:
         columns = len(labels)
-        figure, axes = plt.subplots(len(pictures), columns, figsize=(1.3 * columns, 1.45 * len(pictures)), squeeze=False)
+        figure, axes = plt.subplots(
+            len(pictures), columns, figsize=(1.3 * columns, 1.45 * len(pictures)), squeeze=False
+        )
         for line, (name, tensor) in zip(axes, pictures, strict=True):
             for j, axis in enumerate(line):
                 axis.imshow(tensor[j, 0].cpu(), **show)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import sympy
 
 from toca_compile.backend import Session
-from toca_compile.cost import K, CostModel
+from toca_compile.cost import CostModel, K
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.printer import print_graph
 from toca_compile.ir.program import Mode
-from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.ir.types import Action, StepKind
 from toca_compile.runtime.executor import Executor
 
 _LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "P", StepKind.REUSE: "R"}
@@ -40,9 +40,7 @@ class Report:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._costs = [CostModel(e.unit) for e in session.executors]
-        self.sites = tuple(
-            row for e, c in zip(session.executors, self._costs, strict=True) for row in _site_rows(e, c)
-        )
+        self.sites = tuple(row for e, c in zip(session.executors, self._costs, strict=True) for row in _site_rows(e, c))
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -101,7 +99,9 @@ class Report:
         return texts
 
     def __str__(self) -> str:
-        rows = [("site", "kind", "stream", "tokens", "actions", "GFLOPs", "partial, K of n", "share", "why not partial")]
+        rows = [
+            ("site", "kind", "stream", "tokens", "actions", "GFLOPs", "partial, K of n", "share", "why not partial")
+        ]
         for name, group in _grouped(self.sites):
             site = group[0]
             rows.append((
@@ -136,9 +136,17 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
         actions = frozenset(a.value for a in site.actions)
         rows.append(
             SiteReport(
-                site.name, site.kind, site.axis.name, actions, site.reason, site.axis.size, site.depth, full, partial,
+                site.name,
+                site.kind,
+                site.axis.name,
+                actions,
+                site.reason,
+                site.axis.size,
+                site.depth,
+                full,
+                partial,
                 full / total,
-            )  # fmt: skip
+            )
         )
     return rows
 

@@ -5,6 +5,8 @@ scores are float32 ``[batch, tokens]``; indices are int64 ``[batch, k]``. None o
 and none keeps an n×n map.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,9 @@ _SCORE_BLOCK = 128  # query rows of the attention map alive at a time: at 1024 t
 _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high resolution
 
 
-def _define(schema: str, fn: object) -> None:
+def _define(schema: str, fn: Callable[..., Tensor]) -> None:
     _LIB.define(schema)
-    _LIB.impl(schema.split("(")[0], fn, "CompositeImplicitAutograd")  # type: ignore[arg-type]
+    _LIB.impl(schema.split("(")[0], fn, "CompositeImplicitAutograd")
 
 
 def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
@@ -180,9 +182,7 @@ def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tens
     batch = score.shape[0]
     rows, columns = -(-height // cell), -(-width // cell)
     picture = score[:, offset : offset + height * width].reshape(batch, height, width)
-    padded = torch.nn.functional.pad(
-        picture, (0, columns * cell - width, 0, rows * cell - height), value=float("-inf")
-    )
+    padded = torch.nn.functional.pad(picture, (0, columns * cell - width, 0, rows * cell - height), value=float("-inf"))
     cells = padded.reshape(batch, rows, cell, columns, cell).permute(0, 1, 3, 2, 4).reshape(batch, -1, cell * cell)
     best = cells.argmax(-1, keepdim=True) == torch.arange(cell * cell, device=score.device)
     raised = torch.where(best, cells + cells * bonus, cells)

@@ -25,7 +25,9 @@ def _target(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     name = str(node.target)
-    return name.removeprefix("aten.").removesuffix(".default") if isinstance(node.target, torch._ops.OpOverload) else name
+    return (
+        name.removeprefix("aten.").removesuffix(".default") if isinstance(node.target, torch._ops.OpOverload) else name
+    )
 
 
 def _shape(node: fx.Node) -> str:

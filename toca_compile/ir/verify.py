@@ -39,7 +39,7 @@ def verify_variant(variant: Variant, segment: Segment) -> None:
     outputs = variant.module.graph.output_node().args[0]
     _require(len(outputs) == len(segment.outputs), "a variant has another number of results than its segment")  # type: ignore[arg-type]
     for new, old in zip(outputs, segment.outputs, strict=True):  # type: ignore[arg-type]
-        a, b = new.meta.get("val"), value_of(old)  # type: ignore[union-attr]
+        a, b = new.meta.get("val"), value_of(old)
         same = a is not None and tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype and a.device == b.device
         _require(same, f"a variant's result {new} is {_kind(a)}, the segment's {old} is {_kind(b)}")
 

@@ -26,7 +26,11 @@ compiles = 0
 
 
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-    """The compiled artifact. ``examples`` are fake tensors, and plausible values of the host numbers. Buffers are changed in place; the numbers may take any value without a recompile."""
+    """The compiled artifact.
+
+    ``examples`` are fake tensors, and plausible values of the host numbers. Buffers are changed in place; the numbers
+    may take any value without a recompile.
+    """
     global compiles
     key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
     if key not in _ARTIFACTS:

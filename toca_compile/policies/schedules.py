@@ -1,4 +1,4 @@
-"""When a step is full, and how many tokens the others compute. Step indices count calls from 0 unless said otherwise."""
+"""When a step is full, and how many tokens the others compute. Steps count calls from 0 unless said otherwise."""
 
 import struct
 from collections.abc import Mapping

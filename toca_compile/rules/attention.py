@@ -41,5 +41,11 @@ def attention(call: Call) -> AxisSpec:
     mask = call.arg(3, "attn_mask")
     if mask is not None:
         rank = len(mask.shape)
-        terms.append(" ".join((["...", "h", "q", "k"] if rank > 3 else ["h", "q", "k"])[-rank:] if rank <= 3 else ["...", "h", "q", "k"]))
+        terms.append(
+            " ".join(
+                (["...", "h", "q", "k"] if rank > 3 else ["h", "q", "k"])[-rank:]
+                if rank <= 3
+                else ["...", "h", "q", "k"]
+            )
+        )
     return einsum(",".join(terms) + "-> ... h q e", call.operands, call.results)

@@ -74,7 +74,9 @@ def reduce_dims(call: Call) -> AxisSpec:
     return over_dims(x, dims, call.results, keep=len(call.results[0]) == len(x))
 
 
-@register([aten.mean.default, aten.sum.default, aten.max.default, aten.min.default], lambda rng: ((torch.rand(3, 4),), {}))
+@register(
+    [aten.mean.default, aten.sum.default, aten.max.default, aten.min.default], lambda rng: ((torch.rand(3, 4),), {})
+)
 def reduce_all(call: Call) -> AxisSpec:
     """Reductions to a scalar."""
     x = call.operands[0]

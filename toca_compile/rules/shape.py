@@ -111,7 +111,9 @@ def cat(call: Call) -> AxisSpec:
     dim = normal_dims(call.arg(1, "dim", 0), rank)[0]
     names = _names(rank)
     left = [" ".join(f"s{i}" if d == dim else n for d, n in enumerate(names)) for i in range(len(kept))]
-    spec = einsum(",".join(left) + "->" + " ".join("sum" if d == dim else n for d, n in enumerate(names)), kept, call.results)
+    spec = einsum(
+        ",".join(left) + "->" + " ".join("sum" if d == dim else n for d, n in enumerate(names)), kept, call.results
+    )
     parts = [f"s{i}" for i, s in enumerate(kept)]
     if len(kept) != len(call.operands) or any(s[dim] == 1 for s in kept):
         # A segment of one element has no label; the sum is then an index space of its own.
@@ -131,7 +133,9 @@ def stack(call: Call) -> AxisSpec:
     dim = normal_dims(call.arg(1, "dim", 0), rank)[0]
     names = _names(rank - 1)
     right = [*names[:dim], "new", *names[dim:]]
-    return einsum(",".join([" ".join(names)] * len(call.operands)) + "->" + " ".join(right), call.operands, call.results)
+    return einsum(
+        ",".join([" ".join(names)] * len(call.operands)) + "->" + " ".join(right), call.operands, call.results
+    )
 
 
 @register([aten.split.Tensor, aten.chunk.default], lambda rng: ((torch.randn(2, 6, 4), 2, 1), {}))
@@ -164,9 +168,7 @@ def narrow(call: Call) -> AxisSpec:
     return _windows(call.operands[0], dim, call.results, [int(call.args[2])], 1)
 
 
-def _windows(
-    x: tuple[int, ...], dim: int, results: list[tuple[int, ...]], starts: list[int], step: int
-) -> AxisSpec:
+def _windows(x: tuple[int, ...], dim: int, results: list[tuple[int, ...]], starts: list[int], step: int) -> AxisSpec:
     names = _names(len(x))
     right = [" ".join(f"w{i}" if d == dim else n for d, n in enumerate(names)) for i in range(len(results))]
     spec = einsum(" ".join(names) + "->" + ",".join(right), [x], results)
@@ -179,7 +181,9 @@ def select(call: Call) -> AxisSpec:
     """One index of a dimension, which then is gone."""
     names = _names(len(call.operands[0]))
     dim = normal_dims(call.args[1], len(names))[0]
-    return einsum(f"{' '.join(names)} -> {' '.join(n for d, n in enumerate(names) if d != dim)}", call.operands, call.results)
+    return einsum(
+        f"{' '.join(names)} -> {' '.join(n for d, n in enumerate(names) if d != dim)}", call.operands, call.results
+    )
 
 
 @register(aten.unbind.int, lambda rng: ((torch.randn(3, 2, 4), rng.choice([0, 1, -1])), {}))

@@ -158,7 +158,8 @@ class Executor:
         scored = self._scored(index)
         cells = []
         for segment in self.unit.segments:
-            modes, numbers = [], {}
+            modes: list[Mode] = []
+            numbers: dict[Slot, int] = {}
             for position, number in enumerate(segment.sites):
                 site = self.unit.sites[number]
                 modes.append(self._mode(site, row.sites[number].action, number in scored))

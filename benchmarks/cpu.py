@@ -1,0 +1,215 @@
+"""CPU benchmark: does the clock fall as much as the FLOPs do, against a baseline compiled by the same Inductor?
+
+    python benchmarks/cpu.py                     # all parts, about 20 minutes on 2 cores
+    python benchmarks/cpu.py --parts partial     # one of: partial, scores, runs, cold, dispatch
+
+All ratios come from one process with interleaved repeats (``cold`` starts processes with empty caches). Results go to
+``benchmarks/results/cpu.{json,md}``.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial as bind
+from typing import Any
+
+import torch
+from common import arguments, dit, interleaved, save
+
+import toca_compile
+from toca_compile import Fora, FullCompute, ToCa, preset
+
+LONG = 10**6  # steps of a run that a benchmark never finishes: every call after the first is the same cached step
+Rows = list[dict[str, Any]]
+
+
+def cached(model: Any, ratio: float, inputs: dict[str, Any]) -> Any:
+    """The model optimised and brought to its first cached step."""
+    opt = toca_compile.optimize(model, ToCa(num_steps=64, interval=64, fresh_ratio=ratio, schedule="constant"))
+    for _ in range(3):
+        opt(**inputs)
+    return opt
+
+
+def partial(repeats: int) -> Rows:
+    """Partial-step time over full-step time (compiled baseline) against the FLOP ratio."""
+    rows: Rows = []
+    for size, width in ((32, 384), (32, 1152), (64, 384), (64, 1152)):
+        torch._dynamo.reset()
+        model, inputs = dit(width, 4, size), arguments(2, size)
+        baseline = torch.compile(model, dynamic=False)
+        baseline(**inputs)
+        full = toca_compile.optimize(model, FullCompute())
+        full(**inputs)
+        ratios = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+        opts = {r: cached(model, r, inputs) for r in ratios}
+        calls: dict[Any, Any] = {"baseline": bind(baseline, **inputs), "full": bind(full, **inputs)}
+        calls |= {r: bind(o, **inputs) for r, o in opts.items()}
+        median = interleaved(calls, repeats)
+        for r, opt in opts.items():
+            report = toca_compile.explain(opt)
+            flops = float(report.flops("partial" if r else "reuse")) / float(report.flops("full"))
+            clock = median[r] / median["baseline"]
+            rows.append(
+                {
+                    "tokens": size * size // 4,
+                    "width": width,
+                    "K/n": r,
+                    "FLOP ratio": flops,
+                    "time ratio": clock,
+                    "target": 1.1 * flops + 0.01,
+                    "met": clock <= 1.1 * flops + 0.01,
+                    "full step / baseline": median["full"] / median["baseline"],
+                    "baseline ms": 1e3 * median["baseline"],
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def scores(repeats: int) -> Rows:
+    """What keeping caches and scores costs a full step: exact column sums, and every 4th query row."""
+    rows: Rows = []
+    for size in (32, 64):
+        torch._dynamo.reset()
+        model, inputs = dit(1152, 4, size), arguments(2, size)
+        baseline = torch.compile(model, dynamic=False)
+        baseline(**inputs)
+        settings: dict[str, Any] = {
+            "stored": Fora(2, 2),
+            "stored, exact scores": ToCa(num_steps=2, interval=2, fresh_ratio=0.1, schedule="constant"),
+            "stored, scores by every 4th row": ToCa(
+                num_steps=2, interval=2, fresh_ratio=0.1, schedule="constant", score_stride=4
+            ),
+        }
+        opts = {name: toca_compile.optimize(model, policy) for name, policy in settings.items()}
+
+        def full_step(opt: Any, inputs: dict[str, Any] = inputs) -> None:
+            opt._session.control.reset()
+            opt(**inputs)
+
+        for opt in opts.values():
+            full_step(opt)
+        calls = {"baseline": bind(baseline, **inputs)} | {name: bind(full_step, o) for name, o in opts.items()}
+        median = interleaved(calls, repeats)
+        rows += [
+            {"tokens": size * size // 4, "full step": name, "time / baseline": median[name] / median["baseline"]}
+            for name in opts
+        ]
+        print(rows[-3:], flush=True)
+    return rows
+
+
+def runs(repeats: int) -> Rows:
+    """Whole samplings at DiT-XL/2 width and four of its layers, 256 tokens, guidance pair."""
+    rows: Rows = []
+    model, inputs = dit(1152, 4, 32), arguments(2, 32)
+    for name in ("dit-xl-2/ddim-50", "dit-xl-2/ddpm-250"):
+        torch._dynamo.reset()
+        policy = preset(name)
+        baseline, opt = torch.compile(model, dynamic=False), toca_compile.optimize(model, policy)
+        opt(**inputs)
+        report = toca_compile.explain(opt)
+        opt.reset()
+
+        def run(f: Any, steps: int = policy.num_steps) -> None:
+            for _ in range(steps):
+                f(**inputs)
+
+        run(baseline, 2)
+        run(opt)
+        calls = {"baseline": bind(run, baseline), "opt": bind(run, opt)}
+        median = interleaved(calls, repeats)
+        clock, flops = median["baseline"] / median["opt"], report.flop_speedup()
+        rows.append(
+            {
+                "preset": name,
+                "FLOP speed-up": flops,
+                "latency speed-up": clock,
+                "ratio": clock / flops,
+                "target": 0.92,
+                "cache MB": opt.cache_bytes / 2**20,
+                "baseline s": median["baseline"],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def cold(_: int) -> Rows:
+    """First sampling's compile time in a new process with empty caches, at depth 4 and 28."""
+    seconds = {}
+    for depth in (4, 28):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            command = [sys.executable, __file__, "--cold-child", str(depth)]
+            out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            seconds[depth] = float(out.split()[-1])
+    rows: Rows = [{"depth": d, "cold compile s": s, "over depth 4": s / seconds[4]} for d, s in seconds.items()]
+    print(rows, flush=True)
+    return rows
+
+
+def cold_child(depth: int) -> None:
+    """Compile every variant of the ddim-50 preset; print the seconds beyond running it."""
+    model, inputs = dit(384, depth, 32), arguments(2, 32)
+    opt = toca_compile.optimize(model, preset("dit-xl-2/ddim-50", num_steps=12, interval=4))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(12):
+            opt(**inputs)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(12):
+            opt(**inputs)
+    print(first - (time.perf_counter() - start))
+
+
+def dispatch(repeats: int) -> Rows:
+    """Cost of one more block call beyond its arithmetic: blocks so small that nothing else is left."""
+    times: dict[tuple[str, int], float] = {}
+    for depth in (4, 28):
+        torch._dynamo.reset()
+        model, inputs = dit(64, depth, 4), arguments(1, 4)
+        baseline, full = torch.compile(model, dynamic=False), toca_compile.optimize(model, FullCompute())
+        reuse = toca_compile.optimize(model, Fora(10**4, 10**4))
+        calls = {name: bind(f, **inputs) for name, f in (("whole", baseline), ("full", full), ("reuse", reuse))}
+        for call in calls.values():
+            for _ in range(20):
+                call()
+        times |= {(name, depth): t for name, t in interleaved(calls, 50 * repeats).items()}
+    per = {name: (times[name, 28] - times[name, 4]) / 24 * 1e6 for name in ("whole", "full", "reuse")}
+    rows: Rows = [
+        {
+            "µs per block": "whole graph compiled", "total": per["whole"], "dispatch": 0.0
+        },
+        {"µs per block": "full variant", "total": per["full"], "dispatch": per["full"] - per["whole"]},
+        {"µs per block": "reuse variant", "total": per["reuse"], "dispatch": per["reuse"]},
+    ]  # fmt: skip
+    print(rows, flush=True)
+    return rows
+
+
+PARTS = {"partial": partial, "scores": scores, "runs": runs, "cold": cold, "dispatch": dispatch}
+
+
+def main() -> None:
+    """Run the chosen parts and save them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cold-child", type=int)
+    given = parser.parse_args()
+    if given.cold_child:
+        cold_child(given.cold_child)
+        return
+    with torch.inference_mode():
+        sections = {name: PARTS[name](3 if name == "runs" else given.repeats) for name in given.parts}
+    save("cpu" if len(given.parts) == len(PARTS) else "cpu-" + "-".join(given.parts), "cpu", sections)
+
+
+if __name__ == "__main__":
+    main()
