@@ -90,9 +90,13 @@ def _cell(value: Any) -> str:
 
 
 def save(name: str, device: str, sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write ``results/name.json`` and ``.md``, and print the latter."""
+    """Write ``results/name.json`` and ``.md``, keeping other sections from the same hardware, and print the latter."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"hardware": hardware(device), **sections}, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.pop("hardware", None) == hardware(device):
+        sections = {**before, **sections}
+    path.write_text(json.dumps({"hardware": hardware(device), **sections}, indent=1) + "\n")
     text = f"# {name}\n\nMeasured on: {hardware(device)}.\n"
     for title, rows in sections.items():
         text += f"\n## {title}\n\n{table(rows)}\n"

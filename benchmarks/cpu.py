@@ -1,6 +1,6 @@
 """CPU benchmark: does the clock fall as much as the FLOPs do, against a baseline compiled by the same Inductor?
 
-    python benchmarks/cpu.py                     # all parts, about 20 minutes on 2 cores
+    python benchmarks/cpu.py                     # all parts, about 40 minutes on 2 cores
     python benchmarks/cpu.py --parts partial     # one of: partial, scores, runs, cold, dispatch
 
 All ratios come from one process with interleaved repeats (``cold`` starts processes with empty caches). Results go to
@@ -208,7 +208,7 @@ def main() -> None:
         return
     with torch.inference_mode():
         sections = {name: PARTS[name](3 if name == "runs" else given.repeats) for name in given.parts}
-    save("cpu" if len(given.parts) == len(PARTS) else "cpu-" + "-".join(given.parts), "cpu", sections)
+    save("cpu", "cpu", sections)
 
 
 if __name__ == "__main__":

@@ -146,3 +146,34 @@ def test_inference_mode_and_other_dtypes(dtype: torch.dtype) -> None:
         outs = [opt(x, torch.full((2,), 900.0 - 50 * i, dtype=dtype), y) for i in range(6)]
     assert {o.dtype for o in outs} == {dtype}
     assert len(opt.steps) == 6
+
+
+class Flat(nn.Module):
+    """Tokens come in flat: no grid is to be seen in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = PlainDiT((8, 12), channels=2)
+        self.embed = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        c = self.inner.labels(y)
+        tokens = self.embed(x)
+        for block in self.inner.blocks:
+            tokens = block(tokens, c)
+        return self.inner.head(tokens)
+
+
+def test_a_grid_that_the_graph_does_not_show_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
+    model = randomize(Flat())
+    policy = ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant", bonus=0.6)
+    x, t, y = torch.randn(2, 24, 8), torch.zeros(2), torch.arange(2)
+    grids = []
+    for grid in (None, (4, 6), (6, 4)):
+        opt = toca_compile.optimize(model, policy, lowering="eager", grid=grid)
+        with torch.no_grad():
+            for _ in range(3):
+                opt(x, t, y)
+        grids.append(opt._session.executors[0].unit.sites[1].axis.grid)
+    assert grids == [None, (4, 6), (6, 4)]
+    assert len([r for r in caplog.records if "grid=(height, width)" in r.message]) == 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile import Fora, ToCa
+from toca_compile import Fora, FullCompute, ToCa
 
 POLICY = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
 
@@ -32,7 +32,7 @@ def test_records(model: PlainDiT) -> None:
     sample(opt, 8, noise())
     assert kinds(opt) == "fpppfppp"
     assert [r.index for r in opt.steps] == list(range(8))
-    assert opt.steps[1].tokens == {f"blocks.{i}{part}": k for i in range(3) for part, k in (("", 0), (".mlp", 4))}
+    assert opt.steps[1].k == {f"blocks.{i}{part}": k for i in range(3) for part, k in (("", 0), (".mlp", 4))}
 
 
 def test_the_next_run_begins_after_the_last_step(model: PlainDiT) -> None:
@@ -252,3 +252,40 @@ def test_the_object_behaves_as_the_module(model: PlainDiT) -> None:
     assert opt.to(torch.float64) is opt
     assert next(model.parameters()).dtype is torch.float64
     assert not opt.training
+
+
+def test_the_backend_takes_other_batches_and_python_numbers() -> None:
+    """Dynamo hands over symbolic sizes at the second shape; each shape is a graph and a run of its own."""
+    model = randomize(PlainDiT())
+    opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
+    for batch in (2, 3, 4, 2):
+        expected = sample(optimized(randomize(PlainDiT())), 8, noise(batch))
+        torch.testing.assert_close(sample(opt, 8, noise(batch)), expected)
+
+
+class Scalar(PlainDiT):
+    """Takes its timestep as a Python number."""
+
+    def forward(self, x: Tensor, t: float, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, torch.full((x.shape[0],), t), y)
+
+
+def test_a_changing_python_number_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    opt = optimized(randomize(Scalar()))
+    with torch.no_grad():
+        for i in range(4):
+            opt(noise(), 900.0 - i, torch.arange(2))
+    assert len([r for r in caplog.records if "pass it as a tensor" in r.message]) == 1
+
+
+def test_under_autocast() -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model, FullCompute())
+    x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(opt(x, t, y), model(x, t, y))
+    opt = optimized(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = sample(opt, 8, x), sample(opt, 8, x)
+    assert torch.equal(first, second)
+    assert kinds(opt) == "fpppfppp"

@@ -1,7 +1,7 @@
 """The public calls: ``optimize`` and ``explain``."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class OptimizedModel(OptimizedModule):
         session = self._session
         if session.strict:
             self._check_mode()
+        self._watch_numbers(args, kwargs)
         control = session.control
         control.begin_call()
         failed = True
@@ -120,6 +121,20 @@ class OptimizedModel(OptimizedModule):
                 "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
                 "torch.inference_mode()"
             )
+
+    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A Python number that changes from call to call is traced anew for each value: say so."""
+        session = self._session
+        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
+        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
+        session.numbers = now
+        for name in changed:
+            session.changes[name] = session.changes.get(name, 0) + 1
+            if session.changes[name] == 2:
+                session.warn_once(
+                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
+                    "model again for each value and no cache is ever reused: pass it as a tensor"
+                )
 
     def _uncached(self) -> None:
         """No graph with sites ran in a call: say why, and once."""

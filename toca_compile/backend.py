@@ -58,6 +58,8 @@ class Session:
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.seen = 0  # graphs that Dynamo handed over
+        self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
+        self.changes: dict[Any, int] = {}
         self._broken = False
         self._warned: set[str] = set()
 

@@ -113,7 +113,7 @@ class Executor:
         row = self.plan.steps[index]
         record = self.control.record(run, row.kind)
         for site, step in zip(self.unit.sites, row.sites, strict=True):
-            record.tokens[site.name] = step.tokens
+            record.k[site.name] = step.tokens
         buffers = run.buffers
         if begins:
             for name, buffer in buffers.items():

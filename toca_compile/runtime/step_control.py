@@ -7,6 +7,7 @@ and when the denoising clock jumps back. Step 0 computes everything, so nothing 
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +18,17 @@ from toca_compile.ir.types import StepKind
 
 log = logging.getLogger(__name__)
 
+_KEPT = 4096  # records kept: an endless run has no last step
+
 
 @dataclass
 class StepRecord:
-    """What one model call did. ``tokens``: how many tokens each site computed, by site name."""
+    """What one model call did. ``k``: how many tokens each site computed, by site name."""
 
     index: int
     kind: StepKind
     context: str
-    tokens: dict[str, int] = field(default_factory=dict)
+    k: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Run:
     step: int = 0
     clock: tuple[float, ...] | None = None
     direction: float = 0.0
-    records: list[StepRecord] = field(default_factory=list)
+    record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -48,7 +51,7 @@ class StepControl:
     def __init__(self) -> None:
         self._runs: dict[tuple[str, int], Run] = {}
         self._contexts: list[str] = []
-        self._order: list[StepRecord] = []
+        self._order: deque[StepRecord] = deque(maxlen=_KEPT)
         self._current: Run | None = None
         self._bounded = False
         self._seen: dict[tuple[Any, ...], int] = {}
@@ -131,10 +134,10 @@ class StepControl:
 
     def record(self, run: Run, kind: StepKind) -> StepRecord:
         """The record of the current step, made by the first graph of a call."""
-        if not run.records or run.records[-1].index != run.step:
-            run.records.append(StepRecord(run.step, kind, run.context))
-            self._order.append(run.records[-1])
-        return run.records[-1]
+        if run.record is None or run.record.index != run.step:
+            run.record = StepRecord(run.step, kind, run.context)
+            self._order.append(run.record)
+        return run.record
 
     def _run(self, graph: int, model: int, steps: int | None, clock: Sequence[Any]) -> Run:
         name = (self._contexts[-1] if self._contexts else "default", model)
@@ -143,7 +146,7 @@ class StepControl:
         if run is None or self._is_over(run, graph, steps, now):
             keep = run.buffers if run is not None and run.begun_with == graph else {}
             run = self._runs[name] = Run(name[0], graph, buffers=keep)
-            self._order = [r for r in self._order if r.context != name[0]]
+            self._order = deque((r for r in self._order if r.context != name[0]), maxlen=_KEPT)
         if now is not None:
             if run.clock is not None and now != run.clock:
                 run.direction = run.direction or _direction(run.clock, now)
