@@ -67,7 +67,8 @@ def find_sites(
         dims, size = types.type_of(output), value_of(output).shape
         tokens = max(by_dim.values(), key=lambda p: (len(p) == len(dims[p[0].dim]), size[p[0].dim]))
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
-        axis = axes.setdefault(factors, _axis(graph, types, factors, len(axes), grid))
+        if factors not in axes:
+            axes[factors] = _axis(graph, types, factors, len(axes), grid)
         inside = tuple(a for a in attentions if a.node in region)
         batch = batch_of(types, branch.source, output, region, tokens)
         proof = prove(types, branch.source, output, region, tokens, batch)
@@ -76,7 +77,7 @@ def find_sites(
                 index=len(sites),
                 name=_name(region, len(sites)),
                 kind=_kind(inside, factors, proof, types),
-                axis=axis,
+                axis=axes[factors],
                 batch=tuple(types.type_of(output)[o.dim][o.index] for o in batch),
                 source=branch.source,
                 output=output,
@@ -179,7 +180,7 @@ def _work(node: fx.Node) -> Work:
 def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes) -> str:
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
-    if all(not set(a.key_axis) & set(factors) for a in inside if a.axis == a.axis):
+    if all(not set(a.key_axis) & set(factors) for a in inside):
         keys = {f for a in inside for part in types.factors.segments(a.key_axis) for f in part}
         return "joint_attention" if keys & set(factors) else "cross_attention"
     return "self_attention"
@@ -195,7 +196,7 @@ def _axis(
         if found is not None:
             break
         offset += types.factors.size(part)
-    if grid is not None and grid[0] * grid[1] <= size:
+    if grid is not None and (grid[0] * grid[1] == size or (count == 0 and grid[0] * grid[1] < size)):
         # Tokens that are not part of the picture (registers, a class token) stand before it by convention.
         found, offset = grid, size - grid[0] * grid[1]
     name = "image" if found is not None else "tokens"

@@ -177,3 +177,50 @@ def test_a_grid_that_the_graph_does_not_show_can_be_given(caplog: pytest.LogCapt
         grids.append(opt._session.executors[0].unit.sites[1].axis.grid)
     assert grids == [None, (4, 6), (6, 4)]
     assert len([r for r in caplog.records if "grid=(height, width)" in r.message]) == 1
+
+
+class Encoder(PlainDiT):
+    """Blocks are torch's own encoder layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True, norm_first=True, activation="gelu")
+        self.blocks = nn.ModuleList([layer, nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)])
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        tokens, c = self.prepare(x, t, y)
+        tokens = tokens + c[:, None]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.finish(tokens, c)
+
+
+class WithMultihead(PlainDiT):
+    """Attention is torch's own module, with and without its averaged weights."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        for i, block in enumerate(self.blocks):
+            block.attention = Multihead(bool(i))
+
+
+class Multihead(nn.Module):
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.weights, self.inner = weights, nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out: tuple[torch.Tensor, torch.Tensor | None] = self.inner(x, x, x, need_weights=self.weights)
+        return out
+
+
+@pytest.mark.parametrize("style", [Encoder, WithMultihead])
+def test_blocks_of_torch_itself(style: type[nn.Module]) -> None:
+    model = randomize(style())
+    policy = ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant")
+    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, noise()) for way in ("eager", "dense")]
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    torch.testing.assert_close(sample(opt, 3, noise()), sample(model, 3, noise()), rtol=1e-4, atol=1e-4)
+    assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"] * 2
+    assert torch.backends.mha.get_fastpath_enabled()

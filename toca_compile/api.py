@@ -49,9 +49,7 @@ class OptimizedModel(OptimizedModule):
         control.begin_call()
         failed = True
         try:
-            with torch._dynamo.config.patch(
-                recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=4 * _RECOMPILE_LIMIT
-            ):
+            with _traceable():
                 out = super().__call__(*args, **kwargs)
             failed = False
         except BackendCompilerFailed as error:
@@ -154,6 +152,21 @@ class OptimizedModel(OptimizedModule):
         if session.strict:
             raise error
         session.warn_once(str(error))
+
+
+@contextlib.contextmanager
+def _traceable() -> Iterator[None]:
+    """Dynamo may trace as many shapes as there are, and torch's transformer layers are traced as attention and MLP
+    instead of as one fused inference op."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch._dynamo.config.patch(
+            recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=4 * _RECOMPILE_LIMIT
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def optimize(
