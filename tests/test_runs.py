@@ -58,6 +58,14 @@ def test_an_interrupted_run_is_noticed_by_its_clock(model: PlainDiT) -> None:
     assert torch.equal(sample(opt, 8, noise()), clean)
 
 
+def test_a_sampler_that_adds_noise_does_not_begin_anew(model: PlainDiT) -> None:
+    opt = optimized(model)
+    with torch.no_grad():
+        for t in (900, 800, 830, 700, 730, 600, 630, 500):
+            opt(noise(), torch.full((2,), t), torch.arange(2))
+    assert kinds(opt) == "fpppfppp"
+
+
 def partial_run(opt: Any, calls: int) -> None:
     with torch.no_grad():
         for i in range(calls):

@@ -52,7 +52,7 @@ def load(path: Path) -> tuple[Any, Any]:
     """Model (float32, eval) and scheduler of a folder that diffusers can read."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-    model = DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32).eval()
+    model = DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
     return model, DDIMScheduler.from_pretrained(path / "scheduler")
 
 
@@ -162,13 +162,17 @@ def _recompute_counts(model: nn.Module, scheduler: Any, labels: Tensor, steps: i
 
 
 def _print_table(console: Any, rows: list[Row]) -> None:
+    from rich import box
     from rich.table import Table
 
     table = Table(
         title="same seeds, both compiled by Inductor",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
         caption="steps: full + partial + reuse; latency: median of interleaved samplings; PSNR to the uncached samples",
     )
-    for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "seconds"):
+    for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "s"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     base = rows[0]
     assert base.samples is not None

@@ -38,8 +38,8 @@ class Run:
     context: str
     begun_with: int | None = None  # the graph its first call reached
     step: int = 0
-    clock: tuple[float, ...] | None = None
-    direction: float = 0.0
+    start: tuple[float, ...] | None = None  # the clock at the first call
+    clock: tuple[float, ...] | None = None  # and at the last
     record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
@@ -148,8 +148,7 @@ class StepControl:
             run = self._runs[name] = Run(name[0], graph, buffers=keep)
             self._order = deque((r for r in self._order if r.context != name[0]), maxlen=_KEPT)
         if now is not None:
-            if run.clock is not None and now != run.clock:
-                run.direction = run.direction or _direction(run.clock, now)
+            run.start = run.start or now
             run.clock = now
         return run
 
@@ -159,11 +158,16 @@ class StepControl:
         if run.begun_with != graph:
             log.info("context %r: another graph was reached at step %d; a new run begins", run.context, run.step)
             return True
-        if now is not None and run.clock is not None and run.direction:
-            if _direction(run.clock, now) * run.direction < 0:
-                log.info("context %r: the timestep jumped back at step %d; a new run begins", run.context, run.step)
-                return True
+        if now is not None and run.start is not None and run.clock is not None and _returned(run.start, run.clock, now):
+            log.info("context %r: the timestep jumped back at step %d; a new run begins", run.context, run.step)
+            return True
         return False
+
+
+def _returned(start: Sequence[float], last: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether a clock that went from ``start`` to ``last`` now goes back by more than half of that. Samplers that add
+    noise go back a little at every step; a new sampling goes back to its start."""
+    return any((b - now_) * (b - a) > 0.5 * (b - a) ** 2 for a, b, now_ in zip(start, last, now, strict=False))
 
 
 def _read(clock: Sequence[Any]) -> tuple[float, ...] | None:
@@ -179,7 +183,3 @@ def _read(clock: Sequence[Any]) -> tuple[float, ...] | None:
         elif isinstance(value, (int, float)):
             values.append(float(value))
     return tuple(values) or None
-
-
-def _direction(before: tuple[float, ...], after: tuple[float, ...]) -> float:
-    return sum((b > a) - (b < a) for a, b in zip(before, after, strict=False))
