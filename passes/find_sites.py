@@ -235,6 +235,9 @@ def _with_scores(site: Site, sites: list[Site], types: AxisTypes) -> Site:
     for other in sites:
         if not other.attention or other.attention[-1].node in seen:
             continue
+        # Scores are [batch, tokens]: the attention must number its samples as the site does.
+        if tuple(f for f in types.factors.resolve(other.attention[-1].lead) if f in site.batch) != site.batch:
+            continue
         keys, start = other.attention[-1].key_axis, 0
         seen.add(other.attention[-1].node)
         for part in types.factors.segments(keys):

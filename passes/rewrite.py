@@ -23,7 +23,7 @@ from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
 from toca_compile.ir.types import AxisTypes, Occurrence, Site
-from toca_compile.passes.find_attention import key_occurrences
+from toca_compile.passes.find_attention import key_occurrences, score_rows
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.passes.prove import leaf_places
 from toca_compile.rules.registry import RULES
@@ -239,25 +239,30 @@ class _Rewriter:
         attention = site.attention[-1]
         factors = [*attention.lead, *attention.key_axis]
         keys = set(range(len(attention.lead), len(factors)))
-        if self.selector.score == "attention" and attention.map is not None:
+        row = score_rows(attention, self.selector.score, self.types)
+        if row is not None:
+            value = self._call(toca.row_norm.default, self.env[row], self.selector.score == "v_norm")
+            factors = [f for dim in self.types.type_of(row)[:-1] for f in dim]
+            keys = {i for i, f in enumerate(factors) if f in attention.key_axis}
+        elif attention.map is not None:
             value = self._call(aten._to_copy.default, self.env[attention.map], dtype=torch.float32)
             types = self.types.type_of(attention.map)
             flat = [(Occurrence(d, i), f) for d, dim in enumerate(types) for i, f in enumerate(dim)]
             over = key_occurrences(attention, self.types)
             factors, keys = [f for _, f in flat], {i for i, (o, _) in enumerate(flat) if o in over}
-        elif self.selector.score == "attention":
+        else:
             arguments = call_of(attention.node)
             query, key = (self.env[n] for n in attention.operands[:2])
             mask = attention.node.args[3] if len(attention.node.args) > 3 else attention.node.kwargs.get("attn_mask")
             value = self._call(
-                toca.attention_received.default, query, key, self.env[mask] if isinstance(mask, fx.Node) else None,
-                arguments.kwargs.get("scale"), bool(arguments.arg(5, "is_causal", False)), self.selector.stride,
-            )  # fmt: skip
-        else:
-            negate = self.selector.score == "v_norm"
-            row = attention.value if negate else attention.operands[1]
-            assert row is not None
-            value = self._call(toca.row_norm.default, self.env[row], negate)
+                toca.attention_received.default,
+                query,
+                key,
+                self.env[mask] if isinstance(mask, fx.Node) else None,
+                arguments.kwargs.get("scale"),
+                bool(arguments.arg(5, "is_causal", False)),
+                self.selector.stride,
+            )
         order = [i for i, f in enumerate(factors) if f in site.batch and i not in keys]
         batch = self.types.factors.size(factors[i] for i in order)
         order += [i for i in range(len(factors)) if i not in order and i not in keys] + sorted(keys)

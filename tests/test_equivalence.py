@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import toca_compile
-from tests.models import PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
+from tests.models import PlainBlock, PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
 from tests.sampling import noise, sample
-from toca_compile import Fora, FullCompute, ToCa
+from toca_compile import Fora, FullCompute, PolicyError, ToCa
 
 MODELS = ["plain", "register", "diffusers"]
 POLICIES = [
@@ -54,6 +54,36 @@ def test_k_norm_needs_a_fused_attention() -> None:
     model = zoo()["plain"]
     runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, x) for way in ("eager", "dense")]
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    written_out = toca_compile.optimize(zoo()["register"], policy, lowering="eager")
+    with pytest.raises(PolicyError, match=r"k_norm.*models\.py"):
+        sample(written_out, 6, x)
+
+
+class EinsumBlock(PlainBlock):
+    """Heads behind tokens: the rows of values are not laid out as in a fused attention."""
+
+    def attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).unbind(2)
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5).softmax(-1)
+        return self.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)), weights
+
+
+class ByEinsum(PlainDiT):
+    """Attention by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.blocks = nn.ModuleList(EinsumBlock(16, 2) for _ in range(2))
+
+
+@pytest.mark.parametrize("score", ["attention", "v_norm"])
+def test_scores_do_not_depend_on_how_attention_is_written(score: str) -> None:
+    """The same weights, fused and by einsum, select the same tokens."""
+    policy = ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant", score=score)
+    fused, written = randomize(PlainDiT(depth=2)), ByEinsum()
+    written.load_state_dict(fused.state_dict())
+    runs = [sample(toca_compile.optimize(m.eval(), policy, lowering="eager"), 6, noise()) for m in (fused, written)]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
 def test_every_token_selected_is_the_dense_path(model: nn.Module) -> None:
@@ -195,23 +225,24 @@ class Encoder(PlainDiT):
         return self.finish(tokens, c)
 
 
+class MultiheadBlock(PlainBlock):
+    """Attention is torch's own module, with or without its averaged weights."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__(16, 2)
+        self.weights, self.inner = weights, nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out: tuple[torch.Tensor, torch.Tensor] = self.inner(x, x, x, need_weights=self.weights)
+        return out
+
+
 class WithMultihead(PlainDiT):
-    """Attention is torch's own module, with and without its averaged weights."""
+    """One block of each kind."""
 
     def __init__(self) -> None:
         super().__init__(depth=2)
-        for i, block in enumerate(self.blocks):
-            block.attention = Multihead(bool(i))
-
-
-class Multihead(nn.Module):
-    def __init__(self, weights: bool) -> None:
-        super().__init__()
-        self.weights, self.inner = weights, nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out: tuple[torch.Tensor, torch.Tensor | None] = self.inner(x, x, x, need_weights=self.weights)
-        return out
+        self.blocks = nn.ModuleList([MultiheadBlock(False), MultiheadBlock(True)])
 
 
 @pytest.mark.parametrize("style", [Encoder, WithMultihead])

@@ -20,6 +20,7 @@ from toca_compile.ir.types import Action, Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
+from toca_compile.passes.find_attention import score_rows
 from toca_compile.passes.rewrite import rewrite
 from toca_compile.pipeline import PIPELINE
 from toca_compile.runtime.executor import Compiled, Executor, example_buffer
@@ -67,6 +68,8 @@ class Session:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
         plans = [_checked(policy, executor.unit) for executor in self.executors]
+        for executor, plan in zip(self.executors, plans, strict=True):
+            self._explain_choices(executor.unit, plan)
         for executor, plan in zip(self.executors, plans, strict=True):
             executor.set_plan(plan)
         self.policy = policy
@@ -149,10 +152,13 @@ class Session:
         return variant
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
+        assert unit.types is not None
         partial = [s for s in unit.sites if plan.partial(s.index)]
         scored = plan.selector.score not in ("random", "none")
         for site in partial if scored else ():
-            if site.score_site is None:
+            if site.score_site is not None:
+                score_rows(unit.sites[site.score_site].attention[-1], plan.selector.score, unit.types)
+            else:
                 self.warn_once(f"no self-attention runs over the tokens of {site.name}: they are ranked by age alone")
         if plan.selector.bonus and any(s.axis.grid is None for s in partial):
             self.warn_once(
