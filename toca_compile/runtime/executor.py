@@ -5,6 +5,7 @@ look-up and one list of arguments on top of the compiled variant.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,18 @@ class _Cell:
     """One segment in one step: the modes of its sites and their host numbers."""
 
     modes: tuple[Mode, ...]
+    variant: int  # numbers the modes, cheaper to look up
     numbers: dict[Slot, int]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A variant with its arguments in one run: where values lie, the buffers, and where numbers go among those."""
+
+    call: Callable[..., Sequence[Any]]
+    values: tuple[int, ...]
+    buffers: tuple[torch.Tensor | None, ...]
+    numbers: tuple[tuple[int, Slot], ...]
 
 
 class Executor:
@@ -66,12 +78,17 @@ class Executor:
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
         self._free = self._last_uses()
-        self._last: tuple[Run, tuple[int, ...], int] | None = None
+        self._last: tuple[weakref.ref[Run], tuple[int, ...], int] | None = None
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
         """Follow another plan from the next run on."""
         self.plan = plan
+        self._numbered: dict[tuple[Mode, ...], int] = {}
+        self._records = [
+            {site.name: todo.tokens for site, todo in zip(self.unit.sites, step.sites, strict=True)}
+            for step in plan.steps
+        ]
         self._cells = [self._cell_row(i) for i in range(len(plan.steps))]
         self.ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
 
@@ -88,9 +105,10 @@ class Executor:
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
         """For each site, which tokens the last step computed: bool ``[batch, tokens]`` by site name."""
-        if self._last is None:
+        run = self._last[0]() if self._last is not None else None
+        if run is None or self._last is None:
             return {}
-        run, key, index = self._last
+        _, key, index = self._last
         fresh = {}
         for site, todo in zip(self.unit.sites, self.plan.steps[index].sites, strict=True):
             shape = example_buffer(Slot("stamp", 0), site, self.unit).shape
@@ -109,37 +127,44 @@ class Executor:
             log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
             index = 0
         run.last[key] = run.step
-        self._last = (run, key, index)
-        row = self.plan.steps[index]
-        record = self.control.record(run, row.kind)
-        for site, step in zip(self.unit.sites, row.sites, strict=True):
-            record.k[site.name] = step.tokens
-        buffers = run.buffers
+        self._last = (weakref.ref(run), key, index)
+        self.control.record(run, self.plan.steps[index].kind).k.update(self._records[index])
         if begins:
-            for name, buffer in buffers.items():
+            for name, buffer in run.buffers.items():
                 if name[:-2] == key and name[-2] == "stamp":
                     buffer.zero_()
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
             values[self._place[node]] = constant
-        cells = self._cells[index]
-        for i, segment in enumerate(self.unit.segments):
-            cell = cells[i]
-            ready = self.ready.get((segment.template, cell.modes))
-            if ready is None:
-                ready = self._compiled(segment, cell.modes, self.plan)
-                self.ready[segment.template, cell.modes] = ready
-            call, used, slots = ready
-            places = self._segment_inputs[i]
-            arguments = [values[places[j]] for j in used]
-            for slot in slots:
-                number = cell.numbers.get(slot)
-                arguments.append(self._buffer(buffers, key, segment, slot) if number is None else number)
-            for place, value in zip(self._segment_outputs[i], call(*arguments), strict=True):
+        ready = run.bound.setdefault(key, {})
+        for i, cell in enumerate(self._cells[index]):
+            bound = ready.get((i, cell.variant))
+            if bound is None:
+                bound = ready[i, cell.variant] = self._bind(i, cell, run, key)
+            arguments = [values[place] for place in bound.values]
+            arguments += bound.buffers
+            for position, slot in bound.numbers:
+                arguments[position] = cell.numbers[slot]
+            for place, value in zip(self._segment_outputs[i], bound.call(*arguments), strict=True):
                 values[place] = value
             for place in self._free[i]:
                 values[place] = None
         return fx.node.map_arg(self._output, lambda n: values[self._place[n]])
+
+    def _bind(self, i: int, cell: _Cell, run: Run, key: tuple[int, ...]) -> _Bound:
+        """The variant of a segment, compiled if it was not, with this run's buffers."""
+        segment = self.unit.segments[i]
+        ready = self.ready.get((segment.template, cell.modes))
+        if ready is None:
+            ready = self._compiled(segment, cell.modes, self.plan)
+            self.ready[segment.template, cell.modes] = ready
+        call, used, slots = ready
+        return _Bound(
+            call,
+            tuple(self._segment_inputs[i][j] for j in used),
+            tuple(None if slot in cell.numbers else self._buffer(run.buffers, key, segment, slot) for slot in slots),
+            tuple((len(used) + n, slot) for n, slot in enumerate(slots) if slot in cell.numbers),
+        )
 
     def _buffer(
         self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
@@ -169,7 +194,8 @@ class Executor:
                     Slot("since", position): since[number],
                     Slot("site", position): number,
                 }
-            cells.append(_Cell(tuple(modes), numbers))
+            variant = self._numbered.setdefault(tuple(modes), len(self._numbered))
+            cells.append(_Cell(tuple(modes), variant, numbers))
         return cells
 
     def _mode(self, site: Site, action: Action, scored: bool) -> Mode:

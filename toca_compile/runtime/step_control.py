@@ -43,6 +43,7 @@ class Run:
     record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
 
 
 class StepControl:
