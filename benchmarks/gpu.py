@@ -81,7 +81,7 @@ def at_step(opt: Any, index: int) -> Callable[[], Any]:
 
     def call() -> Any:
         run.step, run.last[key] = index, index - 1
-        return executor._execute(inputs, run, key, False)
+        return executor._execute(inputs, run, key)
 
     return call
 

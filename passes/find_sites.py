@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from toca_compile.ir.graph import module_path, operand_nodes, value_of
+from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
 from toca_compile.ir.types import Attention, AxisTypes, Occurrence, Site, TokenAxis
 from toca_compile.passes.prove import Blocked, batch_of, prove
 from toca_compile.rules.registry import RULES, Work
@@ -50,7 +50,7 @@ def find_sites(
     sites: list[Site] = []
     for branch in branches:
         output = _before_tail(branch, static)
-        region = frozenset(n for n in branch.region if n is output or output in _users_within(n, branch.region))
+        region = branch.region & ancestors([output], stop=[branch.source])
         if not any(_work(n) in _ARITHMETIC for n in region):
             continue
         tokens = tuple(

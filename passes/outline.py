@@ -32,7 +32,7 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
             blocks.extend(matched)
         for depth, members in enumerate(group):
             for site in members:
-                placed[site.index] = replace(site, depth=depth, depths=len(group), block=len(blocks))
+                placed[site.index] = replace(site, depth=depth, depths=len(group))
     segments = _with_glue(graph, blocks, order)
     if segments is None:
         segments = _whole(graph, sites, order)
@@ -79,7 +79,8 @@ def _match_blocks(
     chosen = set(exemplar)
     leaves = list(dict.fromkeys(i for n in exemplar for i in n.all_input_nodes if i not in chosen))
     # A value is an output of the template if any of its blocks is asked for it from outside.
-    live = [n for n in exemplar if any(any(u not in set(m.values()) for u in m[n].users) for m in maps)]
+    bodies = [{m[n] for n in exemplar} for m in maps]
+    live = [n for n in exemplar if any(set(m[n].users) - body for m, body in zip(maps, bodies, strict=True))]
     if any(not _is_tensor(n) for n in (*live, *leaves)):
         return None
     blocks = []
@@ -91,7 +92,6 @@ def _match_blocks(
         blocks.append(
             Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members))
         )
-    # The exemplar leads: its nodes are the ones that analysis and rewriting speak about.
     claimed: set[fx.Node] = set()
     for block in blocks:
         if claimed & set(block.nodes):

@@ -7,6 +7,7 @@ names the op that reads the axis whole.
 """
 
 import operator
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from toca_compile.ir.graph import operand_nodes, source_line
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, Carry, Occurrence
 from toca_compile.rules.registry import RULES
+
+Trace = dict[fx.Node, Occurrence]  # where one factor lies in each value of a branch
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ def prove(
     output: fx.Node,
     region: AbstractSet[fx.Node],
     tokens: tuple[Occurrence, ...],
-    batch: tuple[Occurrence, ...],
+    batch: Mapping[Occurrence, Trace],
 ) -> Carry | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
-    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` the factors carried all the way
-    beside the tokens, so that the selection may differ from sample to sample.
+    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
+    the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample.
     """
     traces = []
     for occurrence in tokens:
@@ -48,24 +51,26 @@ def prove(
         if isinstance(trace, Blocked):
             return trace
         traces.append(trace)
-    along = [follow(types, source, output, region, o) for o in batch]
-    batches = [t for t in along if not isinstance(t, Blocked)]
     nodes = list(traces[0])
     carry = Carry(
         tokens={n: tuple(t[n] for t in traces) for n in nodes},
-        batch={n: tuple(t[n] for t in batches) for n in nodes},
+        batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
     )
     return _layout(types, source, output, region, carry) or carry
 
 
 def batch_of(
     types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], tokens: tuple[Occurrence, ...]
-) -> tuple[Occurrence, ...]:
-    """The factors of ``output`` beside the tokens that every op back to ``source`` carries: they number samples."""
-    rest = [Occurrence(d, i) for d, dim in enumerate(types.type_of(output)) for i in range(len(dim))]
-    return tuple(
-        o for o in rest if o not in tokens and not isinstance(follow(types, source, output, region, o), Blocked)
-    )
+) -> dict[Occurrence, Trace]:
+    """The factors of ``output`` beside the tokens that every op back to ``source`` carries, with their traces: they
+    number samples."""
+    found = {}
+    for d, dim in enumerate(types.type_of(output)):
+        for occurrence in (Occurrence(d, i) for i in range(len(dim))):
+            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence)
+            if isinstance(trace, dict):
+                found[occurrence] = trace
+    return found
 
 
 def leaf_places(
@@ -121,10 +126,10 @@ def _whole(types: AxisTypes, node: fx.Node, places: tuple[Occurrence, ...]) -> b
 
 def follow(
     types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], start: Occurrence
-) -> dict[fx.Node, Occurrence] | Blocked:
+) -> Trace | Blocked:
     """Where the factor at ``start`` of ``output`` lies in each value back to ``source``, or what stops it."""
     order = {node: i for i, node in enumerate(output.graph.nodes)}
-    place: dict[fx.Node, Occurrence] = {}
+    place: Trace = {}
     labels: dict[fx.Node, tuple[str, int]] = {}
     reason: Blocked | None = None
 

@@ -104,10 +104,10 @@ def test_a_partial_step_costs_what_its_variant_does() -> None:
         inputs = _inputs(opt)
         run = next(iter(opt._session.control._runs.values()))
         key = next(iter(run.last))
-        inner._execute(inputs, run, key, False)  # builds the variant, which also computes
+        inner._execute(inputs, run, key)  # builds the variant, which also computes
         run.last[key] = 0
         with FlopCounterMode(display=False) as counter:
-            inner._execute(inputs, run, key, False)
+            inner._execute(inputs, run, key)
     assert toca_compile.explain(opt).flops("partial", counting="torch") == counter.get_total_flops()
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 
-from toca_compile.backend import Session, session_of
-from toca_compile.errors import InferenceModeError, NoSiteError, TocaError
+from toca_compile.backend import Session
+from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.report import Report, make_report
 from toca_compile.runtime.step_control import StepRecord
@@ -115,10 +115,7 @@ class OptimizedModel(OptimizedModule):
         if self._orig_mod.training:
             raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
         if torch.is_grad_enabled():
-            raise InferenceModeError(
-                "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
-                "torch.inference_mode()"
-            )
+            raise InferenceModeError(GRAD_ENABLED)
 
     def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A Python number that changes from call to call is traced anew for each value: say so."""
@@ -139,11 +136,7 @@ class OptimizedModel(OptimizedModule):
         session = self._session
         name = type(self._orig_mod).__name__
         if session.seen and not session.executors:
-            error: TocaError = NoSiteError(
-                f"no site was found in {name}: it has no residual branch on the axis of an attention's queries, so "
-                "there is nothing to cache. toca_compile is for diffusion transformers; is this the right module? "
-                "(strict=False runs it uncached)"
-            )
+            error: TocaError = NoSiteError(f"no site was found in {name}: it {NO_SITE} (strict=False runs it uncached)")
         else:
             error = TocaError(
                 f"{name} ran uncached, because torch.compile is switched off here: look for TORCHDYNAMO_DISABLE, "
@@ -222,4 +215,4 @@ def explain(model: Any) -> Report:
     return make_report(session)
 
 
-__all__ = ["OptimizedModel", "explain", "optimize", "session_of"]
+__all__ = ["OptimizedModel", "explain", "optimize"]

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
 from toca_compile import numeric_check
-from toca_compile.errors import InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Policy
@@ -82,10 +82,7 @@ class Session:
         self._broken |= bool(getattr(reason, "graph_break", False)) or _is_nested()
         try:
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                raise InferenceModeError(
-                    "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
-                    "torch.inference_mode()"
-                )
+                raise InferenceModeError(GRAD_ENABLED)
             executor = self._compile(gm, inputs)
         except NoSiteError as error:
             if self.strict and not self.bounded and not self._broken and not self.executors:
@@ -115,10 +112,7 @@ class Session:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not unit.sites:
-            raise NoSiteError(
-                "no site was found: the graph has no residual branch on the axis of an attention's queries, so there "
-                "is nothing to cache. toca_compile is for diffusion transformers; is this the right module?"
-            )
+            raise NoSiteError(f"no site was found: the graph {NO_SITE}")
         plan = _checked(self.policy, unit)
         self._explain_choices(unit, plan)
         self.managers.append(manager)

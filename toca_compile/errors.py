@@ -31,3 +31,13 @@ class VerifyError(TocaError):
 
 class RuleError(TocaError):
     """A rule was registered twice, or describes an op in a way that cannot be."""
+
+
+GRAD_ENABLED = (
+    "gradients are enabled, and a cached output has none: call the model under torch.no_grad() or "
+    "torch.inference_mode()"
+)
+NO_SITE = (
+    "has no residual branch on the axis of an attention's queries, so there is nothing to cache. toca_compile is for "
+    "diffusion transformers; is this the right module?"
+)

@@ -39,8 +39,8 @@ class Report:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._costs = [CostModel(e.unit) for e in session.executors]
-        self.sites = tuple(row for e, c in zip(session.executors, self._costs, strict=True) for row in _site_rows(e, c))
+        self._models: dict[tuple[int, str], CostModel] = {}
+        self.sites = tuple(row for i, e in enumerate(session.executors) for row in _site_rows(e, self._cost(i)))
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -62,8 +62,8 @@ class Report:
         if kind not in [k.value for k in StepKind]:
             raise TocaError(f"kind is 'full', 'partial' or 'reuse', not {kind!r}")
         total: int | float | sympy.Expr = 0
-        for executor in self._session.executors:
-            cost = CostModel(executor.unit, counting)
+        for i, executor in enumerate(self._session.executors):
+            cost = self._cost(i, counting)
             rows = [s for s in executor.plan.steps if s.kind.value == kind]
             if symbolic or not rows or kind != "partial":
                 expression = cost.symbolic(_actions(executor, kind))
@@ -74,12 +74,18 @@ class Report:
 
     def run_flops(self, counting: str = "published") -> int:
         """FLOPs of a whole run under the policy."""
-        return sum(CostModel(e.unit, counting).run(e.plan) for e in self._session.executors)
+        return sum(self._cost(i, counting).run(e.plan) for i, e in enumerate(self._session.executors))
 
     def flop_speedup(self, counting: str = "published") -> float:
         """FLOPs of a run with every step full, over those of a run under the policy."""
         steps = len(self.plans[0].steps)
         return float(self.flops("full", counting=counting)) * steps / self.run_flops(counting)
+
+    def _cost(self, graph: int, counting: str = "published") -> CostModel:
+        """The cost model of a graph, made once: it remembers what each node costs."""
+        if (graph, counting) not in self._models:
+            self._models[graph, counting] = CostModel(self._session.executors[graph].unit, counting)
+        return self._models[graph, counting]
 
     @property
     def schedule(self) -> str:

@@ -6,7 +6,7 @@ look-up and one list of arguments on top of the compiled variant.
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +89,16 @@ class Executor:
             {site.name: todo.tokens for site, todo in zip(self.unit.sites, step.sites, strict=True)}
             for step in plan.steps
         ]
-        self._cells = [self._cell_row(i) for i in range(len(plan.steps))]
+        self._cells = [self._cell_row(i, since) for i, since in enumerate(self._since())]
         self.ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(inputs[self._state]) if self._state is not None else 0
         steps = None if self.plan.endless else len(self.plan.steps)
         clock = [inputs[i] for i in self._clock]
-        run, key, begins = self.control.enter_graph(self._number, instance, steps, clock)
+        run, key = self.control.enter_graph(self._number, instance, steps, clock)
         try:
-            return self._execute(inputs, run, key, begins)
+            return self._execute(inputs, run, key)
         except BaseException:
             self.control.reset(run.context)
             raise
@@ -119,7 +119,7 @@ class Executor:
                 fresh[site.name] = torch.full(shape, todo.action is Action.COMPUTE)
         return fresh
 
-    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], begins: bool) -> Any:
+    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
         index = min(run.step, len(self.plan.steps) - 1)
         if index and run.last.get(key) != run.step - 1:
             # This graph did not run in the step before (another model shares the run, or a branch of the model was
@@ -129,7 +129,7 @@ class Executor:
         run.last[key] = run.step
         self._last = (weakref.ref(run), key, index)
         self.control.record(run, self.plan.steps[index].kind).k.update(self._records[index])
-        if begins:
+        if run.step == 0:
             for name, buffer in run.buffers.items():
                 if name[:-2] == key and name[-2] == "stamp":
                     buffer.zero_()
@@ -178,8 +178,8 @@ class Executor:
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
 
-    def _cell_row(self, index: int) -> list[_Cell]:
-        row, since = self.plan.steps[index], self._since(index)
+    def _cell_row(self, index: int, since: Sequence[int]) -> list[_Cell]:
+        row = self.plan.steps[index]
         scored = self._scored(index)
         cells = []
         for segment in self.unit.segments:
@@ -220,14 +220,12 @@ class Executor:
                 break
         return used
 
-    def _since(self, index: int) -> list[int]:
-        """For each site the last step before this one that computed all of it."""
+    def _since(self) -> Iterator[list[int]]:
+        """For each step, the last step before it that computed all of each site."""
         last = [0] * len(self.unit.sites)
-        for i, step in enumerate(self.plan.steps[:index]):
-            for number, site in enumerate(step.sites):
-                if site.action is Action.COMPUTE:
-                    last[number] = i
-        return last
+        for i, step in enumerate(self.plan.steps):
+            yield list(last)
+            last = [i if s.action is Action.COMPUTE else at for s, at in zip(step.sites, last, strict=True)]
 
     def _last_uses(self) -> list[list[int]]:
         """After each segment, which values no later one needs."""

@@ -107,7 +107,7 @@ class StepControl:
 
     def enter_graph(
         self, graph: int, instance: int, steps: int | None, clock: Sequence[Any]
-    ) -> tuple[Run, tuple[int, ...], bool]:
+    ) -> tuple[Run, tuple[int, ...]]:
         """A graph of the model is about to run.
 
         Args:
@@ -117,7 +117,7 @@ class StepControl:
             clock: the inputs that carry the denoising time.
 
         Returns:
-            The run, the key of this graph's buffers in it, and whether the run begins here.
+            The run, and the key of this graph's buffers in it.
         """
         place = (graph, instance)
         known = place in self._seen
@@ -131,7 +131,7 @@ class StepControl:
         self._seen[place] = count + 1
         if self._current is None:
             self._current = self._run(graph, 0 if self._bounded else instance, steps, clock)
-        return self._current, (*place, count), self._current.step == 0
+        return self._current, (*place, count)
 
     def record(self, run: Run, kind: StepKind) -> StepRecord:
         """The record of the current step, made by the first graph of a call."""
