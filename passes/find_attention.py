@@ -10,10 +10,9 @@ import operator
 import torch
 from torch import fx
 
-from toca_compile.errors import PolicyError
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import operand_nodes, source_line
-from toca_compile.ir.types import Attention, AxisTypes, Occurrence
+from toca_compile.ir.graph import operand_nodes
+from toca_compile.ir.types import Attention, AxisTypes
 from toca_compile.passes.prove import label_at, occurrence_of
 from toca_compile.rules.registry import RULES, Work
 
@@ -95,32 +94,3 @@ def _product(softmax: fx.Node, product: fx.Node, position: int, keys: str, types
             axis += types.label(product, label)
     value = operand_nodes(product)[other]
     return Attention(product, axis, types.label(product, keys), lead, (), map=softmax, value=value)
-
-
-def key_occurrences(attention: Attention, types: AxisTypes) -> tuple[Occurrence, ...]:
-    """Where the key axis lies in the map of an attention that is written out: the dimensions its softmax runs over."""
-    assert attention.map is not None
-    spec = types.specs[attention.map]
-    return tuple(
-        Occurrence(d, i)
-        for d, dim in enumerate(spec.results[0])
-        if any(label in spec.mixed for label in dim)
-        for i in range(len(types.type_of(attention.map)[d]))
-    )
-
-
-def score_rows(attention: Attention, score: str, types: AxisTypes) -> fx.Node | None:
-    """The value whose rows' norms are the score (values for ``v_norm``, keys for ``k_norm``); None for other scores.
-
-    Raises:
-        PolicyError: an attention that is written out hides its keys, or lays its rows along the last dimension.
-    """
-    if score not in ("v_norm", "k_norm"):
-        return None
-    row = attention.value if score == "v_norm" else next(iter(attention.operands[1:2]), None)
-    if row is None or set(types.type_of(row)[-1]) & set(attention.key_axis):
-        raise PolicyError(
-            f"score {score!r} needs an attention whose rows can be told apart, and the one at "
-            f"{source_line(attention.node)} is written out; use score='attention'"
-        )
-    return row

@@ -10,15 +10,16 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import fx
 
+from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
-from toca_compile.ir.types import Attention, AxisTypes, Occurrence, Site, TokenAxis
+from toca_compile.ir.types import Attention, AxisTypes, Carry, Occurrence, Site, TokenAxis
 from toca_compile.passes.prove import Blocked, batch_of, prove
 from toca_compile.rules.registry import RULES, Work
 
@@ -53,32 +54,22 @@ def find_sites(
         region = branch.region & ancestors([output], stop=[branch.source])
         if not any(_work(n) in _ARITHMETIC for n in region):
             continue
-        tokens = tuple(
-            Occurrence(d, i)
-            for d, dim in enumerate(types.type_of(output))
-            for i, f in enumerate(dim)
-            if f in token_factors
-        )
-        if not tokens:
+        choices = _token_dims(types, output, value_of(output).shape, token_factors)
+        if not choices:
             continue
-        # Tokens in several dimensions (frames and patches): the largest that holds nothing else is selected from, the
-        # others number samples.
-        by_dim = {d: tuple(t for t in tokens if t.dim == d) for d in dict.fromkeys(t.dim for t in tokens)}
-        dims, size = types.type_of(output), value_of(output).shape
-        tokens = max(by_dim.values(), key=lambda p: (len(p) == len(dims[p[0].dim]), size[p[0].dim]))
+        inside = tuple(a for a in attentions if a.node in region)
+        proofs = [_prove(types, branch.source, output, region, tokens, inside) for tokens in choices]
+        tokens, proof, batch = next((p for p in proofs if isinstance(p[1], Carry)), proofs[0])
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
             axes[factors] = _axis(graph, types, factors, len(axes), grid)
-        inside = tuple(a for a in attentions if a.node in region)
-        batch = batch_of(types, branch.source, output, region, tokens)
-        proof = prove(types, branch.source, output, region, tokens, batch)
         sites.append(
             Site(
                 index=len(sites),
                 name=_name(region, len(sites)),
                 kind=_kind(inside, factors, proof, types),
                 axis=axes[factors],
-                batch=tuple(types.type_of(output)[o.dim][o.index] for o in batch),
+                batch=batch,
                 source=branch.source,
                 output=output,
                 add=branch.add,
@@ -89,8 +80,64 @@ def find_sites(
             )
         )
     counts = Counter(s.name for s in sites)
-    named = [replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites]
-    return tuple(_with_scores(s, named, types) for s in named)
+    return tuple(replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites)
+
+
+def _token_dims(
+    types: AxisTypes, output: fx.Node, shape: Sequence[int], token_factors: set[int]
+) -> list[tuple[Occurrence, ...]]:
+    """Where the tokens may lie in a branch's output, best choice first.
+
+    Tokens in neighbouring dimensions that hold nothing else (frames and patches) are one axis, if the branch allows it.
+    Else the largest dimension that holds nothing else is selected from, and the others number samples.
+    """
+    dims = types.type_of(output)
+    by_dim = {d: tuple(Occurrence(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
+    whole = [d for d, places in by_dim.items() if places and len(places) == len(dims[d])]
+    run: list[int] = []
+    for d in whole:
+        run = [*run, d] if run and d == run[-1] + 1 else run if len(run) > 1 else [d]
+    single = max((p for p in by_dim.values() if p), key=lambda p: (p[0].dim in whole, shape[p[0].dim]), default=())
+    choices = [tuple(o for d in run for o in by_dim[d])] if len(run) > 1 else []
+    return choices + ([single] if single else [])
+
+
+def _prove(
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: frozenset[fx.Node],
+    tokens: tuple[Occurrence, ...],
+    inside: tuple[Attention, ...],
+) -> tuple[tuple[Occurrence, ...], Carry | Blocked, Product]:
+    """The proof for one choice of tokens, and the factors that number samples.
+
+    A branch through attention beside arithmetic of its own (a parallel block) is token-wise if what the attention
+    yields is held from the last full step.
+    """
+    factors = {types.type_of(output)[t.dim][t.index] for t in tokens}
+    mixing = [a.node for a in inside if factors & _factors(types, a.key_axis)]
+    first: tuple[Carry | Blocked, Product] | None = None
+    for held in ((), tuple(mixing)) if mixing else ((),):
+        batch = batch_of(types, source, output, region, tokens, held)
+        proof = prove(types, source, output, region, tokens, batch, held)
+        numbers = tuple(types.type_of(output)[o.dim][o.index] for o in batch)
+        if isinstance(proof, Carry) and (not held or _computes(proof, source, region)):
+            return tokens, proof, numbers
+        first = first or (proof, numbers)
+    assert first is not None
+    return tokens, *first
+
+
+def _computes(carry: Carry, source: fx.Node, region: frozenset[fx.Node]) -> bool:
+    """Whether a partial step would do arithmetic on the branch's input, and needs the held values here alone."""
+    own = _users_within(source, carry.rows)
+    apart = all(user in region for node in carry.held for user in node.users)
+    return apart and any(_work(n) in _ARITHMETIC for n in own)
+
+
+def _factors(types: AxisTypes, axis: Product) -> set[int]:
+    return {f for part in types.factors.segments(axis) for f in part} | set(axis)
 
 
 def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Branch]:
@@ -148,20 +195,31 @@ def _more_work(outer: _Branch, inner: _Branch) -> bool:
 
 
 def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
-    """M's output: below every pointwise op at the branch's end that brings in the current conditioning."""
-    node = output = branch.end
-    while (rule := RULES.get(node.target)) is not None and rule.pointwise:  # type: ignore[call-overload]
+    """M's output: below everything pointwise at the branch's end that brings in the current conditioning.
+
+    Walks back from the end over pointwise ops and views. Wherever all paths meet in one value, that value is M's output
+    if conditioning came in above it.
+    """
+    order = {node: i for i, node in enumerate(branch.end.graph.nodes)}
+    output, frontier, conditioned = branch.end, {branch.end}, False
+    while frontier:
+        node = max(frontier, key=order.__getitem__)
+        if len(frontier) == 1 and conditioned:
+            output, conditioned = node, False
+        rule = RULES.get(node.target)  # type: ignore[call-overload]
+        if rule is None or not (rule.pointwise or node.target is aten.reshape.default):
+            break
         inside = [o for o in operand_nodes(node) if o in branch.region]
         outside = [o for o in operand_nodes(node) if o not in branch.region and o not in static]
-        if len(inside) != 1 or branch.source in outside or value_of(inside[0]).shape != value_of(node).shape:
+        changed = rule.pointwise and any(value_of(o).shape != value_of(node).shape for o in inside)
+        if not inside or branch.source in outside or changed:
             break
-        node = inside[0]
-        if outside:
-            output = node
+        frontier = (frontier - {node}) | set(inside)
+        conditioned |= bool(outside)
     return output
 
 
-def _users_within(node: fx.Node, region: frozenset[fx.Node]) -> set[fx.Node]:
+def _users_within(node: fx.Node, region: AbstractSet[fx.Node]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -178,6 +236,8 @@ def _work(node: fx.Node) -> Work:
 
 
 def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes) -> str:
+    if isinstance(proof, Carry) and proof.held:
+        return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
     if all(not set(a.key_axis) & set(factors) for a in inside):
@@ -189,28 +249,34 @@ def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object
 def _axis(
     graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...], count: int, grid: tuple[int, int] | None
 ) -> TokenAxis:
-    size, offset = types.factors.size(factors), 0
+    size, offset, frames = types.factors.size(factors), 0, 1
     found = None
     for part in types.factors.segments(factors):
         found = _grid(graph, types, part)
         if found is not None:
+            frames = types.factors.size(part) // (found[0] * found[1])
             break
         offset += types.factors.size(part)
     if grid is not None and (grid[0] * grid[1] == size or (count == 0 and grid[0] * grid[1] < size)):
         # Tokens that are not part of the picture (registers, a class token) stand before it by convention.
-        found, offset = grid, size - grid[0] * grid[1]
+        found, offset, frames = grid, size - grid[0] * grid[1], 1
     name = "image" if found is not None else "tokens"
-    return TokenAxis(name if count == 0 else f"{name}{count}", factors, size, found, offset if found else 0)
+    return TokenAxis(
+        name if count == 0 else f"{name}{count}", factors, size, found, offset if found else 0, frames
+    )  # fmt: skip
 
 
 def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width, where some value has the axis as two neighbouring dimensions (the patch embedding)."""
+    """Height and width: the last two of the neighbouring dimensions that the axis is in the first value which has it
+    as several (the patch embedding: height and width, or frames before them)."""
     for node in graph.nodes:
         for result in range(len(types.results.get(node, ()))):
             dims = types.type_of(node, result)
-            for a, b in pairwise(dims):
-                if a and b and a + b == factors:
-                    return types.factors.size(a), types.factors.size(b)
+            for first in range(len(dims) - 1):
+                for last in range(first + 1, len(dims)):
+                    run = dims[first : last + 1]
+                    if all(run) and tuple(f for dim in run for f in dim) == factors:
+                        return types.factors.size(run[-2]), types.factors.size(run[-1])
     return None
 
 
@@ -223,31 +289,3 @@ def _name(region: Iterable[fx.Node], index: int) -> str:
             break
         common.append(parts[0])
     return ".".join(common) or f"site{index}"
-
-
-def _with_scores(site: Site, sites: list[Site], types: AxisTypes) -> Site:
-    """Names the attention whose scores rank this site's tokens: the last before it whose keys are these tokens, alone
-    or as a segment of more (an image beside its text); else the next."""
-    if site.carry is None:
-        return site
-    able: dict[int, tuple[int, int] | None] = {}
-    seen: set[fx.Node] = set()
-    for other in sites:
-        if not other.attention or other.attention[-1].node in seen:
-            continue
-        # Scores are [batch, tokens]: the attention must number its samples as the site does.
-        if tuple(f for f in types.factors.resolve(other.attention[-1].lead) if f in site.batch) != site.batch:
-            continue
-        keys, start = other.attention[-1].key_axis, 0
-        seen.add(other.attention[-1].node)
-        for part in types.factors.segments(keys):
-            if part == site.axis.factors:
-                able[other.index] = (start, start + site.axis.size)
-            start += types.factors.size(part)
-        if keys == site.axis.factors:
-            able[other.index] = None
-    if not able:
-        return site
-    before = [i for i in able if i < site.index]
-    chosen = before[-1] if before else next(iter(able))
-    return replace(site, score_site=chosen, score_window=able[chosen])

@@ -3,17 +3,17 @@
 A branch may be computed on a subset of tokens if every op between its input and its output carries the token axis: a
 row of the result needs the same row of the operands only. The proof walks from the output back to the input and follows
 one factor through each op's spec. It either ends at the input with the factor's place in every value between, or it
-names the op that reads the axis whole.
+names the op that reads the axis whole. It may also end at values that are *held*: kept from the last full step.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import fx
 
-from toca_compile.ir.graph import operand_nodes, source_line
+from toca_compile.ir.graph import ancestors, operand_nodes, source_line
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, Carry, Occurrence
 from toca_compile.rules.registry import RULES
@@ -39,15 +39,17 @@ def prove(
     region: AbstractSet[fx.Node],
     tokens: tuple[Occurrence, ...],
     batch: Mapping[Occurrence, Trace],
+    held: tuple[fx.Node, ...] = (),
 ) -> Carry | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
     ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
-    the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample.
+    the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample; at ``held``
+    values the walk ends.
     """
     traces = []
     for occurrence in tokens:
-        trace = follow(types, source, output, region, occurrence)
+        trace = follow(types, source, output, region, occurrence, held)
         if isinstance(trace, Blocked):
             return trace
         traces.append(trace)
@@ -55,19 +57,26 @@ def prove(
     carry = Carry(
         tokens={n: tuple(t[n] for t in traces) for n in nodes},
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
+        rows=frozenset(region & ancestors([output], stop=[source, *held])),
+        held=held,
     )
-    return _layout(types, source, output, region, carry) or carry
+    return _layout(types, source, output, carry) or carry
 
 
 def batch_of(
-    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], tokens: tuple[Occurrence, ...]
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: AbstractSet[fx.Node],
+    tokens: tuple[Occurrence, ...],
+    held: tuple[fx.Node, ...] = (),
 ) -> dict[Occurrence, Trace]:
     """The factors of ``output`` beside the tokens that every op back to ``source`` carries, with their traces: they
     number samples."""
     found = {}
     for d, dim in enumerate(types.type_of(output)):
         for occurrence in (Occurrence(d, i) for i in range(len(dim))):
-            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence)
+            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence, held)
             if isinstance(trace, dict):
                 found[occurrence] = trace
     return found
@@ -88,46 +97,80 @@ def leaf_places(
     return locate(carry.tokens[node]), locate(carry.batch[node])
 
 
-def _layout(
-    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], carry: Carry
-) -> Blocked | None:
-    """What in a proven restriction cannot be gathered or scattered as rows along one dimension."""
+def span(places: Sequence[Occurrence | None]) -> tuple[int, int]:
+    """The dimensions that hold these factors, first and last; (−1, −1) where there are none."""
+    dims = [p.dim for p in places if p is not None]
+    return (min(dims), max(dims)) if dims else (-1, -1)
+
+
+def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, carry: Carry) -> Blocked | None:
+    """What in a proven restriction cannot be gathered or scattered as rows.
+
+    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows, so the op
+    must not care how many dimensions there are.
+    """
     for node, places in carry.tokens.items():
-        if len({p.dim for p in places}) > 1:
+        first, last = span(places)
+        if last > first and not _whole(types, node, places):
             return Blocked(node, "spreads the tokens over several dimensions")
-        ends = node in (source, output)
+        ends = node in (source, output) or node in carry.held
         if ends and not (_whole(types, node, places) and _whole(types, node, carry.batch[node])):
             return Blocked(node, "has tokens or samples in one dimension with something else")
-    for node in region:
+        if ends and len({p.dim for p in carry.batch[node]}) > 1:
+            return Blocked(node, "has samples in several dimensions")
+    for node in carry.rows:
         spec = types.specs.get(node)
+        spread = _spread(carry, node) or any(_spread(carry, o) for o in operand_nodes(node) if o in carry.tokens)
+        if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
+            return Blocked(node, "spreads the tokens over several dimensions")
         for operand, dims in zip(operand_nodes(node), spec.operands if spec else (), strict=False):
-            if operand in region or operand is source:
+            if operand in carry.tokens:
                 continue
             tokens, batch = leaf_places(types, node, carry, dims)
             if not any(tokens):
                 continue
-            if None in tokens or not _whole(types, operand, tokens):  # type: ignore[arg-type]
+            pointwise = RULES[node.target].pointwise  # type: ignore[index]
+            partly = None in tokens or not _whole(types, operand, tokens)  # type: ignore[arg-type]
+            if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
             shared = carry.batch[node] and not any(batch)
-            if shared and not RULES[node.target].pointwise:  # type: ignore[index]
+            if shared and not pointwise:
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
     return None
 
 
+def _spread(carry: Carry, node: fx.Node) -> bool:
+    first, last = span(carry.tokens.get(node, ()))
+    return last > first
+
+
+def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[Occurrence | None]) -> bool:
+    """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
+    there = [p for p in places if p is not None]
+    return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
+
+
 def _whole(types: AxisTypes, node: fx.Node, places: tuple[Occurrence, ...]) -> bool:
-    """Whether the places fill one whole dimension of the value, in order (or there are none)."""
+    """Whether the places fill whole neighbouring dimensions of the value, in order (or there are none)."""
     if not places:
         return True
-    dim = places[0].dim
-    return places == tuple(Occurrence(dim, i) for i in range(len(types.type_of(node)[dim])))
+    first, last = span(places)
+    held = [Occurrence(d, i) for d in range(first, last + 1) for i in range(len(types.type_of(node)[d]))]
+    return list(places) == held
 
 
 def follow(
-    types: AxisTypes, source: fx.Node, output: fx.Node, region: AbstractSet[fx.Node], start: Occurrence
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: AbstractSet[fx.Node],
+    start: Occurrence,
+    held: tuple[fx.Node, ...] = (),
 ) -> Trace | Blocked:
-    """Where the factor at ``start`` of ``output`` lies in each value back to ``source``, or what stops it."""
+    """Where the factor at ``start`` of ``output`` lies in each value back to ``source`` (or a ``held`` value), or what
+    stops it."""
     order = {node: i for i, node in enumerate(output.graph.nodes)}
     place: Trace = {}
     labels: dict[fx.Node, tuple[str, int]] = {}
@@ -138,7 +181,7 @@ def follow(
             if place.setdefault(node, at) != at:
                 return Blocked(node, "is needed along two different axes")
             return demand(node.args[0], at, node.args[1])  # type: ignore[arg-type]
-        if node is source:
+        if node is source or node in held:
             return None if place.setdefault(node, at) == at else Blocked(node, "is needed along two different axes")
         spec = types.specs.get(node)
         if spec is None:
@@ -157,7 +200,7 @@ def follow(
     while pending and reason is None:
         node = max(pending, key=order.__getitem__)
         pending.discard(node)
-        if node is source:
+        if node is source or node in held:
             continue
         if node.target is operator.getitem:
             pending.add(node.args[0])  # type: ignore[arg-type]

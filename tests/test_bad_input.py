@@ -22,7 +22,7 @@ def call(model: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_steps", 0), ("num_steps", 2.5), ("interval", 0), ("fresh_ratio", -0.1), ("fresh_ratio", 1.01),
-     ("schedule", "cosine"), ("score", "entropy"), ("cell", 0), ("score_stride", 0), ("layer_span", 0),
+     ("schedule", "cosine"), ("score", "entropies"), ("cell", 0), ("score_stride", 0), ("layer_span", 0),
      ("sensitive", (0.5, 0.2)), ("interval_slope", 1.0)],
 )  # fmt: skip
 def test_numbers_that_cannot_be(field: str, value: Any) -> None:

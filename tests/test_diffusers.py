@@ -78,7 +78,7 @@ OTHERS: dict[str, Any] = {
          "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 12, "axes_dims_rope": [2, 2, 4]},
         {"hidden_states": (2, 16, 4), "encoder_hidden_states": (2, 6, 12), "pooled_projections": (2, 12),
          "timestep": (2,), "img_ids": (16, 3), "txt_ids": (6, 3)},
-        {"joint_attention": 4, "mlp": 4, "self_attention": 2},
+        {"joint_attention": 4, "mlp": 4, "parallel": 2},
     ),
     "HunyuanDiT2DModel": (
         {**KW, "num_layers": 4, "sample_size": 8, "patch_size": 2, "in_channels": 4, "cross_attention_dim": 8,

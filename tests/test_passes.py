@@ -113,7 +113,7 @@ add: (4,) (27, 28) (0,)""",
 def test_find_sites(unit: Unit) -> None:
     lines = [
         f"{s.index} {s.kind} axis={s.axis.size} grid={s.axis.grid} {s.source}..{s.output} -> {s.add} "
-        f"score={s.score_site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
+        f"score={s.by_keys and s.by_keys.site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
         for s in unit.sites
     ]
     assert_expected_inline(
@@ -169,12 +169,13 @@ in7_arg9_1 = input  # [2, 1, 4]
 cache0 = input
 stamp1 = input
 step1 = input
-score1 = input
+score0 = input
 k1 = input
 since1 = input
 cache1 = input
 add = add.Tensor(in0_transpose, cache0)  # [2, 6, 4]
-select_tokens_default = toca.select_tokens(score1, stamp1, k1, step1, since1, 0.1, [], 1, 0.0)
+unit_scores_default = toca.unit_scores(score0)
+select_tokens_default = toca.select_tokens(unit_scores_default, stamp1, k1, step1, since1, 0.1, [], 1, 0.0)
 mark_fresh__default = toca.mark_fresh_(stamp1, select_tokens_default, step1)
 gather_tokens_default = toca.gather_tokens(add, select_tokens_default, 1, 0)
 linear_1 = linear(gather_tokens_default, in3_arg5_1, in4_arg6_1)
@@ -200,14 +201,15 @@ in7_arg9_1 = input  # [2, 1, 4]
 cache0 = input
 stamp1 = input
 step1 = input
-score1 = input
+score0 = input
 k1 = input
 since1 = input
 cache1 = input
 add = add.Tensor(in0_transpose, cache0)  # [2, 6, 4]
 linear_1 = linear(add, in3_arg5_1, in4_arg6_1)  # [2, 6, 8]
 relu = relu(linear_1)  # [2, 6, 8]
-select_tokens_default = toca.select_tokens(score1, stamp1, k1, step1, since1, 0.1, [], 1, 0.0)
+unit_scores_default = toca.unit_scores(score0)
+select_tokens_default = toca.select_tokens(unit_scores_default, stamp1, k1, step1, since1, 0.1, [], 1, 0.0)
 mark_fresh__default = toca.mark_fresh_(stamp1, select_tokens_default, step1)
 linear_2 = linear(relu, in5_arg7_1, in6_arg8_1)  # [2, 6, 4]
 blend_tokens__default = toca.blend_tokens_(cache1, select_tokens_default, linear_2, 1, 0)
@@ -219,7 +221,7 @@ return [add_1]""",
 
 def test_rewrite_full(unit: Unit) -> None:
     assert_expected_inline(
-        variant(unit, Mode.SCORE, Mode.STORE),
+        variant(unit, Mode.STORE | Mode.SCORE, Mode.STORE),
         """\
 in0_transpose = input  # [2, 6, 4]
 in1_arg3_1 = input  # [12, 4]
@@ -242,12 +244,8 @@ scaled_dot_product_attention = scaled_dot_product_attention(getitem, getitem_1, 
 squeeze = squeeze.dim(scaled_dot_product_attention, 1)  # [2, 6, 4]
 store__default = toca.store_(cache0, squeeze)
 attention_received_default = toca.attention_received(getitem, getitem_1, None, None, False, 1)
-reshape_default = reshape(attention_received_default, [2, 2, 3])
-permute_default = permute(reshape_default, [0, 1, 2])
-reshape_default_1 = reshape(permute_default, [2, -1, 6])
-sum_dim_int_list = sum.dim_IntList(reshape_default_1, [1])
-unit_scores_default = toca.unit_scores(sum_dim_int_list)
-store__default_1 = toca.store_(score0, unit_scores_default)
+sum_dim_int_list = sum.dim_IntList(attention_received_default, [1])
+store__default_1 = toca.store_(score0, sum_dim_int_list)
 add = add.Tensor(in0_transpose, squeeze)  # [2, 6, 4]
 linear_1 = linear(add, in3_arg5_1, in4_arg6_1)  # [2, 6, 8]
 relu = relu(linear_1)  # [2, 6, 8]

@@ -92,7 +92,7 @@ def test_the_bonus_goes_to_the_best_of_each_cell() -> None:
     # A 3×5 picture behind one register, cells of 2: those at the right and lower border are smaller.
     picture = torch.tensor([[9.0, 1, 1, 1, 2], [1, 8.9, 1, 7, 1], [3, 1, 1, 6, 5]])
     score = torch.cat([torch.tensor([100.0]), picture.flatten()])[None]
-    raised = ops._cell_bonus(score, [3, 5, 1], 2, 0.5)
+    raised = ops._cell_bonus(score, [3, 5, 1, 1], 2, 0.5)
     best = {(0, 0): 13.5, (1, 3): 10.5, (0, 4): 3.0, (2, 0): 4.5, (2, 3): 9.0, (2, 4): 7.5}
     expected = picture.clone()
     for place, value in best.items():

@@ -20,7 +20,7 @@ from toca_compile.ir.types import Action, Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
-from toca_compile.passes.find_attention import score_rows
+from toca_compile.passes.measure_scores import check_score
 from toca_compile.passes.rewrite import rewrite
 from toca_compile.pipeline import PIPELINE
 from toca_compile.runtime.executor import Compiled, Executor, example_buffer
@@ -122,7 +122,9 @@ class Session:
         def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
             variant = self.variant(unit, segment, modes, plan)
             examples = [_example(segment.inputs[i]) for i in variant.values]
-            examples += [_slot_example(slot, unit.sites[segment.sites[slot.position]], unit) for slot in variant.slots]
+            score = plan.selector.score
+            sites = [unit.sites[i] for i in segment.sites]
+            examples += [_slot_example(slot, sites[slot.position], unit, score) for slot in variant.slots]
             return self._lower(variant, examples), variant.values, variant.slots
 
         return compiled
@@ -135,25 +137,27 @@ class Session:
         sites = [unit.sites[i] for i in exemplar.sites]
         dense = self.lowering == "dense"
         variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=dense)
-        _propagate(variant, exemplar, unit)
+        _propagate(variant, exemplar, unit, plan.selector.score)
         verify_variant(variant, exemplar)
-        if Mode.PARTIAL in modes and not dense and numeric_check.enabled():
+        if any(Mode.PARTIAL in m for m in modes) and not dense and numeric_check.enabled():
             meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
-                examples[slot] = _slot_example(slot, sites[slot.position], unit)
+                examples[slot] = _slot_example(slot, sites[slot.position], unit, plan.selector.score)
             numeric_check.check_partial(variant, meaning, examples, [s.name for s in sites])
         return variant
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
         assert unit.types is not None
         partial = [s for s in unit.sites if plan.partial(s.index)]
-        scored = plan.selector.score not in ("random", "none")
-        for site in partial if scored else ():
-            if site.score_site is not None:
-                score_rows(unit.sites[site.score_site].attention[-1], plan.selector.score, unit.types)
+        score = plan.selector.score
+        for site in partial if plan.selector.scored else ():
+            scorer = site.scorer(score)
+            if scorer is not None:
+                check_score(unit.sites[scorer.site].attention[-1], score, unit.types)
             else:
-                self.warn_once(f"no self-attention runs over the tokens of {site.name}: they are ranked by age alone")
+                kind = "cross-attention" if score == "entropy" else "self-attention"
+                self.warn_once(f"no {kind} runs over the tokens of {site.name}: they are ranked by age alone")
         if plan.selector.bonus and any(s.axis.grid is None for s in partial):
             self.warn_once(
                 "the token grid is not visible in the graph, so no token gets the grid bonus; "
@@ -291,17 +295,18 @@ def _example(node: fx.Node) -> Any:
     return value if given else value.new_empty(value.shape)
 
 
-def _slot_example(slot: Slot, site: Site, unit: Unit) -> Any:
+def _slot_example(slot: Slot, site: Site, unit: Unit, score: str) -> Any:
     """A fake buffer, or a number that could be one: some K, some step."""
-    if slot.kind in ("cache", "score", "stamp"):
-        return example_buffer(slot, site, unit)
+    if slot.is_buffer:
+        return example_buffer(slot, site, unit, score)
     return max(1, site.axis.size // 2) if slot.kind == "k" else 3
 
 
-def _propagate(variant: Variant, exemplar: Segment, unit: Unit) -> None:
+def _propagate(variant: Variant, exemplar: Segment, unit: Unit, score: str) -> None:
     """Give every node of a variant its value, as fake tensors, with some K."""
     examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
-    examples += [_slot_example(slot, unit.sites[exemplar.sites[slot.position]], unit) for slot in variant.slots]
+    sites = [unit.sites[i] for i in exemplar.sites]
+    examples += [_slot_example(slot, sites[slot.position], unit, score) for slot in variant.slots]
     modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
     with modes.pop() if modes else torch.no_grad():
         _Propagate(variant.module).run(*examples)

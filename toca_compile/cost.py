@@ -14,9 +14,11 @@ import sympy
 from torch import fx
 
 from toca_compile.errors import TocaError
+from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, StepPlan
 from toca_compile.ir.program import Mode, Segment, Unit
 from toca_compile.ir.types import Action, Site
+from toca_compile.passes.narrow import pieces
 from toca_compile.passes.rewrite import needed_nodes
 from toca_compile.rules.registry import RULES, Work
 
@@ -70,7 +72,22 @@ class CostModel:
         """FLOPs of one site's own branch."""
         if action is Action.REUSE:
             return sympy.Integer(0)
-        return sympy.expand(sum(self._node(n, action is Action.PARTIAL) for n in site.region))
+        if action is Action.PARTIAL:
+            return sympy.expand(self._rows(site))
+        return sympy.expand(sum(self._node(n, False) for n in site.region))
+
+    def _rows(self, site: Site) -> sympy.Expr:
+        """What a partial step computes of a branch: of a linear layer, the features that it needs."""
+        assert site.carry is not None
+        rows = site.carry.rows
+        needed: Counter[fx.Node] = Counter()
+        for piece in pieces(rows, self.types).values():
+            needed[piece.linear] += piece.size
+        total = sympy.Integer(0)
+        for node in rows:
+            share = sympy.Rational(needed[node], value_of(node).shape[-1]) if node in needed else 1
+            total += share * self._node(node, True)
+        return total
 
     def _segments(self) -> list[Segment]:
         return [s for s in self.unit.segments if s.sites or self.counting == "torch"]
@@ -84,7 +101,7 @@ class CostModel:
         parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - held), None)]
         for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
             if action is Action.PARTIAL:
-                parts.append((sum(self._node(n, True) for n in site.region), i))
+                parts.append((self._rows(site), i))
         return parts
 
     def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action], tokens: Sequence[int]) -> int:

@@ -58,4 +58,4 @@ def _random(example: Any, key: Any, generator: torch.Generator) -> Any:
         return torch.zeros(example.shape, dtype=example.dtype, device=example.device)
     value = torch.randn(example.shape, generator=generator).to(example.dtype).to(example.device)
     # Scores are L2-normalised; a selection is only compared where both variants make the same one.
-    return value.abs() if getattr(key, "kind", "") == "score" else value
+    return value.abs() if getattr(key, "kind", "") in ("score", "scores of") else value

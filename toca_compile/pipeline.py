@@ -10,6 +10,7 @@ from toca_compile.ir.program import Pass, Unit
 from toca_compile.ir.types import AxisTypes
 from toca_compile.passes import capture as _capture
 from toca_compile.passes import find_attention as _find_attention
+from toca_compile.passes import find_scores as _find_scores
 from toca_compile.passes import find_sites as _find_sites
 from toca_compile.passes import infer_axes as _infer_axes
 from toca_compile.passes import outline as _outline
@@ -45,6 +46,12 @@ def outline(unit: Unit) -> Unit:
     return replace(unit, segments=segments, sites=sites)
 
 
+def find_scores(unit: Unit) -> Unit:
+    """Whose attention ranks each site's tokens."""
+    assert unit.types is not None
+    return replace(unit, sites=_find_scores.find_scores(unit.sites, unit.types))
+
+
 def static_nodes(unit: Unit) -> frozenset[fx.Node]:
     """Nodes that depend on parameters and constants only, so never on the step."""
     placeholders = [n for n in unit.module.graph.nodes if n.op == "placeholder"]
@@ -56,4 +63,4 @@ def static_nodes(unit: Unit) -> frozenset[fx.Node]:
     return frozenset(static)
 
 
-PIPELINE = tuple(Pass(step) for step in (capture, infer_axes, find_attention, find_sites, outline))
+PIPELINE = tuple(Pass(step) for step in (capture, infer_axes, find_attention, find_sites, outline, find_scores))

@@ -178,4 +178,4 @@ def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
 
 
 def _mode_names(modes: Sequence[Mode]) -> str:
-    return ", ".join(m.value for m in modes)
+    return ", ".join(m.label for m in modes)

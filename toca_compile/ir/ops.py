@@ -20,32 +20,44 @@ def _define(schema: str, fn: Callable[..., Tensor]) -> None:
     _LIB.impl(schema.split("(")[0], fn, "CompositeImplicitAutograd")
 
 
-def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
     """Rows ``index[b]`` of ``x`` along ``dim``, each sample its own.
 
     Args:
         x: any rank; ``x.shape[batch_dim]`` is the batch.
         index: int64 ``[batch, k]``.
-        dim: token dimension of ``x``.
+        dim: token dimension of ``x``, the first of ``span`` (frames and patches), which become one.
         batch_dim: batch dimension of ``x``; −1 where it has none (then ``index`` is ``[1, k]``).
     """
+    x, batch_dim = _merged(x, dim, batch_dim, span)
     return x.gather(dim, _spread(index, x, dim, batch_dim))
 
 
-def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int) -> Tensor:
-    """Write ``rows`` to the places ``index`` of ``cache``, in place; returns ``cache``."""
-    return cache.scatter_(dim, _spread(index, cache, dim, batch_dim), rows.to(cache.dtype))
+def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """Write ``rows`` to the places ``index`` of ``cache`` (contiguous), in place; returns ``cache``."""
+    flat, batch_dim = _merged(cache, dim, batch_dim, span)
+    flat.scatter_(dim, _spread(index, flat, dim, batch_dim), rows.to(cache.dtype))
+    return cache
 
 
-def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_dim: int) -> Tensor:
+def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
     """As ``scatter_tokens_``, from a value computed for all tokens: the plain meaning of a partial step."""
-    chosen = torch.zeros(index.shape[0], cache.shape[dim], dtype=torch.bool, device=cache.device)
+    flat, batch_dim = _merged(cache, dim, batch_dim, span)
+    chosen = torch.zeros(index.shape[0], flat.shape[dim], dtype=torch.bool, device=cache.device)
     chosen = chosen.scatter(1, index, True)
-    shape = [1] * cache.dim()
-    shape[dim] = cache.shape[dim]
+    shape = [1] * flat.dim()
+    shape[dim] = flat.shape[dim]
     if batch_dim >= 0:
-        shape[batch_dim] = cache.shape[batch_dim]
-    return cache.copy_(torch.where(chosen.reshape(shape), dense, cache))
+        shape[batch_dim] = flat.shape[batch_dim]
+    flat.copy_(torch.where(chosen.reshape(shape), dense.reshape(flat.shape), flat))
+    return cache
+
+
+def _merged(x: Tensor, dim: int, batch_dim: int, span: int) -> tuple[Tensor, int]:
+    """``x`` with its token dimensions as one, and where its batch then is."""
+    if span == 1:
+        return x, batch_dim
+    return x.flatten(dim, dim + span - 1), batch_dim - (span - 1 if batch_dim > dim else 0)
 
 
 def _spread(index: Tensor, like: Tensor, dim: int, batch_dim: int) -> Tensor:
@@ -80,31 +92,80 @@ def attention_received(
     Returns:
         float32 ``[..., heads, keys]``.
     """
-    if key.shape[-3] != query.shape[-3]:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    queries, keys = query.shape[-2], key.shape[-2]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    rows = range(0, queries, stride)
-    block = max(_SCORE_BLOCK, -(-len(rows) // _SCORE_BLOCKS))
     total: Tensor | None = None
-    for first in range(0, len(rows), block):
-        part = rows[first : first + block]
-        window = slice(part.start, part[-1] + 1, stride)
-        logits = (query[..., window, :] * scale) @ key.transpose(-1, -2)
-        logits = logits.float()
-        if causal:
-            at = torch.arange(part.start, part[-1] + 1, stride, device=query.device)
-            hidden = torch.arange(keys, device=query.device)[None, :] > at[:, None]
-            logits = logits.masked_fill(hidden, float("-inf"))
-        if mask is not None:
-            rows_of_mask = mask[..., window, :] if mask.shape[-2] > 1 else mask
-            logits = (
-                logits.masked_fill(~rows_of_mask, float("-inf")) if mask.dtype == torch.bool else logits + rows_of_mask
-            )
-        received = logits.softmax(-1).sum(-2)
+    for rows in _blocks(query.shape[-2], stride):
+        received = _map_rows(query, key, mask, scale, causal, rows).sum(-2)
         total = received if total is None else total + received
     assert total is not None
     return total
+
+
+def attention_entropy(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool, epsilon: float
+) -> Tensor:
+    """Entropy of each query's row of the post-softmax map, mean over heads: −Σ p·ln(p + ε) (s2 of ToCa, section 3.2).
+
+    The map is made a block of rows at a time.
+
+    Args:
+        query: ``[batch, heads, queries, d]``.
+        key: ``[batch, heads, keys, d]`` (fewer heads are repeated).
+        mask: broadcasts to ``[batch, heads, queries, keys]``.
+
+    Returns:
+        float32 ``[batch, queries]``, in nats.
+    """
+    parts = [
+        row_entropy(_map_rows(query, key, mask, scale, causal, rows), epsilon) for rows in _blocks(query.shape[-2], 1)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def row_entropy(weights: Tensor, epsilon: float) -> Tensor:
+    """−Σ p·ln(p + ε) of the head-mean rows: ``[batch, heads, queries, keys]`` to float32 ``[batch, queries]``."""
+    mean = weights.float().mean(1)
+    return -(mean * (mean + epsilon).log()).sum(-1)
+
+
+def pair_mean(score: Tensor) -> Tensor:
+    """The mean of both halves of a batch, for both: ``[batch, tokens]`` to the same. An odd batch is no pair."""
+    if score.shape[0] % 2:
+        return score
+    first, second = score.chunk(2)
+    return ((first + second) / 2).repeat(2, 1)
+
+
+def _blocks(queries: int | torch.SymInt, stride: int) -> list[slice]:
+    """Every ``stride``-th query row, in blocks. How many rows a partial step has is open when it is traced: one
+    block."""
+    if not isinstance(queries, int):
+        return [slice(None, None, stride)]
+    rows = range(0, queries, stride)
+    block = max(_SCORE_BLOCK, -(-len(rows) // _SCORE_BLOCKS))
+    parts = [rows[first : first + block] for first in range(0, len(rows), block)]
+    return [slice(part.start, part[-1] + 1, stride) for part in parts]
+
+
+def _map_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool, rows: slice
+) -> Tensor:
+    """Some rows of the post-softmax map, in float32."""
+    if key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    keys = key.shape[-2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = (query[..., rows, :] * scale) @ key.transpose(-1, -2)
+    logits = logits.float()
+    if causal:
+        at = torch.arange(query.shape[-2], device=query.device)[rows]
+        hidden = torch.arange(keys, device=query.device)[None, :] > at[:, None]
+        logits = logits.masked_fill(hidden, float("-inf"))
+    if mask is not None:
+        # Inside a trace a size may be symbolic; one row stands for all.
+        shared = mask.dim() < 2 or (isinstance(mask.shape[-2], int) and mask.shape[-2] == 1)
+        part = mask if shared else mask[..., rows, :]
+        logits = logits.masked_fill(~part, float("-inf")) if mask.dtype == torch.bool else logits + part
+    return logits.softmax(-1)
 
 
 def row_norm(x: Tensor, negate: bool) -> Tensor:
@@ -160,7 +221,7 @@ def select_tokens(
         base: float32 ``[batch, tokens]``.
         stamp: int32 ``[batch, tokens]``.
         weight: λ3 / interval.
-        grid: height, width and first token of the picture; empty without a bonus.
+        grid: height, width and first token of the picture, and how many there are; empty without a bonus.
 
     Returns:
         int64 ``[batch, k]``, in no particular order.
@@ -178,17 +239,18 @@ def select_tokens(
 
 
 def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tensor:
-    height, width, offset = grid
-    batch = score.shape[0]
+    height, width, offset, frames = grid
+    samples, end = score.shape[0], offset + frames * height * width
+    batch = samples * frames
     rows, columns = -(-height // cell), -(-width // cell)
-    picture = score[:, offset : offset + height * width].reshape(batch, height, width)
+    picture = score[:, offset:end].reshape(batch, height, width)
     padded = torch.nn.functional.pad(picture, (0, columns * cell - width, 0, rows * cell - height), value=float("-inf"))
     cells = padded.reshape(batch, rows, cell, columns, cell).permute(0, 1, 3, 2, 4).reshape(batch, -1, cell * cell)
     best = cells.argmax(-1, keepdim=True) == torch.arange(cell * cell, device=score.device)
     raised = torch.where(best, cells + cells * bonus, cells)
     raised = raised.reshape(batch, rows, columns, cell, cell).permute(0, 1, 3, 2, 4)
-    raised = raised.reshape(batch, rows * cell, columns * cell)[:, :height, :width].reshape(batch, -1)
-    before, after = score[:, :offset], score[:, offset + height * width :]
+    raised = raised.reshape(batch, rows * cell, columns * cell)[:, :height, :width].reshape(samples, -1)
+    before, after = score[:, :offset], score[:, end:]
     return torch.cat([before, raised, after], dim=1)
 
 
@@ -198,19 +260,26 @@ def mark_fresh_(stamp: Tensor, index: Tensor, step: int) -> Tensor:
     return stamp.scatter_(1, index, now)
 
 
-_define("gather_tokens(Tensor x, Tensor index, int dim, int batch_dim) -> Tensor", gather_tokens)
+_define("gather_tokens(Tensor x, Tensor index, int dim, int batch_dim, int span=1) -> Tensor", gather_tokens)
 _define(
-    "scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim) -> Tensor(a!)",
+    "scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim, int span=1) -> Tensor(a!)",
     scatter_tokens_,
 )
 _define(
-    "blend_tokens_(Tensor(a!) cache, Tensor index, Tensor dense, int dim, int batch_dim) -> Tensor(a!)", blend_tokens_
+    "blend_tokens_(Tensor(a!) cache, Tensor index, Tensor dense, int dim, int batch_dim, int span=1) -> Tensor(a!)",
+    blend_tokens_,
 )
 _define("store_(Tensor(a!) cache, Tensor value) -> Tensor(a!)", store_)
 _define(
     "attention_received(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, int stride) -> Tensor",
     attention_received,
 )
+_define(
+    "attention_entropy(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, float epsilon) -> Tensor",
+    attention_entropy,
+)
+_define("row_entropy(Tensor weights, float epsilon) -> Tensor", row_entropy)
+_define("pair_mean(Tensor score) -> Tensor", pair_mean)
 _define("row_norm(Tensor x, bool negate) -> Tensor", row_norm)
 _define("unit_scores(Tensor score) -> Tensor", unit_scores)
 _define("random_scores(Tensor like, SymInt step, SymInt site, int seed) -> Tensor", random_scores)

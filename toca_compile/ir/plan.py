@@ -5,7 +5,7 @@ from typing import Protocol
 
 from toca_compile.ir.types import Action, Site, StepKind
 
-SCORES = ("attention", "v_norm", "k_norm", "random", "none")
+SCORES = ("attention", "entropy", "v_norm", "k_norm", "random", "none")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepPlan:
 class Selector:
     """How tokens are ranked (toca-compile's ``select_tokens``): base score, weight of one missed step, and the bonus
     of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
-    attention score."""
+    attention score. ``shared_pair``: the two halves of the batch select the same tokens."""
 
     score: str = "attention"
     weight: float = 0.0
@@ -36,6 +36,12 @@ class Selector:
     bonus: float = 0.0
     stride: int = 1
     seed: int = 0
+    shared_pair: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether the score is measured in the model, at full steps."""
+        return self.score not in ("random", "none")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,13 @@ class Plan:
     def partial(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
         return any(step.sites[site].action is Action.PARTIAL for step in self.steps)
+
+
+def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
+    """A step is full where every site computes all, reuse where none computes anything, else partial."""
+    if all(s.action is Action.COMPUTE for s in sites):
+        return StepKind.FULL
+    return StepKind.REUSE if all(s.action is Action.REUSE for s in sites) else StepKind.PARTIAL
 
 
 class Policy(Protocol):

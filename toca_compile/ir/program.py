@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Flag, auto
 from typing import Any
 
 from torch import fx
@@ -51,29 +51,42 @@ class Pass:
         return self.run.__name__.replace("_", "-")
 
 
-class Mode(Enum):
-    """What a variant does at one site."""
+class Mode(Flag):
+    """What a variant does at one site: compute it (and keep nothing, the output, scores, held values), or not."""
 
-    PLAIN = "plain"  # compute, keep nothing
-    STORE = "store"  # compute and keep the output
-    SCORE = "score"  # compute, keep the output and the tokens' scores
-    PARTIAL = "partial"
-    REUSE = "reuse"
+    PLAIN = 0  # compute, keep nothing
+    STORE = auto()  # compute and keep the output
+    SCORE = auto()  # with STORE: also the tokens' scores
+    HOLD = auto()  # with STORE: also the values that a partial step takes from the cache
+    PARTIAL = auto()
+    REUSE = auto()
+
+    @property
+    def label(self) -> str:
+        """The mode as it is printed."""
+        return "+".join(m.name.lower() for m in type(self) if m in self and m.name) or "plain"
 
     def __repr__(self) -> str:
-        return self.value
+        return self.label
 
 
 @dataclass(frozen=True)
 class Slot:
     """An input of a variant beside the segment's values: a buffer or a host number of one of its sites.
 
-    ``kind`` is ``cache``, ``score`` or ``stamp`` (buffers), ``k``, ``step``, ``since`` or ``site`` (numbers).
-    ``position`` counts the segment's sites.
+    ``kind`` is ``cache``, ``held``, ``stamp``, ``score`` (a site's own) or ``scores of`` (its scorer's) for buffers,
+    ``k``, ``step``, ``since`` or ``site`` for numbers.
+    ``position`` counts the segment's sites, ``index`` a site's held values.
     """
 
     kind: str
     position: int
+    index: int = 0
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a tensor that lives as long as the run."""
+        return self.kind in ("cache", "held", "stamp", "score", "scores of")
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class AxisTypes:
 class TokenAxis:
     """An index space of tokens: the one that an attention's queries run over.
 
-    ``grid`` is the picture's height and width in tokens, where the graph or the user tells it; the grid's tokens start
-    at ``offset`` of the axis (registers or text may stand before them).
+    ``grid`` is the picture's height and width in tokens, where the graph or the user tells it; ``frames`` such pictures
+    start at ``offset`` of the axis (registers or text may stand before them).
     """
 
     name: str
@@ -73,6 +73,7 @@ class TokenAxis:
     size: int
     grid: tuple[int, int] | None = None
     offset: int = 0
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,25 @@ class Attention:
 @dataclass(frozen=True)
 class Carry:
     """The proof that a branch is token-wise: for each node from its input to its output, where in its type the token
-    factors and the batch factors lie. Restricting all of them to the same rows commutes with every op between."""
+    factors and the batch factors lie. Restricting all of them to the same rows commutes with every op between.
+
+    ``held`` are values of the branch that the proof takes from the cache (the attention of a parallel block): the
+    branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
+    """
 
     tokens: Mapping[fx.Node, tuple[Occurrence, ...]]
     batch: Mapping[fx.Node, tuple[Occurrence, ...]]
+    rows: frozenset[fx.Node]
+    held: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Whose attention ranks a site's tokens: the site that holds it, and which of the attention's keys they are (None:
+    all)."""
+
+    site: int
+    window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +135,8 @@ class Site:
     attention: tuple[Attention, ...]
     carry: Carry | None
     reason: str | None
-    score_site: int | None = None  # the site whose attention scores this one's tokens
-    score_window: tuple[int, int] | None = None  # which of that attention's keys they are; None: all
+    by_keys: Scorer | None = None  # an attention that has the tokens as keys
+    by_queries: Scorer | None = None  # a cross-attention that has them as queries
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack
@@ -130,3 +146,7 @@ class Site:
         """The legal actions."""
         partial = {Action.PARTIAL} if self.carry is not None else set()
         return frozenset({Action.COMPUTE, Action.REUSE} | partial)
+
+    def scorer(self, score: str) -> Scorer | None:
+        """Who measures a score of this site's tokens; None where nobody can."""
+        return self.by_queries if score == "entropy" else self.by_keys

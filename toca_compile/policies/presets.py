@@ -7,6 +7,32 @@ from toca_compile.errors import PolicyError
 from toca_compile.policies.schedules import RatioSchedule
 from toca_compile.policies.toca import ToCa
 
+_PIXART = ToCa(
+    num_steps=20,
+    interval=3,
+    fresh_ratio=0.30,
+    score="entropy",
+    interval_slope=0.2,
+    sensitive=(0.0, 0.0),
+    cell=4,
+    bonus=0.4,
+    ratios=RatioSchedule(layer=(1.6, -1.2), step=(1.9, -1.8), kinds={"cross_attention": 0.6, "mlp": 1.6}),
+    count="up",
+    shared_pair=True,
+)
+
+_FLUX = ToCa(
+    num_steps=50,
+    interval=4,
+    fresh_ratio=0.1,
+    schedule="counter",
+    bonus=0.0,
+    # The layer factor falls by 1 over 27 layers in the published code, and over the stack here.
+    ratios=RatioSchedule(layer=(1.5, -1.0), kinds={"mlp": 0.4, "parallel": 1.6}),
+    count="up",
+    warmup=3,
+)
+
 PRESETS: dict[str, ToCa] = {
     # ToCa's DiT recipes (README of the reference; R = 93 %).
     "dit-xl-2/ddim-50": ToCa(num_steps=50, interval=3, fresh_ratio=0.07),
@@ -16,6 +42,33 @@ PRESETS: dict[str, ToCa] = {
         fresh_ratio=0.07,
         ratios=RatioSchedule(layer=(1.8, -1.6), step=(1.4, -0.8), kinds={"mlp": 2.5, "self_attention": 0.0}),
     ),
+    # PixArt-α with DPM-Solver++ in 20 steps: the reference's settings, and the paper's (section 4.1: w_t = 0.1,
+    # λ_t = 0.4, R = 70 %, r_l = 0.3, r_type = 1.0), each λ standing for a factor 1 + λ·(1 − 2x) over the range of x.
+    "pixart-alpha/dpm-20": _PIXART,
+    "pixart-alpha/dpm-20-n2": replace(
+        _PIXART,
+        interval=2,
+        interval_slope=0.1,
+        ratios=RatioSchedule(layer=(1.3, -0.6), step=(1.4, -0.8), kinds={"cross_attention": 0.6, "mlp": 1.6}),
+    ),
+    # OpenSora 1.2 with rectified flow in 30 steps: attention and MLP every 3 steps, cross-attention every 6; 14.95 % of
+    # the MLPs' tokens in between, and (factor −0.005) none of cross-attention's.
+    "opensora-1.2/rflow-30": ToCa(
+        num_steps=30,
+        interval=3,
+        fresh_ratio=0.1,
+        schedule="periodic",
+        score="entropy",
+        bonus=0.0,
+        ratios=RatioSchedule(kinds={"cross_attention": -0.005, "mlp": 1.495}),
+        count="up",
+        warmup=3,
+        periods={"cross_attention": 6},
+        shared_pair=True,
+    ),
+    "flux-dev/50-n4": _FLUX,
+    "flux-dev/50-n5": replace(_FLUX, interval=5),
+    "flux-dev/50-n6": replace(_FLUX, interval=6),
 }
 
 

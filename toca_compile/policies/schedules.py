@@ -1,4 +1,4 @@
-"""When a step is full, and how many tokens the others compute. Steps count calls from 0 unless said otherwise."""
+"""When a step is full, and how many tokens the others compute. Steps are numbered by calls, unless said otherwise."""
 
 import struct
 from collections.abc import Mapping
@@ -6,37 +6,54 @@ from dataclasses import dataclass, field
 from math import floor
 
 
-def constant_steps(num_steps: int, interval: int) -> tuple[int, ...]:
-    """Full steps 0, N, 2N, …"""
-    return tuple(range(0, num_steps, interval))
+def periodic_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
+    """The first ``warmup`` steps and every multiple of the interval."""
+    return tuple(i for i in range(num_steps) if i < warmup or i % interval == 0)
+
+
+def counted_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
+    """The first ``warmup`` steps, then one full step after every interval − 1 others: for 3 and 4, 0 1 2 6 10 …"""
+    return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1) % interval == 0)
 
 
 def toca_steps(
-    num_steps: int, interval: int, slope: float, sensitive: tuple[float, float], sensitive_interval: int
+    num_steps: int,
+    interval: int,
+    slope: float,
+    sensitive: tuple[float, float],
+    sensitive_interval: int,
+    count: str = "down",
 ) -> tuple[int, ...]:
-    """Full steps of ToCa's interval function, in the paper's own count ``s`` (num_steps − 1 first, 0 last).
+    """Full steps of ToCa's interval function as values of the counter ``s``, in the order of the calls.
 
-    I(s) = round(N / (1 + w − 2·w·s/T)): long at the noisy end, short at the other; ``sensitive_interval`` for s in
-    [⌊aT⌋, ⌊bT⌋). The first step is full. Whenever s is a multiple of the interval in force the interval is evaluated
-    anew, and the step is full if s is a multiple of the new one too. Where the published code refreshes layer 0 alone
-    (the test is repeated in each layer there), all layers are partial here.
+    Counted ``down`` (DiT), s runs from num_steps − 1 to 0 and I(s) = round(N / (1 + w − 2·w·s/T)); counted ``up``
+    (PixArt), from 0 on and I(s) = round(N / (1 − w + 2·w·s/T)). Both are long at the noisy end and short at the other.
+    ``sensitive_interval`` holds for s in [⌊aT⌋, ⌊bT⌋). The first step is full. Whenever s is a multiple of the interval
+    in force the interval is evaluated anew, and the step is full if s is a multiple of the new one too. Where the
+    published code refreshes layer 0 alone (the test is repeated in each layer there), all layers are partial here.
     """
     low, high = floor(sensitive[0] * num_steps), floor(sensitive[1] * num_steps)
+    bend = slope if count == "down" else -slope
 
     def interval_at(s: int) -> int:
         if low <= s < high:
             return sensitive_interval
-        weight = float32(1 + slope - 2 * slope * s / num_steps)
+        weight = float32(1 + bend - 2 * bend * s / num_steps)
         return max(1, round(float32(interval / weight)))
 
-    first = num_steps - 1
-    current, full = interval_at(first), [first]
-    for s in range(first - 1, -1, -1):
+    counter = [counted(call, num_steps, count) for call in range(num_steps)]
+    current, full = interval_at(counter[0]), [counter[0]]
+    for s in counter[1:]:
         if s % current == 0:
             current = interval_at(s)
             if s % current == 0:
                 full.append(s)
     return tuple(full)
+
+
+def counted(call: int, num_steps: int, count: str) -> int:
+    """The counter ``s`` at a call, and the call at which the counter is ``s``."""
+    return call if count == "up" else num_steps - 1 - call
 
 
 def float32(x: float) -> float:
@@ -49,8 +66,8 @@ def float32(x: float) -> float:
 class RatioSchedule:
     """Share of tokens recomputed: ρ · layer · step · kind, clamped to [0, 1] (ToCa, section 3.3).
 
-    ``layer`` = (a, b): a + b·l/span with l the block's place in its stack; ``step`` = (a, b): a + b·s/T with s counting
-    down as in the paper; ``kinds``: a factor for each kind of site, 1 where none is given.
+    ``layer`` = (a, b): a + b·l/span with l the block's place in its stack; ``step`` = (a, b): a + b·s/T with s the
+    policy's own counter; ``kinds``: a factor for each kind of site, 1 where none is given.
     """
 
     layer: tuple[float, float] = (1.0, 0.0)

@@ -17,7 +17,10 @@ def _linear(rng: Random) -> Args:
     return (torch.randn(2, rng.randint(2, 4), i), torch.randn(o, i), *bias), {}
 
 
-@register(aten.linear.default, _linear, lambda rng: ((torch.randn(3, 4), torch.randn(5, 4)), {}), work=Work.CONTRACT)
+@register(
+    aten.linear.default, _linear, lambda rng: ((torch.randn(3, 4), torch.randn(5, 4)), {}),
+    trailing=True, work=Work.CONTRACT,
+)  # fmt: skip
 def linear(call: Call) -> AxisSpec:
     """``y = x Wᵀ + b``: mixes the features of each row, nothing else."""
     return einsum("... i, o i, o -> ... o", call.operands, call.results)

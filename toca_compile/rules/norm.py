@@ -19,6 +19,7 @@ def _rows(rng: Random) -> Args:
 @register(
     [aten.layer_norm.default, aten.rms_norm.default],
     _rows,
+    trailing=True,
     work=Work.NORM,
 )
 def normalize_last(call: Call) -> AxisSpec:

@@ -42,7 +42,13 @@ class Rule:
     samples: tuple[Sample, ...]
     size_arg: int | None = None
     pointwise: bool = False
+    trailing: bool = False  # acts on the last dimensions, however many stand before them
     work: Work = Work.NONE
+
+    @property
+    def any_rank(self) -> bool:
+        """Whether leading dimensions may be merged without a change to the op's arguments."""
+        return self.pointwise or self.trailing or self.size_arg is not None
 
 
 RULES: dict[OpOverload, Rule] = {}
@@ -53,6 +59,7 @@ def register(
     *samples: Sample,
     size_arg: int | None = None,
     pointwise: bool = False,
+    trailing: bool = False,
     work: Work = Work.NONE,
 ) -> Callable[[Callable[[Call], AxisSpec]], Callable[[Call], AxisSpec]]:
     """Decorator: the function is the axis rule of ``ops``.
@@ -66,7 +73,7 @@ def register(
         for op in listed:
             if op in RULES:
                 raise RuleError(f"{op} has a rule already")
-            RULES[op] = Rule(op, axes, samples, size_arg, pointwise, work)
+            RULES[op] = Rule(op, axes, samples, size_arg, pointwise, trailing, work)
         return axes
 
     return add

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import Plan
+from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
-from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.ir.types import Action, Site
 from toca_compile.runtime.step_control import Run, StepControl
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Executor:
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
         self._free = self._last_uses()
+        self._by_selector: dict[Selector, dict[tuple[int, tuple[Mode, ...]], Compiled]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int] | None = None
         self.set_plan(plan)
 
@@ -89,8 +90,10 @@ class Executor:
             {site.name: todo.tokens for site, todo in zip(self.unit.sites, step.sites, strict=True)}
             for step in plan.steps
         ]
+        self._scored = self._scored_sites()
         self._cells = [self._cell_row(i, since) for i, since in enumerate(self._since())]
-        self.ready: dict[tuple[int, tuple[Mode, ...]], Compiled] = {}
+        # Variants know the selector, not the plan: plans that share it share them.
+        self.ready = self._by_selector.setdefault(plan.selector, {})
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(inputs[self._state]) if self._state is not None else 0
@@ -111,8 +114,8 @@ class Executor:
         _, key, index = self._last
         fresh = {}
         for site, todo in zip(self.unit.sites, self.plan.steps[index].sites, strict=True):
-            shape = example_buffer(Slot("stamp", 0), site, self.unit).shape
-            stamp = run.buffers.get((*key, "stamp", site.index))
+            shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan.selector.score).shape
+            stamp = run.buffers.get((*key, "stamp", site.index, 0))
             if todo.action is Action.PARTIAL and stamp is not None:
                 fresh[site.name] = stamp == index
             else:
@@ -131,7 +134,7 @@ class Executor:
         self.control.record(run, self.plan.steps[index].kind).k.update(self._records[index])
         if run.step == 0:
             for name, buffer in run.buffers.items():
-                if name[:-2] == key and name[-2] == "stamp":
+                if name[: len(key)] == key and name[len(key)] == "stamp":
                     buffer.zero_()
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
@@ -170,17 +173,16 @@ class Executor:
         self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
     ) -> torch.Tensor:
         site = self.unit.sites[segment.sites[slot.position]]
-        owner = score_owner(site) if slot.kind == "score" else site.index
-        name = (*key, slot.kind, owner)
+        score = self.plan.selector.score
+        name = (*key, *buffer_name(slot, site, score))
         if name not in buffers:
-            like = example_buffer(slot, site, self.unit)
+            like = example_buffer(slot, site, self.unit, score)
             with torch.inference_mode(False):
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
 
     def _cell_row(self, index: int, since: Sequence[int]) -> list[_Cell]:
-        row = self.plan.steps[index]
-        scored = self._scored(index)
+        row, scored = self.plan.steps[index], self._scored[index]
         cells = []
         for segment in self.unit.segments:
             modes: list[Mode] = []
@@ -205,20 +207,27 @@ class Executor:
             return Mode.REUSE
         if not self.plan.caches:
             return Mode.PLAIN
-        return Mode.SCORE if scored else Mode.STORE
+        holds = site.carry is not None and site.carry.held and self.plan.partial(site.index)
+        return Mode.STORE | (Mode.SCORE if scored else Mode.PLAIN) | (Mode.HOLD if holds else Mode.PLAIN)
 
-    def _scored(self, index: int) -> set[int | None]:
-        """The sites whose scores of this step some partial site reads before they are made anew."""
-        if self.plan.selector.score in ("random", "none"):
-            return set()
-        used: set[int | None] = set()
-        for step in self.plan.steps[index + 1 :]:
-            for site, todo in zip(self.unit.sites, step.sites, strict=True):
-                if todo.action is Action.PARTIAL:
-                    used.add(site.score_site)
-            if step.kind is StepKind.FULL:
-                break
-        return used
+    def _scored_sites(self) -> list[set[int]]:
+        """For each step, the sites whose scores some partial site reads before they are made anew."""
+        read: set[int] = set()
+        scored: list[set[int]] = []
+        for step in reversed(self.plan.steps):
+            computed = {
+                s.index for s, todo in zip(self.unit.sites, step.sites, strict=True) if todo.action is Action.COMPUTE
+            }
+            scored.append(read & computed)
+            read -= computed
+            if self.plan.selector.scored:
+                partial = (
+                    s for s, todo in zip(self.unit.sites, step.sites, strict=True) if todo.action is Action.PARTIAL
+                )
+                scorers = (s.scorer(self.plan.selector.score) for s in partial)
+                # Those of this very step too: a site may stand before its scorer.
+                read |= {s.site for s in scorers if s is not None}
+        return scored[::-1]
 
     def _since(self) -> Iterator[list[int]]:
         """For each step, the last step before it that computed all of each site."""
@@ -241,23 +250,30 @@ class Executor:
         return free
 
 
-def example_buffer(slot: Slot, site: Site, unit: Unit) -> torch.Tensor:
+def example_buffer(slot: Slot, site: Site, unit: Unit, score: str) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a slot's buffer."""
     output: torch.Tensor = site.output.meta["val"]
     if slot.kind == "cache":
         return output.new_empty(output.shape)
+    if slot.kind == "held":
+        assert site.carry is not None
+        value: torch.Tensor = site.carry.held[slot.index].meta["val"]
+        return value.new_empty(value.shape)
     assert unit.types is not None
     batch = unit.types.factors.size(site.batch)
     if slot.kind == "stamp":
         return output.new_empty([batch, site.axis.size], dtype=torch.int32)
-    keys = unit.sites[score_owner(site)].attention[-1].key_axis
-    return output.new_empty([batch, unit.types.factors.size(keys)], dtype=torch.float32)
+    attention = unit.sites[buffer_name(slot, site, score)[1]].attention[-1]
+    over = attention.axis if score == "entropy" else attention.key_axis
+    return output.new_empty([batch, unit.types.factors.size(over)], dtype=torch.float32)
 
 
-def score_owner(site: Site) -> int:
-    """Whose scores a site's ``score`` slot means: an attention keeps its own; other sites read those of the attention
-    that ranks their tokens."""
-    return site.index if site.score_site is None else site.score_site
+def buffer_name(slot: Slot, site: Site, score: str) -> tuple[str, int, int]:
+    """What a slot's buffer is, whose, and which of several. "scores of" a site are those of its scorer."""
+    scorer = site.scorer(score) if slot.kind == "scores of" else None
+    if scorer is not None:
+        return "score", scorer.site, 0
+    return slot.kind, site.index, slot.index
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

@@ -1,0 +1,64 @@
+"""FindScores: whose attention ranks each site's tokens.
+
+Two kinds of score come from an attention: what a token receives as a key (s1), and how its own row as a query is spread
+(s2). A site asks an attention of its own block if there is one, the last before it first; else the last of an earlier
+block, else the next. So the blocks of a template ask alike.
+"""
+
+from dataclasses import replace
+
+from toca_compile.ir.factors import Product
+from toca_compile.ir.types import Attention, AxisTypes, Scorer, Site
+
+
+def find_scores(sites: tuple[Site, ...], types: AxisTypes) -> tuple[Site, ...]:
+    """The sites with their scorers."""
+    return tuple(_with_scorers(site, sites, types) if site.carry is not None else site for site in sites)
+
+
+def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site:
+    keys: dict[int, Scorer] = {}
+    queries: dict[int, Scorer] = {}
+    seen: set[object] = set()
+    for other in sites:
+        if not other.attention or other.attention[-1].node in seen:
+            continue
+        attention = other.attention[-1]
+        seen.add(attention.node)
+        # Scores are [batch, tokens]: the attention must number its samples as the site does.
+        if tuple(f for f in types.factors.resolve(attention.lead) if f in site.batch) != site.batch:
+            continue
+        place = _place(types, attention.key_axis, site)
+        if place is not None:
+            keys[other.index] = Scorer(other.index, place or None)
+        if reads_other_tokens(attention, types) and attention.axis == site.axis.factors:
+            queries[other.index] = Scorer(other.index)
+    return replace(site, by_keys=_nearest(keys, site, sites), by_queries=_nearest(queries, site, sites))
+
+
+def reads_other_tokens(attention: Attention, types: AxisTypes) -> bool:
+    """Whether an attention's keys are no queries of it: cross-attention."""
+    keys = {f for part in types.factors.segments(attention.key_axis) for f in part}
+    queries = {f for part in types.factors.segments(attention.axis) for f in part}
+    return not keys & queries and not set(attention.key_axis) & set(attention.axis)
+
+
+def _place(types: AxisTypes, keys: Product, site: Site) -> tuple[int, int] | tuple[()] | None:
+    """Where the site's tokens lie among the keys; the empty tuple: they are all; None: they are not there."""
+    if keys == site.axis.factors:
+        return ()
+    start = 0
+    for part in types.factors.segments(keys):
+        if part == site.axis.factors:
+            return start, start + site.axis.size
+        start += types.factors.size(part)
+    return None
+
+
+def _nearest(able: dict[int, Scorer], site: Site, sites: tuple[Site, ...]) -> Scorer | None:
+    own = [i for i in able if sites[i].block == site.block]
+    for among in (own, list(able)):
+        before = [i for i in among if i <= site.index]
+        if before or among:
+            return able[before[-1] if before else among[0]]
+    return None

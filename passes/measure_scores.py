@@ -1,0 +1,163 @@
+"""MeasureScores: the graph that turns an attention into scores of its tokens, ``[batch, tokens]``.
+
+Models lay attention out in many ways: ``[b, h, n, d]``, ``[(b h), n, d]``, frames beside the batch. Each operand's
+dimensions are therefore taken apart into factors and grouped anew, by what they number: samples, heads, tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from math import log, prod
+
+import torch
+from torch import fx
+
+import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+from toca_compile.errors import PolicyError
+from toca_compile.ir.factors import Product
+from toca_compile.ir.graph import source_line, value_of
+from toca_compile.ir.plan import Selector
+from toca_compile.ir.types import Attention, AxisTypes, Site, Type
+from toca_compile.passes.infer_axes import call_of
+
+aten = torch.ops.aten
+toca = torch.ops.toca
+
+Emit = Callable[..., fx.Node]
+Atoms = list[list[tuple[int, int]]]  # of each dimension, the parts it is made of: size and group
+
+_BATCH, _HEADS, _TOKENS, _LAST = range(4)
+
+
+def check_score(attention: Attention, score: str, types: AxisTypes) -> None:
+    """Whether the attention shows what the score is made of.
+
+    Raises:
+        PolicyError: it is written out and hides its keys, or lays its rows along the last dimension.
+    """
+    hidden = False
+    if score in ("v_norm", "k_norm"):
+        row = _row(attention, score)
+        hidden = row is None or bool(set(types.type_of(row)[-1]) & set(attention.key_axis))
+    elif score == "entropy" and attention.map is not None:
+        dims = types.type_of(attention.map)
+        hidden = any(set(d) & set(attention.axis) and d != attention.axis for d in dims)
+    if hidden:
+        raise PolicyError(
+            f"score {score!r} needs an attention whose rows can be told apart, and the one at "
+            f"{source_line(attention.node)} is written out; use score='attention' or 'random'"
+        )
+
+
+def measure(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector: Selector, types: AxisTypes) -> fx.Node:
+    """The scores of all tokens by the last attention of ``site``.
+
+    Args:
+        emit: adds a call to the graph.
+        values: where the graph holds the attention's operands.
+
+    Returns:
+        A float32 value ``[batch, tokens]``: s1 and the norms before normalisation, 1 + s2's entropy.
+    """
+    attention, score = site.attention[-1], selector.score
+    if score == "entropy":
+        return entropy(emit, values, site, selector, types)
+    row = _row(attention, score)
+    if row is not None:
+        value = emit(toca.row_norm.default, values[row], score == "v_norm")
+        atoms = _atoms(types, types.type_of(row)[:-1], site.batch, attention.key_axis)
+    elif attention.map is not None:
+        value = emit(aten._to_copy.default, values[attention.map], dtype=torch.float32)
+        keys = _dims_of_keys(attention, types)
+        atoms = _atoms(types, types.type_of(attention.map), site.batch, ())
+        atoms = [[(n, _TOKENS) for n, _ in dim] if d in keys else dim for d, dim in enumerate(atoms)]
+    else:
+        query, key, mask = _operands(attention)
+        arguments = (values[query], values[key], values[mask] if mask is not None else None)
+        value = emit(toca.attention_received.default, *arguments, *_how(attention), selector.stride)
+        lead, keys_dim = types.type_of(query)[:-2], types.type_of(key)[-2]
+        atoms = [*_atoms(types, lead, site.batch, ()), [(types.factors.size(keys_dim), _TOKENS)]]
+    value = emit(aten.sum.dim_IntList, _grouped(emit, value, atoms, 3), [_HEADS])
+    return emit(toca.pair_mean.default, value) if _paired(site, selector, types) else value
+
+
+def entropy(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector: Selector, types: AxisTypes) -> fx.Node:
+    """1 + the entropy of the head-mean row of each token's cross-attention (s2 of ToCa), for all tokens or for those
+    whose queries ``values`` holds. Of a guidance pair it is the entropy of the mean of both rows, whose texts are
+    apart: the mean of both entropies, and ln 2."""
+    attention = site.attention[-1]
+    paired = _paired(site, selector, types)
+    epsilon = 2e-7 if paired else 1e-7
+    if attention.map is not None:
+        keys = _dims_of_keys(attention, types)
+        atoms = _atoms(types, types.type_of(attention.map), site.batch, attention.axis)
+        atoms = [[(n, _LAST) for n, _ in dim] if d in keys else dim for d, dim in enumerate(atoms)]
+        # Rows of a partial step are fewer than the axis has: their number is left open.
+        atoms = [[(-1, _TOKENS)] if any(g == _TOKENS for _, g in dim) else dim for dim in atoms]
+        value = emit(toca.row_entropy.default, _grouped(emit, values[attention.map], atoms, 4), epsilon)
+    else:
+        query, key, mask = _operands(attention)
+        lead = _atoms(types, types.type_of(query)[:-2], site.batch, ())
+        lead_of_keys = _atoms(types, types.type_of(key)[:-2], site.batch, ())
+        tail = [[(-1, _TOKENS)], [(value_of(query).shape[-1], _LAST)]]
+        asked = _grouped(emit, values[query], [*lead, *tail], 4)
+        given = _grouped(emit, values[key], [*lead_of_keys, *tail], 4)
+        hidden = values[mask] if mask is not None else None
+        if mask is not None and asked is not values[query]:
+            keys_of_mask = value_of(mask).shape[-1]
+            sizes = [types.factors.size(dim) for dim in types.type_of(query)[:-2]]
+            hidden = emit(aten.expand.default, hidden, [*sizes, -1, keys_of_mask])
+            hidden = _grouped(emit, hidden, [*lead, [(-1, _TOKENS)], [(keys_of_mask, _LAST)]], 4)
+        value = emit(toca.attention_entropy.default, asked, given, hidden, *_how(attention), epsilon)
+    if paired:
+        value = emit(toca.pair_mean.default, value)
+    return emit(aten.add.Tensor, value, 1 + (log(2) if paired else 0.0))
+
+
+def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:
+    return selector.shared_pair and types.factors.size(site.batch) % 2 == 0
+
+
+def _row(attention: Attention, score: str) -> fx.Node | None:
+    """The value whose rows' norms are the score; None for other scores."""
+    if score == "v_norm":
+        return attention.value
+    return next(iter(attention.operands[1:2]), None) if score == "k_norm" else None
+
+
+def _operands(attention: Attention) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    node = attention.node
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return attention.operands[0], attention.operands[1], mask if isinstance(mask, fx.Node) else None
+
+
+def _how(attention: Attention) -> tuple[float | None, bool]:
+    """Scale and causality of a fused attention."""
+    arguments = call_of(attention.node)
+    return arguments.kwargs.get("scale"), bool(arguments.arg(5, "is_causal", False))
+
+
+def _dims_of_keys(attention: Attention, types: AxisTypes) -> set[int]:
+    """The dimensions that the softmax of a written-out attention runs over. (Queries may be the same factors.)"""
+    assert attention.map is not None
+    spec = types.specs[attention.map]
+    return {d for d, dim in enumerate(spec.results[0]) if set(dim) & spec.mixed}
+
+
+def _atoms(types: AxisTypes, dims: Type, batch: Product, tokens: Product) -> Atoms:
+    """The dimensions taken apart into factors: samples, tokens, and the rest, which counts as heads."""
+
+    def group(factor: int) -> int:
+        return _BATCH if factor in batch else _TOKENS if factor in tokens else _HEADS
+
+    return [[(types.factors.size((f,)), group(f)) for f in dim] for dim in dims]
+
+
+def _grouped(emit: Emit, value: fx.Node, atoms: Atoms, groups: int) -> fx.Node:
+    """``value`` with one dimension for each group, in order."""
+    if len(atoms) == groups and all(g == d for d, dim in enumerate(atoms) for _, g in dim):
+        return value
+    flat = [atom for dim in atoms for atom in dim]
+    order = sorted(range(len(flat)), key=lambda i: flat[i][1])
+    value = emit(aten.reshape.default, value, [n for n, _ in flat])
+    value = emit(aten.permute.default, value, order)
+    sizes = [[n for n, g in flat if g == group] for group in range(groups)]
+    return emit(aten.reshape.default, value, [-1 if -1 in own else prod(own) for own in sizes])

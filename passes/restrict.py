@@ -1,0 +1,146 @@
+"""Restrict: a proven branch on the selected rows only: the same ops on restricted operands.
+
+Values of the branch become rows; values from outside that vary along the tokens (positions, RoPE tables, masks) are
+gathered with them. Tokens in several dimensions (frames and patches) become one dimension of rows::
+
+    y = linear(norm(x), W)        →        y = linear(norm(gather_tokens(x, index)), W)
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+from toca_compile.ir.graph import operand_nodes, value_of
+from toca_compile.ir.types import AxisTypes, Carry, Occurrence
+from toca_compile.passes.narrow import Piece, pieces
+from toca_compile.passes.prove import leaf_places, span
+from toca_compile.rules.registry import RULES
+
+toca = torch.ops.toca
+aten = torch.ops.aten
+
+
+def place(carry: Carry, node: fx.Node) -> tuple[int, ...]:
+    """Where the tokens and the batch lie in a value: the last arguments of gather and scatter."""
+    first, last = span(carry.tokens[node])
+    return (first, _dim(carry.batch[node])) + ((last - first + 1,) if last > first else ())
+
+
+class Restriction:
+    """The rows of one branch in the graph of a variant.
+
+    Args:
+        emit: adds a call to the graph.
+        copy: copies a node, mapping its operands.
+        values: where the graph holds the values from outside, for all tokens.
+        index: the selected tokens, int64 ``[batch, k]``.
+        k: their number.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[..., fx.Node],
+        copy: Callable[[fx.Node, Callable[[fx.Node], fx.Node]], fx.Node],
+        values: Mapping[fx.Node, fx.Node],
+        carry: Carry,
+        types: AxisTypes,
+        index: fx.Node,
+        k: Callable[[], fx.Node],
+    ) -> None:
+        self.emit, self.copy, self.values = emit, copy, values
+        self.carry, self.types, self.index, self.k = carry, types, index, k
+        self.rows: dict[fx.Node, fx.Node] = {}
+
+    def run(self, nodes: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """The rows of the branch's nodes (``nodes`` in order), from the values ``given`` of its input and what it
+        holds."""
+        for node, value in given.items():
+            self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.carry, node))
+        narrow = pieces(self.carry.rows, self.types)
+        whole = {piece.linear for piece in narrow.values()}
+        for node in nodes:
+            if node in narrow:
+                self.rows[node] = self._piece(narrow[node])
+            elif node in self.carry.rows and not whole & {node, *node.all_input_nodes}:
+                self.rows[node] = self._node(node)
+        return self.rows
+
+    def _piece(self, piece: Piece) -> fx.Node:
+        """Some features of a linear layer on the rows, from their own rows of the weight."""
+        x, *weights = operand_nodes(piece.linear)
+        ends = (piece.start, piece.start + piece.size)
+        cut = [self.emit(aten.slice.Tensor, self.values[w], 0, *ends) for w in weights]
+        return self.emit(aten.linear.default, self.rows[x], *cut)
+
+    def _node(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem:
+            return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
+        spec = self.types.specs[node]
+        leaves: dict[fx.Node, fx.Node] = {}
+        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
+            if operand not in self.rows and operand not in leaves:
+                tokens, batch = leaf_places(self.types, node, self.carry, dims)
+                leaves[operand] = self._leaf(operand, node, tokens, batch)
+
+        def argument(operand: fx.Node) -> fx.Node:
+            return self.rows.get(operand) or leaves.get(operand) or self.values[operand]
+
+        copy = self.copy(node, argument)
+        copy.meta.pop("val", None)  # it has other sizes now
+        size_arg = RULES[node.target].size_arg  # type: ignore[index]
+        if size_arg is not None:
+            copy.args = (*copy.args[:size_arg], self._shape(node), *copy.args[size_arg + 1 :])
+        return copy
+
+    def _shape(self, node: fx.Node) -> list[Any]:
+        """The shape of a value with its token factors replaced by K, in one dimension."""
+        tokens = self.carry.tokens[node]
+        first, last = span(tokens)
+        shape: list[Any] = []
+        for d, product in enumerate(self.types.type_of(node)):
+            size = self.types.factors.size(f for i, f in enumerate(product) if Occurrence(d, i) not in tokens)
+            if d == first:
+                shape.append(self.k() if size == 1 else self.emit(operator.mul, self.k(), size))
+            elif not first < d <= last:
+                shape.append(size)
+        return shape
+
+    def _leaf(
+        self,
+        operand: fx.Node,
+        reader: fx.Node,
+        tokens: Sequence[Occurrence | None],
+        batch: Sequence[Occurrence | None],
+    ) -> fx.Node:
+        """A value from outside the branch, as ``reader`` needs it on the rows.
+
+        What it broadcasts along is first expanded as far as needed: a batch, for a table that all samples share, and
+        the other tokens, for a value that each frame has one of.
+        """
+        value = self.values[operand]
+        (first, last), (begin, end) = span(tokens), span(self.carry.tokens.get(reader, ()))
+        pointwise, of = RULES[reader.target].pointwise, value_of(reader)  # type: ignore[index]
+        if not any(tokens):
+            if end > begin and pointwise:
+                shape = [1] * (of.dim() - value_of(operand).dim()) + list(value_of(operand).shape)
+                return self.emit(aten.reshape.default, value, shape[: begin + 1] + shape[end + 1 :])
+            return value
+        batch_dim = _dim(batch)
+        if (batch_dim < 0 and self.carry.batch[reader]) or end > begin:
+            shape = [1] * (of.dim() - value_of(operand).dim()) + list(value_of(operand).shape)
+            first, last, batch_dim = begin, end, _dim(self.carry.batch[reader])
+            for d in range(of.dim()):
+                if d == batch_dim or begin <= d <= end:
+                    shape[d] = of.shape[d]
+            value = self.emit(aten.expand.default, value, shape)
+        merged = (last - first + 1,) if last > first else ()
+        return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
+
+
+def _dim(places: Sequence[Occurrence | None]) -> int:
+    """The one dimension that holds these factors; −1 where there are none."""
+    return places[0].dim if places and places[0] is not None else -1
