@@ -1,6 +1,6 @@
 """toca_compile: token-wise feature caching for any diffusion transformer, as a torch.compile pass."""
 
-from toca_compile.api import OptimizedModel, explain, optimize
+from toca_compile.api import explain, optimize
 from toca_compile.errors import (
     InferenceModeError,
     NoSiteError,
@@ -10,6 +10,7 @@ from toca_compile.errors import (
     UnsupportedGraphError,
     VerifyError,
 )
+from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, FullCompute, ToCa, preset
 
 __all__ = [

@@ -1,167 +1,20 @@
 """The public calls: ``optimize`` and ``explain``."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed
 
 from toca_compile.backend import Session
-from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, TocaError
+from toca_compile.diffusion_pipeline import attach, is_pipeline, optimized_components, transformers_of
+from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
+from toca_compile.model import OptimizedModel
 from toca_compile.report import Report, make_report
-from toca_compile.runtime.step_control import StepRecord
 
-_RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth shape or policy into silent eager execution.
-
-
-class OptimizedModel(OptimizedModule):
-    """A model with caching: called, configured, moved and saved as the model itself, which stays as it was.
-
-    Attributes and methods are the model's own; ``state_dict`` has its keys. One object serves one sampling at a time
-    in each context.
-    """
-
-    _session: Session
-
-    def __init__(self, model: nn.Module, session: Session) -> None:
-        object.__setattr__(self, "_session", session)
-        session.bounded = True
-        # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
-        super().__init__(model, torch._dynamo.optimize(session, dynamic=False))  # type: ignore[arg-type]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as step number so-and-so of the current run.
-
-        Raises:
-            InferenceModeError: the model is in training mode, or gradients are enabled.
-            NoSiteError: nothing in the model can be cached (with ``strict``).
-            PolicyError: the policy asks for what the model cannot do (with ``strict``).
-        """
-        session = self._session
-        if session.strict:
-            self._check_mode()
-        self._watch_numbers(args, kwargs)
-        control = session.control
-        control.begin_call()
-        failed = True
-        try:
-            with _traceable():
-                out = super().__call__(*args, **kwargs)
-            failed = False
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, TocaError):
-                raise error.inner_exception from None
-            raise
-        finally:
-            reached = control.end_call(failed)
-        if not reached:
-            self._uncached()
-        return out
-
-    def reset(self) -> None:
-        """Forget every run: the next call is step 0 of a new one, and the caches are freed."""
-        self._session.control.reset()
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Calls inside belong to the run ``name``: one for each guidance pass, as in diffusers."""
-        self._session.control.enter(name)
-        try:
-            yield
-        finally:
-            self._session.control.leave()
-
-    @property
-    def steps(self) -> list[StepRecord]:
-        """What each model call of the current runs did, in order."""
-        return self._session.control.records
-
-    @property
-    def policy(self) -> Policy:
-        """The policy. Assigning another takes effect with the next run, without tracing again."""
-        return self._session.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self._session.set_policy(policy)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by all caches now."""
-        return self._session.control.cache_bytes
-
-    def fresh_tokens(self) -> dict[str, torch.Tensor]:
-        """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
-        return {name: mask for e in self._session.executors for name, mask in e.fresh_tokens().items()}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state, under the model's own names."""
-        return self._orig_mod.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model. Caches of the old weights are forgotten."""
-        self.reset()
-        return self._orig_mod.load_state_dict(*args, **kwargs)
-
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers calls this when a pipeline is done."""
-        self.reset()
-
-    def _check_mode(self) -> None:
-        if self._orig_mod.training:
-            raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
-        if torch.is_grad_enabled():
-            raise InferenceModeError(GRAD_ENABLED)
-
-    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A Python number that changes from call to call is traced anew for each value: say so."""
-        session = self._session
-        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
-        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
-        session.numbers = now
-        for name in changed:
-            session.changes[name] = session.changes.get(name, 0) + 1
-            if session.changes[name] == 2:
-                session.warn_once(
-                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
-                    "model again for each value and no cache is ever reused: pass it as a tensor"
-                )
-
-    def _uncached(self) -> None:
-        """No graph with sites ran in a call: say why, and once."""
-        session = self._session
-        name = type(self._orig_mod).__name__
-        if session.seen and not session.executors:
-            error: TocaError = NoSiteError(f"no site was found in {name}: it {NO_SITE} (strict=False runs it uncached)")
-        else:
-            error = TocaError(
-                f"{name} ran uncached, because torch.compile is switched off here: look for TORCHDYNAMO_DISABLE, "
-                "torch.compiler.disable or an active TorchDispatchMode (strict=False allows it)"
-            )
-        if session.strict:
-            raise error
-        session.warn_once(str(error))
+Pipeline = TypeVar("Pipeline")
 
 
-@contextlib.contextmanager
-def _traceable() -> Iterator[None]:
-    """Dynamo may trace as many shapes as there are, and torch's transformer layers are traced as attention and MLP
-    instead of as one fused inference op."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch._dynamo.config.patch(
-            recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=4 * _RECOMPILE_LIMIT
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
+@overload
 def optimize(
     model: nn.Module,
     policy: Policy,
@@ -169,24 +22,54 @@ def optimize(
     lowering: str = "inductor",
     strict: bool = True,
     grid: tuple[int, int] | None = None,
-) -> OptimizedModel:
+) -> OptimizedModel: ...
+@overload
+def optimize(
+    model: Pipeline,
+    policy: Policy,
+    *,
+    lowering: str = "inductor",
+    strict: bool = True,
+    grid: tuple[int, int] | None = None,
+) -> Pipeline: ...
+
+
+def optimize(
+    model: Any,
+    policy: Policy,
+    *,
+    lowering: str = "inductor",
+    strict: bool = True,
+    grid: tuple[int, int] | None = None,
+) -> Any:
     """A drop-in replacement of ``model`` that caches as ``policy`` says. ``model`` itself is not changed.
+
+    Given a diffusers pipeline, its transformer is replaced and the pipeline returned. Each call of the pipeline is then
+    one run with as many steps as its scheduler makes of it (any ``num_inference_steps``, a part of them for
+    image-to-image, two a step for second-order schedulers); guidance passes have caches of their own; the caches are
+    freed at the end of the call, and after an exception.
 
     Nothing is compiled until the first call. With ``lowering="eager"`` the same rewritten graphs run without Inductor.
 
     Args:
-        model: a diffusion transformer that Dynamo can trace, in eval mode.
+        model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
         policy: ``ToCa(...)``, ``Fora(...)``, ``FullCompute()``, or a preset.
         lowering: ``"inductor"`` or ``"eager"``.
         strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.
 
     Raises:
-        TocaError: ``model`` is no module, or the lowering is unknown.
+        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering is unknown.
         PolicyError: ``policy`` is no policy.
     """
+    if is_pipeline(model):
+        found = transformers_of(model)
+        if not found:
+            raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
+        options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid}
+        return attach(model, {name: optimize(part, policy, **options) for name, part in found.items()})
     if not isinstance(model, nn.Module):
-        raise TocaError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+        raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
     if isinstance(model, OptimizedModel):
         model = model._orig_mod
     return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid))
@@ -196,11 +79,14 @@ def explain(model: Any) -> Report:
     """What the compiler found and decided, after a first call. ``str(report)`` is a table.
 
     Args:
-        model: what ``optimize`` returned, or ``torch.compile(model, backend="toca", …)``.
+        model: what ``optimize`` returned (of a pipeline, its first transformer is explained), or
+            ``torch.compile(model, backend="toca", …)``.
 
     Raises:
         TocaError: nothing was compiled yet, or it is no such model.
     """
+    if is_pipeline(model):
+        model = next(iter(optimized_components(model).values()), model)
     session = getattr(model, "_session", None)
     if session is None:
         context = getattr(model, "dynamo_ctx", None)

@@ -52,6 +52,7 @@ class Session:
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
         self.policy, self.strict, self.grid = policy, strict, grid
+        self.applied = policy  # what the current run follows
         self.lowering = lowering
         self._lower = find_lowering(lowering)
         self.control = StepControl()
@@ -67,12 +68,20 @@ class Session:
     def set_policy(self, policy: Policy) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
+        self.follow(policy)
+        self.policy = policy
+        self.control.reset()
+
+    def follow(self, policy: Policy) -> None:
+        """Let the next run follow ``policy`` (the user's own, with the numbers of that run)."""
+        if policy is self.applied or policy == self.applied:
+            return
         plans = [_checked(policy, executor.unit) for executor in self.executors]
         for executor, plan in zip(self.executors, plans, strict=True):
             self._explain_choices(executor.unit, plan)
         for executor, plan in zip(self.executors, plans, strict=True):
             executor.set_plan(plan)
-        self.policy = policy
+        self.applied = policy
         self.control.reset()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -113,10 +122,10 @@ class Session:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not unit.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
-        plan = _checked(self.policy, unit)
+        plan = _checked(self.applied, unit)
         self._explain_choices(unit, plan)
         self.managers.append(manager)
-        return Executor(unit, plan, self.control, self._variants(unit), _clock(unit), self.seen)
+        return Executor(unit, plan, self.control, self._variants(unit), self.seen)
 
     def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], Plan], Compiled]:
         def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
@@ -144,7 +153,8 @@ class Session:
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
                 examples[slot] = _slot_example(slot, sites[slot.position], unit, plan.selector.score)
-            numeric_check.check_partial(variant, meaning, examples, [s.name for s in sites])
+            names, shared = [s.name for s in sites], plan.selector.shared_pair
+            numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
         return variant
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
@@ -158,7 +168,7 @@ class Session:
             else:
                 kind = "cross-attention" if score == "entropy" else "self-attention"
                 self.warn_once(f"no {kind} runs over the tokens of {site.name}: they are ranked by age alone")
-        if plan.selector.bonus and any(s.axis.grid is None for s in partial):
+        if plan.selector.bonus and partial and all(s.axis.grid is None for s in partial):
             self.warn_once(
                 "the token grid is not visible in the graph, so no token gets the grid bonus; "
                 "give it with optimize(..., grid=(height, width))"
@@ -260,32 +270,6 @@ def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...
             owned = guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module()
         fixed.append(owned or isinstance(value, torch.nn.Parameter))
     return tuple(fixed)
-
-
-def _clock(unit: Unit) -> list[int]:
-    """The inputs that tell the denoising time: those that reach a sine before any token axis (the timestep
-    embedding), by their number."""
-    assert unit.types is not None
-    token_factors = {f for s in unit.sites for f in s.axis.factors}
-    found = []
-    placeholders = [n for n in unit.module.graph.nodes if n.op == "placeholder"]
-    for i, (node, fixed) in enumerate(zip(placeholders, unit.static_inputs, strict=True)):
-        value = value_of(node)
-        if fixed or (isinstance(value, torch.Tensor) and value.dim() > 1):
-            continue
-        todo, seen = [node], {node}
-        while todo:
-            at = todo.pop()
-            if at.target in (aten.sin.default, aten.cos.default):
-                found.append(i)
-                break
-            for user in at.users:
-                dims = unit.types.results.get(user, ())
-                tokens = any(f in token_factors for d in dims for p in d for f in unit.types.factors.resolve(p))
-                if user not in seen and not tokens:
-                    seen.add(user)
-                    todo.append(user)
-    return found
 
 
 def _example(node: fx.Node) -> Any:

@@ -47,9 +47,9 @@ class CostModel:
         return {**numbers, B: self.types.factors.size(site.batch) if site else 1, C: self.width}
 
     def step(self, plan: StepPlan) -> int:
-        """FLOPs of one step of a plan."""
+        """FLOPs of one step of a plan, without what is computed once a run."""
         total = 0
-        for segment in self._segments():
+        for segment in self._segments(constant=False):
             sites = [self.unit.sites[i] for i in segment.sites]
             rows = [plan.sites[i] for i in segment.sites]
             total += self._number(segment, sites, [r.action for r in rows], [r.tokens for r in rows])
@@ -57,12 +57,14 @@ class CostModel:
 
     def run(self, plan: Plan) -> int:
         """FLOPs of all steps of a plan."""
-        return sum(self.step(step) for step in plan.steps)
+        return sum(self.step(step) for step in plan.steps) + int(self._constants().subs(self.values))
 
     def symbolic(self, actions: Sequence[Action]) -> sympy.Expr:
-        """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens."""
-        total = sympy.Integer(0)
-        for segment in self._segments():
+        """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens. Where all
+        compute it is a step of the uncached model, which has nothing from a step before."""
+        uncached = all(a is Action.COMPUTE for a in actions)
+        total = self._constants() if uncached else sympy.Integer(0)
+        for segment in self._segments(constant=False):
             sites = [self.unit.sites[i] for i in segment.sites]
             parts = self._parts(segment, sites, [actions[i] for i in segment.sites])
             total += sum((expr for expr, _ in parts), sympy.Integer(0))
@@ -89,8 +91,14 @@ class CostModel:
             total += share * self._node(node, True)
         return total
 
-    def _segments(self) -> list[Segment]:
-        return [s for s in self.unit.segments if s.sites or self.counting == "torch"]
+    def _constants(self) -> sympy.Expr:
+        """What is computed once a run."""
+        nodes = [n for s in self._segments(constant=True) for n in s.nodes]
+        return sympy.sympify(sum(self._node(n, False) for n in nodes))
+
+    def _segments(self, *, constant: bool) -> list[Segment]:
+        counted = [s for s in self.unit.segments if s.sites or s.in_block or self.counting == "torch"]
+        return [s for s in counted if s.constant == constant]
 
     def _parts(
         self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from toca_compile.api import OptimizedModel, explain, optimize
+from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
+from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
 
 GUIDANCE = 1.5

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toca_compile.errors import VerifyError
+from toca_compile.ir import ops as toca_ops
 from toca_compile.ir.program import Variant
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -21,12 +22,15 @@ def enabled() -> bool:
     return os.environ.get("TOCA_VERIFY", "0") not in ("", "0")
 
 
-def check_partial(variant: Variant, dense: Variant, examples: dict[Any, Any], names: Sequence[str]) -> None:
+def check_partial(
+    variant: Variant, dense: Variant, examples: dict[Any, Any], names: Sequence[str], *, shared_pair: bool = False
+) -> None:
     """Compare results and changed buffers of a partial variant and its dense meaning.
 
     Args:
         examples: fake tensor or number for each input number and slot.
         names: the sites, for the message.
+        shared_pair: both halves of the batch have the same scores.
 
     Raises:
         VerifyError: they differ.
@@ -34,7 +38,7 @@ def check_partial(variant: Variant, dense: Variant, examples: dict[Any, Any], na
     if any(isinstance(e, torch.Tensor) and e.device.type == "meta" for e in examples.values()):
         return
     generator = torch.Generator().manual_seed(0)
-    values = {key: _random(e, key, generator) for key, e in examples.items()}
+    values = {key: _random(e, key, generator, shared_pair) for key, e in examples.items()}
     ends = []
     with torch.inference_mode(False), torch.no_grad():
         for v in (variant, dense):
@@ -51,11 +55,13 @@ def check_partial(variant: Variant, dense: Variant, examples: dict[Any, Any], na
             )
 
 
-def _random(example: Any, key: Any, generator: torch.Generator) -> Any:
+def _random(example: Any, key: Any, generator: torch.Generator, shared_pair: bool) -> Any:
     if not isinstance(example, torch.Tensor):
         return example
     if not example.dtype.is_floating_point:
         return torch.zeros(example.shape, dtype=example.dtype, device=example.device)
     value = torch.randn(example.shape, generator=generator).to(example.dtype).to(example.device)
-    # Scores are L2-normalised; a selection is only compared where both variants make the same one.
-    return value.abs() if getattr(key, "kind", "") in ("score", "scores of") else value
+    if getattr(key, "kind", "") not in ("score", "scores of"):
+        return value
+    # No score is negative; a selection is only compared where both variants make the same one.
+    return toca_ops.pair_mean(value.abs()) if shared_pair else value.abs()

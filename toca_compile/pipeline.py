@@ -10,8 +10,10 @@ from toca_compile.ir.program import Pass, Unit
 from toca_compile.ir.types import AxisTypes
 from toca_compile.passes import capture as _capture
 from toca_compile.passes import find_attention as _find_attention
+from toca_compile.passes import find_clock as _find_clock
 from toca_compile.passes import find_scores as _find_scores
 from toca_compile.passes import find_sites as _find_sites
+from toca_compile.passes import hoist as _hoist
 from toca_compile.passes import infer_axes as _infer_axes
 from toca_compile.passes import outline as _outline
 
@@ -52,15 +54,27 @@ def find_scores(unit: Unit) -> Unit:
     return replace(unit, sites=_find_scores.find_scores(unit.sites, unit.types))
 
 
+def find_clock(unit: Unit) -> Unit:
+    """The inputs that tell the timestep."""
+    assert unit.types is not None
+    return replace(unit, clock=_find_clock.find_clock(unit.varying, unit.types, unit.sites))
+
+
+def hoist(unit: Unit) -> Unit:
+    """What does not change during a run stands first, to be computed once."""
+    varying, clock = frozenset(unit.varying), frozenset(unit.clock)
+    return replace(unit, segments=_hoist.hoist(unit.module.graph, unit.segments, unit.sites, varying, clock))
+
+
 def static_nodes(unit: Unit) -> frozenset[fx.Node]:
     """Nodes that depend on parameters and constants only, so never on the step."""
-    placeholders = [n for n in unit.module.graph.nodes if n.op == "placeholder"]
-    varying = {n for n, fixed in zip(placeholders, unit.static_inputs, strict=True) if not fixed}
-    static = set()
+    varying, static = set(unit.varying), set()
     for node in unit.module.graph.nodes:
         if node not in varying and not any(i not in static for i in node.all_input_nodes):
             static.add(node)
     return frozenset(static)
 
 
-PIPELINE = tuple(Pass(step) for step in (capture, infer_axes, find_attention, find_sites, outline, find_scores))
+PIPELINE = tuple(
+    Pass(step) for step in (capture, infer_axes, find_attention, find_sites, outline, find_scores, find_clock, hoist)
+)

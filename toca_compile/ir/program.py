@@ -15,7 +15,8 @@ class Segment:
     """A convex part of the graph, run as one call: values in, nodes in graph order, values out.
 
     ``template`` numbers the segments that are the same graph; of those, inputs, outputs and sites correspond by
-    position.
+    position. A ``constant`` one depends on inputs that stay the same during a run (the text); it may be a part of a
+    block.
     """
 
     template: int
@@ -23,6 +24,8 @@ class Segment:
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     sites: tuple[int, ...] = ()
+    constant: bool = False
+    in_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,18 @@ class Unit:
     types: AxisTypes | None = None
     attentions: tuple[Attention, ...] = ()
     sites: tuple[Site, ...] = ()
+    clock: tuple[fx.Node, ...] = ()  # the inputs that tell the denoising time
     segments: tuple[Segment, ...] = ()
+
+    @property
+    def placeholders(self) -> tuple[fx.Node, ...]:
+        """The graph's inputs."""
+        return tuple(n for n in self.module.graph.nodes if n.op == "placeholder")
+
+    @property
+    def varying(self) -> tuple[fx.Node, ...]:
+        """Its inputs that are no parameters or buffers."""
+        return tuple(n for n, fixed in zip(self.placeholders, self.static_inputs, strict=True) if not fixed)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import fx
 from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
 from toca_compile.ir.types import Action, Site
-from toca_compile.runtime.step_control import Run, StepControl
+from toca_compile.runtime.step_control import Kept, Run, StepControl
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +59,20 @@ class Executor:
         plan: Plan,
         control: StepControl,
         compiled: Callable[[Segment, tuple[Mode, ...], Plan], Compiled],
-        clock: Sequence[int],
         number: int,
     ) -> None:
         self.unit, self.control, self._compiled = unit, control, compiled
-        self._number, self._clock = number, tuple(clock)
+        self._number = number
         self._state = next((i for i, fixed in enumerate(unit.static_inputs) if fixed), None)
         graph = unit.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
         self._inputs = len(self._place)
+        self._clock = [self._place[n] for n in unit.clock]
+        # Segments that are constant during a run stand first; these are the inputs on which they depend.
+        self._constant = sum(s.constant for s in unit.segments)
+        varying = set(unit.varying)
+        read = {n for s in unit.segments[: self._constant] for n in s.inputs if n in varying}
+        self._watched = sorted(self._place[n] for n in read)
         self._constants = [(n, _attribute(unit.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
         for segment in unit.segments:
             for node in segment.outputs:
@@ -140,7 +145,8 @@ class Executor:
         for node, constant in self._constants:
             values[self._place[node]] = constant
         ready = run.bound.setdefault(key, {})
-        for i, cell in enumerate(self._cells[index]):
+        done = self._restore(inputs, values, run, key) if self._constant else 0
+        for i, cell in enumerate(self._cells[index][done:], done):
             bound = ready.get((i, cell.variant))
             if bound is None:
                 bound = ready[i, cell.variant] = self._bind(i, cell, run, key)
@@ -152,7 +158,23 @@ class Executor:
                 values[place] = value
             for place in self._free[i]:
                 values[place] = None
+            if i == self._constant - 1:
+                self._keep(inputs, values, run, key)
         return fx.node.map_arg(self._output, lambda n: values[self._place[n]])
+
+    def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
+        """Put back what the constant segments computed before from the same inputs; how many segments that spares."""
+        kept = run.kept.get(key)
+        if kept is None or not kept.holds([inputs[i] for i in self._watched]):
+            return 0
+        for place, value in kept.values.items():
+            values[place] = value
+        return self._constant
+
+    def _keep(self, inputs: Sequence[Any], values: Sequence[Any], run: Run, key: tuple[int, ...]) -> None:
+        places = {p for outputs in self._segment_outputs[: self._constant] for p in outputs}
+        later = {p: values[p] for p in places if values[p] is not None}
+        run.kept[key] = Kept.of([inputs[i] for i in self._watched], later)
 
     def _bind(self, i: int, cell: _Cell, run: Run, key: tuple[int, ...]) -> _Bound:
         """The variant of a segment, compiled if it was not, with this run's buffers."""

@@ -7,6 +7,7 @@ and when the denoising clock jumps back. Step 0 computes everything, so nothing 
 """
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,35 @@ class StepRecord:
     k: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Values that were computed from some inputs, and how those were: which objects, changed how often."""
+
+    inputs: tuple[Any, ...]
+    values: dict[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], values: dict[int, torch.Tensor]) -> "Kept":
+        """Remember what ``values`` came from."""
+        return cls(tuple(_state(x) for x in inputs), values)
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether these are the same inputs, unchanged. Changes of a tensor made in inference mode cannot be seen."""
+        return all(_unchanged(old, new) for old, new in zip(self.inputs, inputs, strict=True))
+
+
+def _state(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return None if value.is_inference() else (weakref.ref(value), value._version)
+
+
+def _unchanged(old: Any, new: Any) -> bool:
+    if not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    return old is not None and old[0]() is new and old[1] == new._version
+
+
 @dataclass
 class Run:
     """One sampling in one context."""
@@ -43,6 +73,7 @@ class Run:
     record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
     bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
 
 
@@ -72,6 +103,11 @@ class StepControl:
         self._contexts.append(context)
         self._current = None
 
+    @property
+    def in_context(self) -> bool:
+        """Whether the caller has named a context."""
+        return bool(self._contexts)
+
     def leave(self) -> None:
         """Back to the context before."""
         self._contexts.pop()
@@ -85,7 +121,9 @@ class StepControl:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all buffers alive."""
-        return sum(b.numel() * b.element_size() for run in self._runs.values() for b in run.buffers.values())
+        alive = [b for run in self._runs.values() for b in run.buffers.values()]
+        alive += [v for run in self._runs.values() for kept in run.kept.values() for v in kept.values.values()]
+        return sum(b.numel() * b.element_size() for b in alive)
 
     # -- what the model object does -----------------------------------------------------------------------------------
 

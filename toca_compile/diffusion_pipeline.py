@@ -1,0 +1,152 @@
+"""Pipelines of diffusers: one call of the pipeline is one run of its transformer.
+
+Everything a run needs to know is there before the first model call, and on the host: how many steps, from the length of
+the scheduler's timesteps; whether there is guidance, from the call's own arguments; which guidance pass a model call
+is, from how many came since the scheduler last stepped. No pipeline is known by name, and diffusers is not imported.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from toca_compile.model import OptimizedModel
+
+log = logging.getLogger(__name__)
+
+_PASSES = 4  # guidance passes a step at most; a loop that makes more model calls without a step is no pipeline's
+
+
+def is_pipeline(model: Any) -> bool:
+    """Whether an object is made of components with a scheduler among them and samples when called."""
+    parts = getattr(model, "components", None)
+    return not isinstance(model, nn.Module) and callable(model) and isinstance(parts, dict) and "scheduler" in parts
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The denoising transformers among a pipeline's components, by name."""
+    found = {n: c for n, c in pipe.components.items() if n.split("_")[0] == "transformer" and isinstance(c, nn.Module)}
+    return dict(sorted(found.items()))
+
+
+def optimized_components(pipe: Any) -> dict[str, OptimizedModel]:
+    """The optimised models among a pipeline's components."""
+    return {n: c for n, c in transformers_of(pipe).items() if isinstance(c, OptimizedModel)}
+
+
+def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
+    """Put optimised models into a pipeline and let each call of it be one run; returns the pipeline."""
+    for name, model in models.items():
+        setattr(pipe, name, model)
+    if not getattr(type(pipe), "_toca_sampling", False):
+        pipe.__class__ = _with_runs(type(pipe))
+    return pipe
+
+
+def _with_runs(cls: type) -> type:
+    """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
+    call: Any = cls.__call__
+
+    @functools.wraps(call)
+    def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(call).bind(self, *args, **kwargs)
+        arguments.apply_defaults()
+        with _sampling(self, arguments.arguments):
+            return call(self, *args, **kwargs)
+
+    body = {"__call__": sampled, "__module__": cls.__module__, "__doc__": cls.__doc__, "_toca_sampling": True}
+    return type(cls.__name__, (cls,), body)
+
+
+@contextlib.contextmanager
+def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """One call of a pipeline."""
+    models = list(optimized_components(pipe).values())
+    guidance = arguments.get("guidance_scale")
+    guided = not isinstance(guidance, (int, float)) or guidance > 1
+    runs = [_Run(model, pipe.scheduler, guided) for model in models]
+
+    def on(method: str, act: str) -> Any:
+        original = getattr(pipe.scheduler, method)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            for run in runs:
+                getattr(run, act)()
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        for method, act in (("step", "next_step"), ("set_timesteps", "restart")):
+            stack.enter_context(_shadowed(pipe.scheduler, method, on(method, act)))
+        for run in runs:
+            stack.callback(run.close)
+            object.__setattr__(run.model, "_around_call", run.around_call)
+        yield
+
+
+@contextlib.contextmanager
+def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object, shadowed for a while."""
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        vars(owner).update(before)
+
+
+class _Run:
+    """One model during one call of a pipeline."""
+
+    def __init__(self, model: OptimizedModel, scheduler: Any, guided: bool) -> None:
+        self.model, self.scheduler, self.guided = model, scheduler, guided
+        self.restart()
+
+    def restart(self) -> None:
+        """The scheduler was given its timesteps: the next model call is the first of a run."""
+        self.begun, self.stepped, self.passes = False, False, 0
+        self.model.reset()
+
+    def next_step(self) -> None:
+        """The scheduler steps: the next model call is the first pass of the next step."""
+        self.stepped, self.passes = True, 0
+
+    def close(self) -> None:
+        """The call is over, or failed."""
+        object.__setattr__(self.model, "_around_call", contextlib.nullcontext)
+        self.model.reset()
+
+    @contextlib.contextmanager
+    def around_call(self) -> Iterator[None]:
+        """Around one model call: the plan for the run before the first, and a context for each guidance pass."""
+        if not self.begun:
+            self.begun = True
+            self._plan()
+        number, self.passes = self.passes, self.passes + 1
+        if self.model._session.control.in_context or not number or number >= _PASSES:
+            if number == _PASSES and not self.stepped:
+                log.warning("the scheduler does not step between model calls: all count as steps of one run")
+            yield
+        else:
+            with self.model.cache_context(f"pass {number + 1}"):
+                yield
+
+    def _plan(self) -> None:
+        """The policy for this run's number of steps, and for no guidance pair where there is no guidance."""
+        steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+        session = self.model._session
+        wanted: Any = session.policy
+        names = {f.name for f in dataclasses.fields(wanted)} if dataclasses.is_dataclass(wanted) else set()
+        changes: dict[str, Any] = {"num_steps": steps} if "num_steps" in names else {}
+        if not self.guided and "shared_pair" in names:
+            changes["shared_pair"] = False
+        changes = {k: v for k, v in changes.items() if getattr(wanted, k) != v}
+        session.follow(dataclasses.replace(wanted, **changes) if changes else wanted)
