@@ -153,6 +153,76 @@ def diffusers_dit(depth: int = 3, **overrides: Any) -> nn.Module:
     return randomize(DiTTransformer2DModel(**settings | overrides))
 
 
+class FusedFlux(nn.Module):
+    """FLUX in the layout of its original repository, with the weights of a diffusers model: one linear for queries,
+    keys and values, and in single blocks one for those and the MLP's input; text and image joined once."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+        self.heads = model.transformer_blocks[0].attn.heads if model.transformer_blocks else 1
+        self.fused_double = nn.ModuleList()
+        for block in model.transformer_blocks:
+            a = block.attn
+            image, words = _joined(a.to_q, a.to_k, a.to_v), _joined(a.add_q_proj, a.add_k_proj, a.add_v_proj)
+            self.fused_double.append(nn.ModuleList([image, words]))
+        self.fused_single = nn.ModuleList(
+            _joined(b.attn.to_q, b.attn.to_k, b.attn.to_v, b.proj_mlp) for b in model.single_transformer_blocks
+        )
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each ``[batch, heads, tokens, d]``."""
+        return tuple(rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.heads).unbind(0))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Any) -> Tensor:
+        """Attention after rotation; heads merged."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        q, k = apply_rotary_emb(q, rope, sequence_dim=2), apply_rotary_emb(k, rope, sequence_dim=2)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor,
+        img_ids: Tensor, txt_ids: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """As the diffusers model's."""
+        m = self.inner
+        img, txt = m.x_embedder(hidden_states), m.context_embedder(encoder_hidden_states)
+        temb = m.time_text_embed(timestep * 1000, pooled_projections)
+        rope = m.pos_embed(torch.cat([txt_ids, img_ids]))
+        words = txt.shape[1]
+        for linears, block in zip(self.fused_double, m.transformer_blocks, strict=True):
+            a, image, text = block.attn, linears[0], linears[1]
+            s1, c1, g1, s2, c2, g2 = block.norm1.linear(F.silu(temb))[:, None].chunk(6, dim=-1)
+            t1, d1, h1, t2, d2, h2 = block.norm1_context.linear(F.silu(temb))[:, None].chunk(6, dim=-1)
+            q, k, v = self.split(image((1 + c1) * block.norm1.norm(img) + s1))
+            tq, tk, tv = self.split(text((1 + d1) * block.norm1_context.norm(txt) + t1))
+            q, k = torch.cat([a.norm_added_q(tq), a.norm_q(q)], 2), torch.cat([a.norm_added_k(tk), a.norm_k(k)], 2)
+            out = self.attend(q, k, torch.cat([tv, v], dim=2), rope)
+            txt_out, img_out = out[:, :words], out[:, words:]
+            img = img + g1 * a.to_out[0](img_out)
+            img = img + g2 * block.ff((1 + c2) * block.norm2(img) + s2)
+            txt = txt + h1 * a.to_add_out(txt_out)
+            txt = txt + h2 * block.ff_context((1 + d2) * block.norm2_context(txt) + t2)
+        x = torch.cat([txt, img], dim=1)
+        for linear1, block in zip(self.fused_single, m.single_transformer_blocks, strict=True):
+            shift, scale, gate = block.norm.linear(F.silu(temb))[:, None].chunk(3, dim=-1)
+            sizes: Any = [3 * x.shape[-1], linear1.out_features - 3 * x.shape[-1]]
+            qkv, mlp = torch.split(linear1((1 + scale) * block.norm.norm(x) + shift), sizes, dim=-1)
+            q, k, v = self.split(qkv)
+            out = self.attend(block.attn.norm_q(q), block.attn.norm_k(k), v, rope)
+            x = x + gate * block.proj_out(torch.cat((out, block.act_mlp(mlp)), 2))
+        return m.proj_out(m.norm_out(x[:, words:], temb))
+
+
+def _joined(*parts: Any) -> nn.Linear:
+    """One linear layer that makes the outputs of several, end to end."""
+    whole = nn.Linear(parts[0].in_features, sum(p.out_features for p in parts))
+    whole.weight.data = torch.cat([p.weight.data for p in parts])
+    whole.bias.data = torch.cat([p.bias.data for p in parts])
+    return whole
+
+
 class Positional(nn.Module):
     """A model called as ``model(x, t, y)`` and answering with a tensor, whatever it is inside."""
 

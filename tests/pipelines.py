@@ -27,9 +27,10 @@ def pixart(additional: bool = False, depth: int = 2, sample: int = 8, seed: int 
     """A small ``PixArtTransformer2DModel``."""
     from diffusers import PixArtTransformer2DModel
 
-    settings = HEADS | {"num_layers": depth}
+    # Resolution and aspect ratio are embedded in a third of the width each.
+    settings = HEADS | {"num_layers": depth, "attention_head_dim": 12 if additional else 8}
     model = PixArtTransformer2DModel(
-        **settings, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=12, sample_size=sample,
+        **settings, in_channels=4, out_channels=8, cross_attention_dim=24 if additional else 16, caption_channels=12, sample_size=sample,
         norm_num_groups=1, use_additional_conditions=additional,
     )  # fmt: skip
     return randomize(model, seed)

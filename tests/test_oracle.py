@@ -1,7 +1,5 @@
 """The optimised model equals ToCa's Algorithm 1 over whole runs: outputs, step kinds and selected indices."""
 
-from typing import Any, ClassVar
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +7,8 @@ from hypothesis import strategies as st
 
 import toca_compile
 from tests.models import PlainDiT, randomize
-from tests.oracle import Oracle
+from tests.oracles.dit import Oracle
+from tests.recording import Recording, same_selections
 from tests.sampling import noise, sample
 from toca_compile.lowerings import LOWERINGS
 
@@ -26,18 +25,6 @@ CASES = st.fixed_dictionaries(
         "seed": st.integers(0, 1000),
     }
 )
-
-
-class Recording(torch.fx.Interpreter):
-    """Runs a variant node by node and keeps the indices of every selection."""
-
-    chosen: ClassVar[list[torch.Tensor]] = []
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        out = super().run_node(n)
-        if n.target is torch.ops.toca.select_tokens.default:
-            self.chosen.append(out.sort(1).values)
-        return out
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +50,7 @@ def test_equal_to_algorithm_1(case: dict[str, object]) -> None:
     assert kinds == oracle.kinds
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     tokens = model.grid[0] * model.grid[1]  # type: ignore[operator]
-    wanted = [v for step in oracle.selected for v in step.values() if 0 < v.shape[1] < tokens]
-    assert len(Recording.chosen) == len(wanted)
-    for ours, theirs in zip(Recording.chosen, wanted, strict=True):
-        assert torch.equal(ours, theirs)
+    same_selections(oracle.selected, tokens)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 14)])

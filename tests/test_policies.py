@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import toca_compile
 from tests.models import PlainDiT, randomize
-from tests.oracle import interval
+from tests.oracles.tokens import interval
 from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, ToCa, preset
 from toca_compile.ir.types import Action

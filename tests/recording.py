@@ -1,0 +1,25 @@
+"""A lowering that keeps the indices of every selection."""
+
+from typing import Any, ClassVar
+
+import torch
+
+
+class Recording(torch.fx.Interpreter):
+    """Runs a variant node by node; ``chosen`` holds the sorted indices of the selections since it was cleared."""
+
+    chosen: ClassVar[list[torch.Tensor]] = []
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        out = super().run_node(n)
+        if n.target is torch.ops.toca.select_tokens.default:
+            self.chosen.append(out.sort(1).values)
+        return out
+
+
+def same_selections(selected: list[dict[Any, torch.Tensor]], tokens: int) -> None:
+    """Our selections are the oracle's, in order; where it selects none or all there is nothing to select."""
+    wanted = [v for step in selected for v in step.values() if 0 < v.shape[1] < tokens]
+    assert len(Recording.chosen) == len(wanted)
+    for ours, theirs in zip(Recording.chosen, wanted, strict=True):
+        assert torch.equal(ours, theirs)
