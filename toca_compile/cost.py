@@ -4,7 +4,8 @@ Two counting rules:
 
 * ``published``: as the ToCa authors count (a multiply-add is 2, softmax 5 an element, GELU 6, a norm 2, linears on the
   conditioning once per multiply-add), over the transformer blocks;
-* ``torch``: what ``torch.utils.flop_counter`` counts, products only, over the whole graph.
+* ``torch``: what ``torch.utils.flop_counter`` counts, products only, over the whole graph; a run's also hold the
+  products by which tokens are scored.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from torch import fx
 
 from toca_compile.errors import TocaError
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, StepPlan
+from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
 from toca_compile.ir.program import Mode, Segment, Unit
 from toca_compile.ir.types import Action, Site
 from toca_compile.passes.narrow import pieces
@@ -57,7 +58,21 @@ class CostModel:
 
     def run(self, plan: Plan) -> int:
         """FLOPs of all steps of a plan."""
-        return sum(self.step(step) for step in plan.steps) + int(self._constants().subs(self.values))
+        total = sum(self.step(step) for step in plan.steps) + int(self._constants().subs(self.values))
+        if self.counting == "torch":
+            scored = [self.unit.sites[i] for step in scored_sites(plan, self.unit.sites) for i in step]
+            total += sum(self.scoring(site, plan.selector) for site in scored)
+        return total
+
+    def scoring(self, site: Site, selector: Selector) -> int:
+        """FLOPs of the product of queries and keys that scoring a site's attention repeats."""
+        attention = site.attention[-1]
+        if selector.score not in ("attention", "entropy") or attention.map is not None:
+            return 0
+        query, key = (value_of(n) for n in attention.operands[:2])
+        stride = selector.stride if selector.score == "attention" else 1
+        rows: int = -(-query.shape[-2] // stride)
+        return 2 * (query.numel() // query.shape[-2]) * rows * int(key.shape[-2])
 
     def symbolic(self, actions: Sequence[Action]) -> sympy.Expr:
         """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens. Where all

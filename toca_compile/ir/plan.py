@@ -1,5 +1,6 @@
 """Plans: what every site does at every step. Host data, complete before the first launch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +69,22 @@ def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
     if all(s.action is Action.COMPUTE for s in sites):
         return StepKind.FULL
     return StepKind.REUSE if all(s.action is Action.REUSE for s in sites) else StepKind.PARTIAL
+
+
+def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:
+    """For each step, the sites whose scores of that step some partial site reads before they are made anew."""
+    read: set[int] = set()
+    scored: list[set[int]] = []
+    for step in reversed(plan.steps):
+        computed = {site.index for site, s in zip(sites, step.sites, strict=True) if s.action is Action.COMPUTE}
+        scored.append(read & computed)
+        read -= computed
+        if plan.selector.scored:
+            partial = [site for site, s in zip(sites, step.sites, strict=True) if s.action is Action.PARTIAL]
+            scorers = [site.scorer(plan.selector.score) for site in partial]
+            # Those of this very step too: a site may stand before its scorer.
+            read |= {s.site for s in scorers if s is not None}
+    return scored[::-1]
 
 
 class Policy(Protocol):

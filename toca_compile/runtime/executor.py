@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.plan import Plan, Selector, scored_sites
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
 from toca_compile.ir.types import Action, Site
 from toca_compile.runtime.step_control import Kept, Run, StepControl
@@ -95,7 +95,7 @@ class Executor:
             {site.name: todo.tokens for site, todo in zip(self.unit.sites, step.sites, strict=True)}
             for step in plan.steps
         ]
-        self._scored = self._scored_sites()
+        self._scored = scored_sites(plan, self.unit.sites)
         self._cells = [self._cell_row(i, since) for i, since in enumerate(self._since())]
         # Variants know the selector, not the plan: plans that share it share them.
         self.ready = self._by_selector.setdefault(plan.selector, {})
@@ -231,25 +231,6 @@ class Executor:
             return Mode.PLAIN
         holds = site.carry is not None and site.carry.held and self.plan.partial(site.index)
         return Mode.STORE | (Mode.SCORE if scored else Mode.PLAIN) | (Mode.HOLD if holds else Mode.PLAIN)
-
-    def _scored_sites(self) -> list[set[int]]:
-        """For each step, the sites whose scores some partial site reads before they are made anew."""
-        read: set[int] = set()
-        scored: list[set[int]] = []
-        for step in reversed(self.plan.steps):
-            computed = {
-                s.index for s, todo in zip(self.unit.sites, step.sites, strict=True) if todo.action is Action.COMPUTE
-            }
-            scored.append(read & computed)
-            read -= computed
-            if self.plan.selector.scored:
-                partial = (
-                    s for s, todo in zip(self.unit.sites, step.sites, strict=True) if todo.action is Action.PARTIAL
-                )
-                scorers = (s.scorer(self.plan.selector.score) for s in partial)
-                # Those of this very step too: a site may stand before its scorer.
-                read |= {s.site for s in scorers if s is not None}
-        return scored[::-1]
 
     def _since(self) -> Iterator[list[int]]:
         """For each step, the last step before it that computed all of each site."""
