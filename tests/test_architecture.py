@@ -20,6 +20,7 @@ LAYERS = [
     {"report", "model"},
     {"diffusion_pipeline"},
     {"api"},
+    {"compare"},
     {"demo"},
     {"cli"},
 ]

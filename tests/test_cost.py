@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
+from examples.opensora.stdit3 import STDiT3
 from tests.models import PlainDiT, randomize, zoo
 from tests.sampling import noise, sample
 from toca_compile import FullCompute, ToCa, preset
@@ -65,11 +66,27 @@ def test_symbols(dit_xl_2: Any) -> None:
     assert report.flops("full") > report.flops("partial") > report.flops("reuse")
 
 
-@pytest.mark.parametrize("name", ["plain", "register", "diffusers"])
+def video(model: Any) -> None:
+    with torch.no_grad():
+        model(torch.randn(2, 2, 3, 6, 8), torch.full((2,), 500.0), torch.randn(2, 5, 8))
+
+
+SUBJECTS: dict[str, Any] = {
+    **{
+        name: (lambda name=name: zoo()[name], lambda m: sample(m, 1, noise()))
+        for name in ("plain", "register", "diffusers")
+    },
+    # Attention over parts of the token axis.
+    "video": (lambda: randomize(STDiT3(width=24, heads=2, depth=2, caption_channels=8, in_channels=2)), video),
+}
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS))
 def test_products_are_counted_as_torch_counts_them(name: str) -> None:
-    model = zoo()[name]
+    make, call = SUBJECTS[name]
+    model = make()
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    sample(opt, 1, noise())
+    call(opt)
     module = opt._session.executors[0].unit.module
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         WrittenOut(module).run(*_inputs(opt))

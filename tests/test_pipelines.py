@@ -122,6 +122,61 @@ def test_without_guidance_a_batch_is_no_pair() -> None:
     assert not all(seen)
 
 
+@pytest.mark.parametrize(
+    ("preset_name", "scheduler", "steps"), [("ddim-50", "DDIMScheduler", 50), ("ddpm-250", "DDPMScheduler", 250)]
+)
+def test_dit_with_learned_sigma(preset_name: str, scheduler: str, steps: int) -> None:
+    """The published DiT recipes through the pipeline: a model that also predicts the variance, both halves of the
+    guidance pair in one batch, each with its own selection."""
+    pipe, call = build("DiTPipeline")
+    pipe.transformer = diffusers_dit(depth=2, out_channels=4, num_embeds_ada_norm=1000)
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    toca_compile.optimize(pipe, preset(f"dit-xl-2/{preset_name}"), lowering="eager")
+    apart: list[bool] = []
+    step = pipe.scheduler.step
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        masks = [m for n, m in pipe.transformer.fresh_tokens().items() if "ff" in n and not m.all() and m.any()]
+        apart.extend(not torch.equal(*m.chunk(2)) for m in masks)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = look
+    assert run(pipe, call, steps, guidance_scale=1.5).isfinite().all()
+    full = [steps - 1 - r.index for r in pipe.transformer.steps if r.kind == "full"]
+    assert len(full) == (18 if steps == 50 else 72)
+    assert full[:4] == ([49, 44, 40, 36] if steps == 50 else [249, 240, 234, 228])
+    assert any(apart)
+
+
+def test_a_pipeline_is_saved_as_it_was(tmp_path: Any) -> None:
+    pipe, call = build("DiTPipeline")
+    plain = run(pipe, call, 3)
+    toca_compile.optimize(pipe, POLICY, lowering="eager")
+    run(pipe, call, 3)
+    pipe.save_pretrained(tmp_path)
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, call, 3), plain)
+
+
+def test_the_cache_is_as_large_as_reported() -> None:
+    """The report's bytes against the tensors alive near the end of a run, the text's keys and values among them."""
+    for name in ("PixArtAlphaPipeline", "FluxPipeline", "DiTPipeline"):
+        torch._dynamo.reset()
+        pipe, call = build(name)
+        toca_compile.optimize(pipe, POLICY, lowering="eager")
+        step = pipe.scheduler.step
+        alive: list[int] = []
+
+        def look(*args: Any, step: Any = step, pipe: Any = pipe, alive: Any = alive, **kwargs: Any) -> Any:
+            alive.append(pipe.transformer.cache_bytes)
+            return step(*args, **kwargs)
+
+        pipe.scheduler.step = look
+        run(pipe, call, 5)
+        assert toca_compile.explain(pipe).cache_bytes == max(alive) > 0
+
+
 def test_pipelines_without_a_transformer_are_refused() -> None:
     pipe, _ = build("DiTPipeline")
 

@@ -178,9 +178,11 @@ class CostModel:
                 expr *= K * symbol ** (times - 1) if restricted else symbol**times
                 counted -= Counter({f: times for f in factors})
         rest, products = 1, 1
+        left = Counter(counted)
         for label in labels:
-            own = self.types.label(node, label)
-            size = self.types.factors.size(f for f in own if f in counted and f not in self.batch)
+            own = [f for f in self.types.label(node, label) if left[f] and f not in self.batch]
+            left -= Counter(own)
+            size = self.types.factors.size(own)
             if size % self.width == 0 and size:
                 products *= size // self.width
                 expr *= C

@@ -1,40 +1,20 @@
 """The demo: a trained DiT sampled uncached and with caching, side by side. Needs the ``demo`` extra."""
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toca_compile.api import explain, optimize
+from toca_compile.compare import Row, measure, print_table
 from toca_compile.errors import TocaError
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
 
 GUIDANCE = 1.5
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-
-
-@dataclass
-class Row:
-    """One line of the table. Times are seconds of a whole sampling, one for each repeat."""
-
-    name: str
-    model: nn.Module
-    steps: str
-    flop_speedup: float = 1.0
-    seconds: list[float] = field(default_factory=list)
-    samples: Tensor | None = None
-    cache_mb: float = 0.0
-
-    @property
-    def median(self) -> float:
-        """Median time."""
-        return statistics.median(self.seconds)
 
 
 def default_model() -> Path:
@@ -82,75 +62,42 @@ def sample(
     return x
 
 
-def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB, mean over the pictures."""
-    error = (a - b).square().flatten(1).mean(1).clamp(min=1e-12)
-    return float((10 * torch.log10(peak**2 / error)).mean())
-
-
 def run(
     *, model_path: Path | None = None, out: Path = Path("toca-demo"), steps: int = 50, samples: int = 8,
     repeats: int = 3, seed: int = 0, device: str = "cpu",
 ) -> list[Row]:  # fmt: skip
     """Sample, time, print the table and write the pictures; returns the table's rows."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()
     model, scheduler = load(model_path or default_model())
     model.to(device)
     labels = torch.arange(samples) % 10
-    policy = preset("dit-xl-2/ddim-50", num_steps=steps)
+
+    def sampler(net: Any) -> Callable[[Callable[[], None]], Tensor]:
+        return lambda tick: sample(
+            net, scheduler, labels, steps, seed=seed, device=device, after_step=lambda _: tick()
+        )  # fmt: skip
+
+    toca, fora = (optimize(model, p) for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3)))
     rows = [
-        Row("uncached", cast(nn.Module, torch.compile(model, dynamic=False)), f"{steps}+0+0"),
-        Row("ToCa ddim-50", optimize(model, policy), ""),
-        Row("FORA N=3", optimize(model, Fora(steps, 3)), ""),
+        Row("uncached", sampler(torch.compile(model, dynamic=False))),
+        Row("ToCa ddim-50", sampler(toca), toca),
+        Row("FORA N=3", sampler(fora), fora),
     ]
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        warm = [progress.add_task(f"compile: {r.name}", total=steps) for r in rows]
-        for row, task in zip(rows, warm, strict=True):
-            row.samples = sample(
-                row.model,
-                scheduler,
-                labels,
-                steps,
-                seed=seed,
-                device=device,
-                after_step=lambda i, t=task: progress.advance(t),  # type: ignore[misc]
-            )
-            _sync(device)
-        timed = progress.add_task("timed, interleaved", total=steps * repeats * len(rows))
-        for _ in range(repeats):
-            for row in rows:
-                start = time.perf_counter()
-                sample(row.model, scheduler, labels, steps, seed=seed, device=device)
-                _sync(device)
-                row.seconds.append(time.perf_counter() - start)
-                progress.advance(timed, steps)
-        counts = _recompute_counts(rows[1].model, scheduler, labels, steps, seed, device)
-    for row in rows[1:]:
-        assert isinstance(row.model, OptimizedModel)
-        report = explain(row.model)
-        letters = report.schedule
-        row.flop_speedup = report.flop_speedup()
-        row.steps = "+".join(str(letters.count(kind)) for kind in "FPR")
-        row.cache_mb = row.model.cache_bytes / 2**20
-    _print_table(console, rows)
+    measure(rows, repeats=repeats, device=device, ticks=steps, console=console)
+    counts = _recompute_counts(toca, scheduler, labels, steps, seed, device)
+    print_table(console, rows, peak=2.0)
     _write_pictures(out, rows, counts, labels)
     console.print(f"pictures: {out}/samples.png, {out}/difference.png, {out}/recomputed.png")
     return rows
 
 
-def _sync(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _recompute_counts(model: nn.Module, scheduler: Any, labels: Tensor, steps: int, seed: int, device: str) -> Tensor:
+def _recompute_counts(
+    model: OptimizedModel, scheduler: Any, labels: Tensor, steps: int, seed: int, device: str
+) -> Tensor:
     """Share of steps in which a token was computed, mean over MLP sites and samples: ``[tokens]``. A run of its own,
     since looking costs time."""
-    assert isinstance(model, OptimizedModel)
     total: list[Tensor] = []
 
     def look(_: int) -> None:
@@ -160,38 +107,6 @@ def _recompute_counts(model: nn.Module, scheduler: Any, labels: Tensor, steps: i
     mlps = {s.name for s in explain(model).sites if "partial" in s.actions}
     sample(model, scheduler, labels, steps, seed=seed, device=device, after_step=look)
     return torch.stack(total).mean(0)
-
-
-def _print_table(console: Any, rows: list[Row]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="same seeds, both compiled by Inductor",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        caption="steps: full + partial + reuse; latency: median of interleaved samplings; PSNR to the uncached samples",
-    )
-    for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "s"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    base = rows[0]
-    assert base.samples is not None
-    for row in rows:
-        speedup = base.median / row.median
-        assert row.samples is not None
-        close = "–" if row is base else f"{psnr(row.samples, base.samples):.1f}"
-        table.add_row(
-            row.name,
-            row.steps,
-            f"{row.flop_speedup:.2f}",
-            f"{speedup:.2f}",
-            f"{speedup / row.flop_speedup:.2f}",
-            close,
-            f"{row.cache_mb:.1f}",
-            f"{row.median:.2f}",
-        )
-    console.print(table)
 
 
 def _write_pictures(out: Path, rows: list[Row], counts: Tensor, labels: Tensor) -> None:

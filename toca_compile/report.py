@@ -81,6 +81,11 @@ class Report:
         steps = len(self.plans[0].steps)
         return float(self.flops("full", counting=counting)) * steps / self.run_flops(counting)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that one run keeps from step to step, once it has reached every kind of step."""
+        return sum(e.planned_bytes() for e in self._session.executors)
+
     def _cost(self, graph: int, counting: str = "published") -> CostModel:
         """The cost model of a graph, made once: it remembers what each node costs."""
         if (graph, counting) not in self._models:
@@ -123,7 +128,8 @@ class Report:
         full = float(self.flops("full"))
         lines.append(
             f"a full step {full / 1e9:.3f} GFLOPs, partial {float(self.flops('partial')) / 1e9:.3f} (mean), "
-            f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full"
+            f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full; "
+            f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
         return "\n".join(lines)
 

@@ -127,6 +127,27 @@ class Executor:
                 fresh[site.name] = torch.full(shape, todo.action is Action.COMPUTE)
         return fresh
 
+    def planned_bytes(self) -> int:
+        """Bytes that a run under the plan keeps from step to step."""
+        if not self.plan.caches:
+            return self._constant_bytes()
+        slots = []
+        scored = set().union(*self._scored) if self._scored else set()
+        for site in self.unit.sites:
+            partial = self.plan.partial(site.index)
+            held = range(len(site.carry.held)) if partial and site.carry is not None else ()
+            kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
+            slots += [(Slot(kind, 0), site) for kind in kinds] + [(Slot("held", 0, i), site) for i in held]
+        score = self.plan.selector.score
+        buffers = [example_buffer(slot, site, self.unit, score) for slot, site in slots]
+        return sum(b.numel() * b.element_size() for b in buffers) + self._constant_bytes()
+
+    def _constant_bytes(self) -> int:
+        front, rest = self.unit.segments[: self._constant], self.unit.segments[self._constant :]
+        read = {n for s in rest for n in s.inputs}
+        values = [n.meta["val"] for s in front for n in s.outputs if n in read]
+        return sum(v.numel() * v.element_size() for v in values)
+
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
         index = min(run.step, len(self.plan.steps) - 1)
         if index and run.last.get(key) != run.step - 1:

@@ -1,0 +1,162 @@
+"""Samplings side by side: the same seeds, interleaved repeats, one table. Needs the ``demo`` extra."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_compile.api import explain, optimize
+from toca_compile.ir.plan import Policy
+from toca_compile.model import OptimizedModel
+
+
+@dataclass
+class Row:
+    """One line of the table. ``sample`` makes the samples, ``[batch, …]``, and calls its argument after each step that
+    it can tell of; ``model`` is what it samples with, where that caches. Times are seconds of a whole sampling."""
+
+    name: str
+    sample: Callable[[Callable[[], None]], Tensor]
+    model: OptimizedModel | None = None
+    steps: str = ""
+    flop_speedup: float = 1.0
+    seconds: list[float] = field(default_factory=list)
+    samples: Tensor | None = None
+    cache_mb: float = 0.0
+
+    @property
+    def median(self) -> float:
+        """Median time."""
+        return statistics.median(self.seconds)
+
+
+def measure(rows: Sequence[Row], *, repeats: int, device: str, ticks: int, console: Any) -> None:
+    """Sample once with each (this compiles), then ``repeats`` times with all in turn; fills the rows in.
+
+    Args:
+        ticks: how often a sampling calls back, for the progress shown.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        warm = [progress.add_task(f"compile: {r.name}", total=ticks) for r in rows]
+        for row, task in zip(rows, warm, strict=True):
+            row.samples = row.sample(lambda t=task: progress.advance(t))  # type: ignore[misc]
+            _sync(device)
+            progress.update(task, completed=ticks)
+        timed = progress.add_task("timed, interleaved", total=ticks * repeats * len(rows))
+        for _ in range(repeats):
+            for row in rows:
+                start = time.perf_counter()
+                row.sample(lambda: None)
+                _sync(device)
+                row.seconds.append(time.perf_counter() - start)
+                progress.advance(timed, ticks)
+    for row in rows:
+        if row.model is None:
+            row.steps = f"{ticks}+0+0"
+            continue
+        report = explain(row.model)
+        row.flop_speedup = report.flop_speedup()
+        row.steps = "+".join(str(report.schedule.count(kind)) for kind in "FPR")
+        row.cache_mb = report.cache_bytes / 2**20
+
+
+def print_table(console: Any, rows: Sequence[Row], *, peak: float) -> None:
+    """The table; the first row is what the others are compared with. ``peak``: of a sample's values."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title="same seeds, both compiled by Inductor",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        caption="steps: full + partial + reuse; latency: median of interleaved samplings; PSNR to the uncached samples",
+    )
+    for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "s"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    base = rows[0]
+    assert base.samples is not None
+    for row in rows:
+        speedup = base.median / row.median
+        assert row.samples is not None
+        table.add_row(
+            row.name,
+            row.steps,
+            f"{row.flop_speedup:.2f}",
+            f"{speedup:.2f}",
+            f"{speedup / row.flop_speedup:.2f}",
+            "–" if row is base else f"{psnr(row.samples, base.samples, peak):.1f}",
+            f"{row.cache_mb:.1f}",
+            f"{row.median:.2f}",
+        )
+    console.print(table)
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in dB, mean over the samples."""
+    error = (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-12)
+    return float((10 * torch.log10(peak**2 / error)).mean())
+
+
+def compare_pipeline(
+    pipe: Any, call: Mapping[str, Any], policies: Mapping[str, Policy], *, steps: int, repeats: int = 3, seed: int = 0,
+    device: str = "cpu", out: Path | None = None,
+) -> list[Row]:  # fmt: skip
+    """A diffusers pipeline uncached and with each policy; prints the table and writes the pictures.
+
+    Args:
+        call: arguments of the pipeline's call, without steps, generator and output type.
+        out: folder for the pictures, one file a row; None: none are written.
+    """
+    from rich.console import Console
+
+    console, plain = Console(), pipe.transformer
+    pipe.set_progress_bar_config(disable=True)
+
+    def sampler(transformer: Any) -> Callable[[Callable[[], None]], Tensor]:
+        def sample(_: Callable[[], None]) -> Tensor:
+            pipe.transformer = transformer
+            generator = torch.Generator(device).manual_seed(seed)
+            images = pipe(**call, num_inference_steps=steps, generator=generator, output_type="np").images
+            return torch.as_tensor(images)
+
+        return sample
+
+    rows = [Row("uncached", sampler(torch.compile(plain, dynamic=False)))]
+    for name, policy in policies.items():
+        pipe.transformer = plain
+        optimize(pipe, policy)
+        rows.append(Row(name, sampler(pipe.transformer), pipe.transformer))
+    measure(rows, repeats=repeats, device=device, ticks=steps, console=console)
+    print_table(console, rows, peak=1.0)
+    if out is not None:
+        write_pictures(out, rows)
+        console.print(f"pictures: {out}/")
+    return rows
+
+
+def write_pictures(out: Path, rows: Sequence[Row]) -> None:
+    """The samples ``[batch, height, width, channels]`` in [0, 1], one strip of pictures a row."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        assert row.samples is not None
+        strip = torch.cat(list(row.samples.float().clamp(0, 1)), dim=1)
+        plt.imsave(out / f"{row.name.replace(' ', '-').replace('/', '-')}.png", strip.numpy())
+
+
+def _sync(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
