@@ -54,10 +54,11 @@ class Restriction:
         self.emit, self.copy, self.values = emit, copy, values
         self.carry, self.types, self.index, self.k = carry, types, index, k
         self.rows: dict[fx.Node, fx.Node] = {}
+        self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
 
     def run(self, nodes: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-        """The rows of the branch's nodes (``nodes`` in order), from the values ``given`` of its input and what it
-        holds."""
+        """The rows of the branch's nodes (``nodes`` in order) and of what it reads from outside, from the values
+        ``given`` of its input and what it holds."""
         for node, value in given.items():
             self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.carry, node))
         narrow = pieces(self.carry.rows, self.types)
@@ -67,7 +68,7 @@ class Restriction:
                 self.rows[node] = self._piece(narrow[node])
             elif node in self.carry.rows and not whole & {node, *node.all_input_nodes}:
                 self.rows[node] = self._node(node)
-        return self.rows
+        return {**self.gathered, **self.rows}
 
     def _piece(self, piece: Piece) -> fx.Node:
         """Some features of a linear layer on the rows, from their own rows of the weight."""
@@ -85,6 +86,8 @@ class Restriction:
             if operand not in self.rows and operand not in leaves:
                 tokens, batch = leaf_places(self.types, node, self.carry, dims)
                 leaves[operand] = self._leaf(operand, node, tokens, batch)
+                if any(tokens):
+                    self.gathered[operand] = leaves[operand]
 
         def argument(operand: fx.Node) -> fx.Node:
             return self.rows.get(operand) or leaves.get(operand) or self.values[operand]
