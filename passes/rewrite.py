@@ -7,9 +7,10 @@
                                    y    = toca.scatter_tokens_(cache, idx, rows)
                                    x    = x + gate * y
 
-``REUSE`` replaces it by the cache, ``STORE`` computes it and keeps it, ``SCORE`` and ``HOLD`` also keep the tokens'
-scores and the values that the partial steps to come take from the cache (the attention of a parallel block). The gate
-stays outside, so it is always the current step's.
+``REUSE`` replaces it by the cache, ``FORECAST`` by the cache moved along its differences. ``STORE`` computes it and
+keeps it; ``SCORE``, ``HOLD`` and ``DIFF`` also keep the tokens' scores, the values that the partial steps to come take
+from the cache (the attention of a parallel block), and the differences. The gate stays outside, so it is always the
+current step's.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import fx
 
 import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Selector
+from toca_compile.ir.plan import OUTPUT_ONLY, Memory, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
 from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.passes.measure_scores import entropy, measure
@@ -36,6 +37,7 @@ def rewrite(
     modes: Sequence[Mode],
     types: AxisTypes,
     selector: Selector,
+    memory: Memory = OUTPUT_ONLY,
     *,
     dense: bool = False,
 ) -> Variant:
@@ -43,7 +45,7 @@ def rewrite(
 
     ``dense``: compute a partial branch for all tokens and blend by mask, the plain meaning of the restriction.
     """
-    return _Rewriter(segment, sites, modes, types, selector, dense).run()
+    return _Rewriter(segment, sites, modes, types, selector, memory, dense).run()
 
 
 def needed_nodes(
@@ -62,7 +64,7 @@ def needed_nodes(
             continue
         needed.add(node)
         site, mode = ends.get(node, (None, Mode.PLAIN))
-        if Mode.REUSE in mode or node in held:
+        if mode & (Mode.REUSE | Mode.FORECAST) or node in held:
             continue
         if site is not None and site.carry is not None and Mode.PARTIAL in mode and not dense:
             inner = {*site.carry.rows, *site.carry.held}
@@ -80,10 +82,11 @@ class _Rewriter:
         modes: Sequence[Mode],
         types: AxisTypes,
         selector: Selector,
+        memory: Memory,
         dense: bool,
     ) -> None:
         self.segment, self.sites, self.modes = segment, sites, modes
-        self.types, self.selector, self.dense = types, selector, dense
+        self.types, self.selector, self.memory, self.dense = types, selector, memory, dense
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.slots: dict[Slot, fx.Node] = {}
@@ -120,20 +123,45 @@ class _Rewriter:
         position, site, mode = self.ends.get(node, (0, None, Mode.PLAIN))
         at, index, holder = self.held.get(node, (0, 0, Mode.PLAIN))
         if Mode.PARTIAL in holder:
-            self.env[node] = self._slot("held", at, index)
+            self.env[node] = self._as(node, self._slot("held", at, index))
         elif Mode.REUSE in mode:
-            self.env[node] = self._slot("cache", position)
+            self.env[node] = self._as(node, self._slot("cache", position))
+        elif Mode.FORECAST in mode:
+            value = self._slot("cache", position)
+            for order in range(1, self.memory.order + 1):
+                terms = (self._slot("diff", position, order), self._slot("power", position, order))
+                value = self._call(toca.forecast.default, value, *terms, order if self.memory.basis == "taylor" else 0)
+            self.env[node] = self._as(node, value, always=True)
         elif site is not None and Mode.PARTIAL in mode:
-            self.env[node] = self._partial(site, position)
+            self.env[node] = self._as(node, self._partial(site, position))
         else:
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
         if Mode.HOLD in holder:
             self._call(toca.store_.default, self._slot("held", at, index), self.env[node])
+        if Mode.DIFF in mode:
+            self._differences(node, position)
         if Mode.STORE in mode:
             self._call(toca.store_.default, self._slot("cache", position), self.env[node])
         if site is not None and Mode.SCORE in mode:
             scores = measure(self._call, self.env, site, self.selector, self.types)
             self._call(toca.store_.default, self._slot("score", position), scores)
+
+    def _differences(self, node: fx.Node, position: int) -> None:
+        """Each difference from the one below it, new and old."""
+        slots = [self._slot("cache", position)]
+        slots += [self._slot("diff", position, i) for i in range(1, self.memory.order + 1)]
+        value, fresh = self.env[node], []
+        for order, old in enumerate(slots[:-1], 1):
+            value = self._call(toca.difference.default, value, old, self._slot("spacing", position, order))
+            fresh.append(value)
+        for slot, value in zip(slots[1:], fresh, strict=True):
+            self._call(toca.store_.default, slot, value)
+
+    def _as(self, node: fx.Node, value: fx.Node, *, always: bool = False) -> fx.Node:
+        """A kept value in the dtype of the one that it stands for."""
+        dtype = value_of(node).dtype
+        kept = self.memory.dtype or dtype
+        return self._call(aten._to_copy.default, value, dtype=dtype) if always or kept != dtype else value
 
     # -- partial ----------------------------------------------------------------------------------------------------
 

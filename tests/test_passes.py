@@ -119,10 +119,10 @@ def test_find_sites(unit: Unit) -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-0 self_attention axis=6 grid=(2, 3) transpose..squeeze -> add score=None block=0 depth=0/2 actions=['compute', 'reuse']
-1 mlp axis=6 grid=(2, 3) add..linear_2 -> add_1 score=0 block=0 depth=0/2 actions=['compute', 'partial', 'reuse']
-2 self_attention axis=6 grid=(2, 3) add_1..squeeze_1 -> add_2 score=None block=1 depth=1/2 actions=['compute', 'reuse']
-3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'partial', 'reuse']""",
+0 self_attention axis=6 grid=(2, 3) transpose..squeeze -> add score=None block=0 depth=0/2 actions=['compute', 'forecast', 'reuse']
+1 mlp axis=6 grid=(2, 3) add..linear_2 -> add_1 score=0 block=0 depth=0/2 actions=['compute', 'forecast', 'partial', 'reuse']
+2 self_attention axis=6 grid=(2, 3) add_1..squeeze_1 -> add_2 score=None block=1 depth=1/2 actions=['compute', 'forecast', 'reuse']
+3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'forecast', 'partial', 'reuse']""",
     )
 
 

@@ -11,7 +11,7 @@ from toca_compile.errors import (
     VerifyError,
 )
 from toca_compile.model import OptimizedModel
-from toca_compile.policies import Fora, FullCompute, ToCa, preset
+from toca_compile.policies import Fora, FullCompute, TaylorSeer, ToCa, preset
 
 __all__ = [
     "Fora",
@@ -21,6 +21,7 @@ __all__ = [
     "OptimizedModel",
     "PassError",
     "PolicyError",
+    "TaylorSeer",
     "ToCa",
     "TocaError",
     "UnsupportedGraphError",

@@ -131,9 +131,8 @@ class Session:
         def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
             variant = self.variant(unit, segment, modes, plan)
             examples = [_example(segment.inputs[i]) for i in variant.values]
-            score = plan.selector.score
             sites = [unit.sites[i] for i in segment.sites]
-            examples += [_slot_example(slot, sites[slot.position], unit, score) for slot in variant.slots]
+            examples += [_slot_example(slot, sites[slot.position], unit, plan) for slot in variant.slots]
             return self._lower(variant, examples), variant.values, variant.slots
 
         return compiled
@@ -145,14 +144,14 @@ class Session:
         exemplar = next(s for s in unit.segments if s.template == segment.template)
         sites = [unit.sites[i] for i in exemplar.sites]
         dense = self.lowering == "dense"
-        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=dense)
-        _propagate(variant, exemplar, unit, plan.selector.score)
+        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, plan.memory, dense=dense)
+        _propagate(variant, exemplar, unit, plan)
         verify_variant(variant, exemplar)
         if any(Mode.PARTIAL in m for m in modes) and not dense and numeric_check.enabled():
-            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, dense=True)
+            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, plan.memory, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
-                examples[slot] = _slot_example(slot, sites[slot.position], unit, plan.selector.score)
+                examples[slot] = _slot_example(slot, sites[slot.position], unit, plan)
             names, shared = [s.name for s in sites], plan.selector.shared_pair
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
         return variant
@@ -249,6 +248,10 @@ def _checked(policy: Policy, unit: Unit) -> Plan:
         for site, todo in zip(unit.sites, step.sites, strict=True):
             if todo.action not in site.actions:
                 raise PolicyError(f"step {i}: {site.name} cannot be {todo.action.value}: {site.reason}")
+            if todo.order > plan.memory.order:
+                raise PolicyError(
+                    f"step {i}: order {todo.order} of {site.name}, but the plan keeps {plan.memory.order}"
+                )
             if todo.action is Action.COMPUTE:
                 written.add(site.index)
             elif site.index not in written:
@@ -279,18 +282,18 @@ def _example(node: fx.Node) -> Any:
     return value if given else value.new_empty(value.shape)
 
 
-def _slot_example(slot: Slot, site: Site, unit: Unit, score: str) -> Any:
+def _slot_example(slot: Slot, site: Site, unit: Unit, plan: Plan) -> Any:
     """A fake buffer, or a number that could be one: some K, some step."""
     if slot.is_buffer:
-        return example_buffer(slot, site, unit, score)
+        return example_buffer(slot, site, unit, plan)
     return max(1, site.axis.size // 2) if slot.kind == "k" else 3
 
 
-def _propagate(variant: Variant, exemplar: Segment, unit: Unit, score: str) -> None:
+def _propagate(variant: Variant, exemplar: Segment, unit: Unit, plan: Plan) -> None:
     """Give every node of a variant its value, as fake tensors, with some K."""
     examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
     sites = [unit.sites[i] for i in exemplar.sites]
-    examples += [_slot_example(slot, sites[slot.position], unit, score) for slot in variant.slots]
+    examples += [_slot_example(slot, sites[slot.position], unit, plan) for slot in variant.slots]
     modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
     with modes.pop() if modes else torch.no_grad():
         _Propagate(variant.module).run(*examples)

@@ -24,7 +24,12 @@ from toca_compile.passes.rewrite import needed_nodes
 from toca_compile.rules.registry import RULES, Work
 
 B, K, C = sympy.symbols("B K C", positive=True, integer=True)
-_MODES = {Action.COMPUTE: Mode.PLAIN, Action.PARTIAL: Mode.PARTIAL, Action.REUSE: Mode.REUSE}
+_MODES = {
+    Action.COMPUTE: Mode.PLAIN,
+    Action.PARTIAL: Mode.PARTIAL,
+    Action.REUSE: Mode.REUSE,
+    Action.FORECAST: Mode.REUSE,
+}
 
 
 class CostModel:
@@ -87,7 +92,7 @@ class CostModel:
 
     def site(self, site: Site, action: Action) -> sympy.Expr:
         """FLOPs of one site's own branch."""
-        if action is Action.REUSE:
+        if action in (Action.REUSE, Action.FORECAST):
             return sympy.Integer(0)
         if action is Action.PARTIAL:
             return sympy.expand(self._rows(site))

@@ -14,7 +14,7 @@ from toca_compile.ir.program import Mode
 from toca_compile.ir.types import Action, StepKind
 from toca_compile.runtime.executor import Executor
 
-_LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "P", StepKind.REUSE: "R"}
+_LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "P", StepKind.FORECAST: "T", StepKind.REUSE: "R"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Report:
         """FLOPs of one step.
 
         Args:
-            kind: ``"full"``, ``"partial"`` (the mean over the policy's partial steps) or ``"reuse"``.
+            kind: ``"full"``, ``"partial"`` (the mean over the policy's partial steps), ``"forecast"`` or ``"reuse"``.
             symbolic: an expression in B, n, C, and K for every site that the policy makes partial.
             counting: ``"published"`` (the ToCa authors' rules, blocks only) or ``"torch"`` (as
                 ``torch.utils.flop_counter``, the whole graph).
@@ -60,7 +60,7 @@ class Report:
             TocaError: no such kind.
         """
         if kind not in [k.value for k in StepKind]:
-            raise TocaError(f"kind is 'full', 'partial' or 'reuse', not {kind!r}")
+            raise TocaError(f"kind is 'full', 'partial', 'forecast' or 'reuse', not {kind!r}")
         total: int | float | sympy.Expr = 0
         for i, executor in enumerate(self._session.executors):
             cost = self._cost(i, counting)
@@ -94,7 +94,7 @@ class Report:
 
     @property
     def schedule(self) -> str:
-        """One letter a step: F full, P partial, R reuse."""
+        """One letter a step: F full, P partial, T forecast (Taylor), R reuse."""
         return "".join(_LETTERS[s.kind] for s in self.plans[0].steps)
 
     def graphs(self) -> dict[str, str]:
@@ -166,7 +166,7 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
 def _actions(executor: Executor, kind: str) -> list[Action]:
     if kind == "full":
         return [Action.COMPUTE] * len(executor.unit.sites)
-    if kind == "reuse":
+    if kind in ("reuse", "forecast"):
         return [Action.REUSE] * len(executor.unit.sites)
     return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.unit.sites]
 

@@ -6,6 +6,7 @@ and none keeps an n×n map.
 """
 
 from collections.abc import Callable
+from math import factorial
 
 import torch
 from torch import Tensor
@@ -75,6 +76,18 @@ def _spread(index: Tensor, like: Tensor, dim: int, batch_dim: int) -> Tensor:
 def store_(cache: Tensor, value: Tensor) -> Tensor:
     """Keep ``value``: copy it into ``cache`` in place; returns ``cache``."""
     return cache.copy_(value)
+
+
+def difference(new: Tensor, old: Tensor, steps: int) -> Tensor:
+    """(new − old) / steps in float32: the slope of a value between two full steps (TaylorSeer, section 3.2)."""
+    return (new.float() - old.float()) / steps
+
+
+def forecast(cache: Tensor, difference: Tensor, power: int, order: int) -> Tensor:
+    """One more term of a series: cache + difference · power / order!. In a Taylor series ``power`` is xᵒʳᵈᵉʳ for x
+    steps since the last full one; Newton's polynomial has the product of the distances to the full steps, and order
+    0."""
+    return cache.float() + difference.float() * power / factorial(order)
 
 
 def attention_received(
@@ -270,6 +283,8 @@ _define(
     blend_tokens_,
 )
 _define("store_(Tensor(a!) cache, Tensor value) -> Tensor(a!)", store_)
+_define("difference(Tensor new, Tensor old, SymInt steps) -> Tensor", difference)
+_define("forecast(Tensor cache, Tensor difference, SymInt power, int order) -> Tensor", forecast)
 _define(
     "attention_received(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, int stride) -> Tensor",
     attention_received,

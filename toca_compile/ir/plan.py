@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
+
+import torch
 
 from toca_compile.ir.types import Action, Site, StepKind
 
@@ -11,10 +14,12 @@ SCORES = ("attention", "entropy", "v_norm", "k_norm", "random", "none")
 
 @dataclass(frozen=True)
 class SiteStep:
-    """One site in one step. ``tokens``: how many it computes."""
+    """One site in one step. ``tokens``: how many it computes. ``order``: of COMPUTE, how many differences to earlier
+    full steps are made; of FORECAST, how many are used."""
 
     action: Action
     tokens: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,33 @@ class Selector:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a site keeps: its output and ``order`` differences, in ``dtype`` (None: the output's own).
+
+    Differences are those of a ``"taylor"`` series, repeated slopes between neighbouring full steps, or the divided
+    differences of ``"newton"``'s polynomial through the full steps.
+    """
+
+    order: int = 0
+    dtype: torch.dtype | None = None
+    basis: str = "taylor"
+
+    def spacing(self, full: Sequence[int], order: int) -> int:
+        """What a difference is divided by at the last of the full steps."""
+        back = order if self.basis == "newton" else 1
+        return full[-1] - full[-1 - back] if len(full) > back else 1
+
+    def power(self, full: Sequence[int], step: int, order: int) -> int:
+        """What a difference is multiplied by at a later step (and ``order``! divides, in a Taylor series)."""
+        if self.basis == "taylor":
+            return (step - full[-1]) ** order
+        return prod(step - at for at in full[-order:])
+
+
+OUTPUT_ONLY = Memory()
+
+
+@dataclass(frozen=True)
 class Plan:
     """All steps of a run. An ``endless`` plan repeats its last row; another ends after its rows and a further call
     starts a new run."""
@@ -53,6 +85,7 @@ class Plan:
     steps: tuple[StepPlan, ...]
     selector: Selector = Selector()
     endless: bool = False
+    memory: Memory = OUTPUT_ONLY
 
     @property
     def caches(self) -> bool:
@@ -65,10 +98,13 @@ class Plan:
 
 
 def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
-    """A step is full where every site computes all, reuse where none computes anything, else partial."""
-    if all(s.action is Action.COMPUTE for s in sites):
+    """A step is full where every site computes all, partial where some compute something; else forecast or reuse."""
+    actions = {s.action for s in sites}
+    if actions <= {Action.COMPUTE}:
         return StepKind.FULL
-    return StepKind.REUSE if all(s.action is Action.REUSE for s in sites) else StepKind.PARTIAL
+    if actions & {Action.COMPUTE, Action.PARTIAL}:
+        return StepKind.PARTIAL
+    return StepKind.FORECAST if Action.FORECAST in actions else StepKind.REUSE
 
 
 def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:

@@ -72,8 +72,10 @@ class Mode(Flag):
     STORE = auto()  # compute and keep the output
     SCORE = auto()  # with STORE: also the tokens' scores
     HOLD = auto()  # with STORE: also the values that a partial step takes from the cache
+    DIFF = auto()  # with STORE: also the differences to the full steps before
     PARTIAL = auto()
     REUSE = auto()
+    FORECAST = auto()
 
     @property
     def label(self) -> str:
@@ -88,9 +90,9 @@ class Mode(Flag):
 class Slot:
     """An input of a variant beside the segment's values: a buffer or a host number of one of its sites.
 
-    ``kind`` is ``cache``, ``held``, ``stamp``, ``score`` (a site's own) or ``scores of`` (its scorer's) for buffers,
-    ``k``, ``step``, ``since`` or ``site`` for numbers.
-    ``position`` counts the segment's sites, ``index`` a site's held values.
+    ``kind`` is ``cache``, ``held``, ``diff``, ``stamp``, ``score`` (a site's own) or ``scores of`` (its scorer's) for
+    buffers, ``k``, ``step``, ``since``, ``site``, ``spacing`` or ``power`` for numbers. ``position`` counts the
+    segment's sites, ``index`` a site's held values, or is the order of a difference, spacing or power.
     """
 
     kind: str
@@ -100,7 +102,7 @@ class Slot:
     @property
     def is_buffer(self) -> bool:
         """Whether it is a tensor that lives as long as the run."""
-        return self.kind in ("cache", "held", "stamp", "score", "scores of")
+        return self.kind in ("cache", "held", "diff", "stamp", "score", "scores of")
 
 
 @dataclass(frozen=True)

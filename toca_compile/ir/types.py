@@ -18,6 +18,7 @@ class Action(Enum):
     COMPUTE = "compute"  # all tokens; the output is kept
     PARTIAL = "partial"  # the selected tokens; the others come from the cache
     REUSE = "reuse"  # the cached output as it is
+    FORECAST = "forecast"  # the cached output, moved along its differences between full steps
 
     def __repr__(self) -> str:
         return self.value
@@ -28,6 +29,7 @@ class StepKind(str, Enum):
 
     FULL = "full"
     PARTIAL = "partial"
+    FORECAST = "forecast"
     REUSE = "reuse"
 
     def __str__(self) -> str:
@@ -145,7 +147,7 @@ class Site:
     def actions(self) -> frozenset[Action]:
         """The legal actions."""
         partial = {Action.PARTIAL} if self.carry is not None else set()
-        return frozenset({Action.COMPUTE, Action.REUSE} | partial)
+        return frozenset({Action.COMPUTE, Action.REUSE, Action.FORECAST} | partial)
 
     def scorer(self, score: str) -> Scorer | None:
         """Who measures a score of this site's tokens; None where nobody can."""

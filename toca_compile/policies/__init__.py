@@ -2,6 +2,7 @@
 
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.presets import PRESETS, preset
+from toca_compile.policies.taylor import TaylorSeer
 from toca_compile.policies.toca import Fora, ToCa
 
-__all__ = ["PRESETS", "Fora", "FullCompute", "ToCa", "preset"]
+__all__ = ["PRESETS", "Fora", "FullCompute", "TaylorSeer", "ToCa", "preset"]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor
 
+from toca_compile.errors import PolicyError
+
 
 def periodic_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
     """The first ``warmup`` steps and every multiple of the interval."""
@@ -80,3 +82,13 @@ class RatioSchedule:
         step = self.step[0] + self.step[1] * s / num_steps
         share = ratio * layer * step * self.kinds.get(kind, 1.0)
         return floor(min(max(share, 0.0), 1.0) * n)
+
+
+def check_whole(name: str, value: int) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PolicyError(f"{name} must be a whole number of at least 1, not {value!r}")

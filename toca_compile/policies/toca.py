@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from toca_compile.errors import PolicyError
 from toca_compile.ir.plan import SCORES, Plan, Selector, SiteStep, StepPlan, step_kind
 from toca_compile.ir.types import Action, Site
-from toca_compile.policies.schedules import RatioSchedule, counted, counted_steps, periodic_steps, toca_steps
+from toca_compile.policies.schedules import (
+    RatioSchedule,
+    check_whole,
+    counted,
+    counted_steps,
+    periodic_steps,
+    toca_steps,
+)
 
 SCHEDULES = ("toca", "constant", "periodic", "counter")
 
@@ -73,14 +80,14 @@ class ToCa:
     shared_pair: bool = False
 
     def __post_init__(self) -> None:
-        _check_whole("num_steps", self.num_steps)
-        _check_whole("interval", self.interval)
-        _check_whole("warmup", self.warmup)
+        check_whole("num_steps", self.num_steps)
+        check_whole("interval", self.interval)
+        check_whole("warmup", self.warmup)
         for kind, period in self.periods.items():
-            _check_whole(f"periods[{kind!r}]", period)
-        _check_whole("sensitive_interval", self.sensitive_interval)
-        _check_whole("cell", self.cell)
-        _check_whole("score_stride", self.score_stride)
+            check_whole(f"periods[{kind!r}]", period)
+        check_whole("sensitive_interval", self.sensitive_interval)
+        check_whole("cell", self.cell)
+        check_whole("score_stride", self.score_stride)
         if not 0 <= self.fresh_ratio <= 1:
             raise PolicyError(
                 f"fresh_ratio is the share of tokens recomputed and must lie in [0, 1], not {self.fresh_ratio}; "
@@ -99,7 +106,7 @@ class ToCa:
         if not 0 <= self.interval_slope < 1:
             raise PolicyError(f"interval_slope must lie in [0, 1), not {self.interval_slope}")
         if self.layer_span is not None:
-            _check_whole("layer_span", self.layer_span)
+            check_whole("layer_span", self.layer_span)
 
     def full_steps(self, kind: str | None = None) -> tuple[int, ...]:
         """The full steps of a kind of site (or of those without a period of their own) as call indices, 0 first."""
@@ -157,14 +164,9 @@ class Fora:
     interval: int = 3
 
     def __post_init__(self) -> None:
-        _check_whole("num_steps", self.num_steps)
-        _check_whole("interval", self.interval)
+        check_whole("num_steps", self.num_steps)
+        check_whole("interval", self.interval)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """As ToCa with nothing recomputed."""
         return ToCa(self.num_steps, self.interval, 0.0, schedule="constant", score="none").plan(sites)
-
-
-def _check_whole(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PolicyError(f"{name} must be a whole number of at least 1, not {value!r}")

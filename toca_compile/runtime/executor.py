@@ -8,12 +8,14 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import Plan, Selector, scored_sites
+from toca_compile.ir.plan import Memory, Plan, Selector, SiteStep, scored_sites
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
 from toca_compile.ir.types import Action, Site
 from toca_compile.runtime.step_control import Kept, Run, StepControl
@@ -83,7 +85,7 @@ class Executor:
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
         self._free = self._last_uses()
-        self._by_selector: dict[Selector, dict[tuple[int, tuple[Mode, ...]], Compiled]] = {}
+        self._shared: dict[tuple[Selector, Memory], dict[tuple[int, tuple[Mode, ...]], Compiled]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int] | None = None
         self.set_plan(plan)
 
@@ -97,8 +99,8 @@ class Executor:
         ]
         self._scored = scored_sites(plan, self.unit.sites)
         self._cells = [self._cell_row(i, since) for i, since in enumerate(self._since())]
-        # Variants know the selector, not the plan: plans that share it share them.
-        self.ready = self._by_selector.setdefault(plan.selector, {})
+        # Variants know selector and memory, not the plan: plans that share those share them.
+        self.ready = self._shared.setdefault((plan.selector, plan.memory), {})
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(inputs[self._state]) if self._state is not None else 0
@@ -119,7 +121,7 @@ class Executor:
         _, key, index = self._last
         fresh = {}
         for site, todo in zip(self.unit.sites, self.plan.steps[index].sites, strict=True):
-            shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan.selector.score).shape
+            shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan).shape
             stamp = run.buffers.get((*key, "stamp", site.index, 0))
             if todo.action is Action.PARTIAL and stamp is not None:
                 fresh[site.name] = stamp == index
@@ -136,10 +138,11 @@ class Executor:
         for site in self.unit.sites:
             partial = self.plan.partial(site.index)
             held = range(len(site.carry.held)) if partial and site.carry is not None else ()
+            forecast = any(step.sites[site.index].order for step in self.plan.steps)
+            slots += [(Slot("diff", 0, i + 1), site) for i in range(self.plan.memory.order if forecast else 0)]
             kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
             slots += [(Slot(kind, 0), site) for kind in kinds] + [(Slot("held", 0, i), site) for i in held]
-        score = self.plan.selector.score
-        buffers = [example_buffer(slot, site, self.unit, score) for slot, site in slots]
+        buffers = [example_buffer(slot, site, self.unit, self.plan) for slot, site in slots]
         return sum(b.numel() * b.element_size() for b in buffers) + self._constant_bytes()
 
     def _constant_bytes(self) -> int:
@@ -160,7 +163,7 @@ class Executor:
         self.control.record(run, self.plan.steps[index].kind).k.update(self._records[index])
         if run.step == 0:
             for name, buffer in run.buffers.items():
-                if name[: len(key)] == key and name[len(key)] == "stamp":
+                if name[: len(key)] == key and name[len(key)] in ("stamp", "diff"):
                     buffer.zero_()
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
@@ -216,15 +219,14 @@ class Executor:
         self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
     ) -> torch.Tensor:
         site = self.unit.sites[segment.sites[slot.position]]
-        score = self.plan.selector.score
-        name = (*key, *buffer_name(slot, site, score))
+        name = (*key, *buffer_name(slot, site, self.plan.selector.score))
         if name not in buffers:
-            like = example_buffer(slot, site, self.unit, score)
+            like = example_buffer(slot, site, self.unit, self.plan)
             with torch.inference_mode(False):
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
 
-    def _cell_row(self, index: int, since: Sequence[int]) -> list[_Cell]:
+    def _cell_row(self, index: int, since: Sequence[Sequence[int]]) -> list[_Cell]:
         row, scored = self.plan.steps[index], self._scored[index]
         cells = []
         for segment in self.unit.segments:
@@ -232,33 +234,42 @@ class Executor:
             numbers: dict[Slot, int] = {}
             for position, number in enumerate(segment.sites):
                 site = self.unit.sites[number]
-                modes.append(self._mode(site, row.sites[number].action, number in scored))
+                todo, history, memory = row.sites[number], since[number], self.plan.memory
+                modes.append(self._mode(site, todo, number in scored))
                 numbers |= {
                     Slot("k", position): row.sites[number].tokens,
                     Slot("step", position): index,
-                    Slot("since", position): since[number],
+                    Slot("since", position): history[-1] if history else 0,
                     Slot("site", position): number,
                 }
+                for order in range(1, memory.order + 1):
+                    used = todo.action is Action.FORECAST and order <= todo.order
+                    power = memory.power(history, index, order) if used else 0
+                    numbers[Slot("power", position, order)] = power
+                    numbers[Slot("spacing", position, order)] = memory.spacing([*history, index], order)
             variant = self._numbered.setdefault(tuple(modes), len(self._numbered))
             cells.append(_Cell(tuple(modes), variant, numbers))
         return cells
 
-    def _mode(self, site: Site, action: Action, scored: bool) -> Mode:
-        if action is Action.PARTIAL:
-            return Mode.PARTIAL
-        if action is Action.REUSE:
-            return Mode.REUSE
+    def _mode(self, site: Site, todo: SiteStep, scored: bool) -> Mode:
+        simple = {Action.PARTIAL: Mode.PARTIAL, Action.REUSE: Mode.REUSE, Action.FORECAST: Mode.FORECAST}
+        if todo.action in simple:
+            return simple[todo.action]
         if not self.plan.caches:
             return Mode.PLAIN
         holds = site.carry is not None and site.carry.held and self.plan.partial(site.index)
-        return Mode.STORE | (Mode.SCORE if scored else Mode.PLAIN) | (Mode.HOLD if holds else Mode.PLAIN)
+        kept = {Mode.SCORE: scored, Mode.HOLD: holds, Mode.DIFF: todo.order > 0}
+        return reduce(or_, (mode for mode, wanted in kept.items() if wanted), Mode.STORE)
 
-    def _since(self) -> Iterator[list[int]]:
-        """For each step, the last step before it that computed all of each site."""
-        last = [0] * len(self.unit.sites)
+    def _since(self) -> Iterator[list[list[int]]]:
+        """For each step, the last steps before it that computed all of each site."""
+        kept = self.plan.memory.order + 1
+        last: list[list[int]] = [[] for _ in self.unit.sites]
         for i, step in enumerate(self.plan.steps):
-            yield list(last)
-            last = [i if s.action is Action.COMPUTE else at for s, at in zip(step.sites, last, strict=True)]
+            yield [list(steps) for steps in last]
+            for steps, todo in zip(last, step.sites, strict=True):
+                if todo.action is Action.COMPUTE:
+                    steps[:] = [*steps, i][-kept:]
 
     def _last_uses(self) -> list[list[int]]:
         """After each segment, which values no later one needs."""
@@ -274,15 +285,16 @@ class Executor:
         return free
 
 
-def example_buffer(slot: Slot, site: Site, unit: Unit, score: str) -> torch.Tensor:
+def example_buffer(slot: Slot, site: Site, unit: Unit, plan: Plan) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a slot's buffer."""
     output: torch.Tensor = site.output.meta["val"]
-    if slot.kind == "cache":
-        return output.new_empty(output.shape)
+    score, kept = plan.selector.score, plan.memory.dtype
+    if slot.kind in ("cache", "diff"):
+        return output.new_empty(output.shape, dtype=kept)
     if slot.kind == "held":
         assert site.carry is not None
         value: torch.Tensor = site.carry.held[slot.index].meta["val"]
-        return value.new_empty(value.shape)
+        return value.new_empty(value.shape, dtype=kept)
     assert unit.types is not None
     batch = unit.types.factors.size(site.batch)
     if slot.kind == "stamp":
