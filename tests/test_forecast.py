@@ -90,7 +90,17 @@ def test_a_schedule_is_read_from_the_report() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"order": 5}, {"order": -1}, {"interval": 0}, {"basis": "fourier"}, {"cache_dtype": "int8"}, {"warmup": 0}],
+    [
+        {"order": 5},
+        {"order": -1},
+        {"interval": 0},
+        {"basis": "fourier"},
+        {"schedule": "x"},
+        {"bend": 0},
+        {"full": (1, 2)},
+        {"cache_dtype": "int8"},
+        {"warmup": 0},
+    ],
 )
 def test_numbers_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(PolicyError, match=next(iter(wrong))):

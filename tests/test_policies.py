@@ -1,5 +1,9 @@
 """Schedules and ratios against the published values (ToCa's code, confirmed by its users' printouts)."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,9 +12,10 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracles.tokens import interval
 from tests.sampling import noise, sample
-from toca_compile import Fora, FullCompute, ToCa, preset
+from toca_compile import Fora, FullCompute, PolicyError, TaylorSeer, ToCa, load_policy, preset, save_policy
 from toca_compile.ir.types import Action
-from toca_compile.policies.schedules import toca_steps
+from toca_compile.policies import PRESETS
+from toca_compile.policies.schedules import spread_steps, toca_steps
 
 
 def counted_down(policy: ToCa) -> list[int]:
@@ -79,6 +84,38 @@ def test_depth_comes_from_the_graph() -> None:
         plan = opt._session.executors[0].plan
         ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]
         assert ks[-1] == int(64 * 0.07 * (0.8 + 0.4 * (depth - 1) / 27) * 2.92 * 2.5)
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.floats(0.5, 2), st.integers(1, 4))
+def test_spread_steps(steps: int, interval: int, bend: float, warmup: int) -> None:
+    """From 0 to the last step but one, no more than at even intervals (and the warm-up)."""
+    full = spread_steps(steps, interval, bend, warmup)
+    assert list(full) == sorted(set(full))
+    assert full[0] == 0
+    assert full[-1] <= max(steps - 2, warmup - 1)
+    assert len(full) <= -(-steps // interval) + warmup - 1
+    assert spread_steps(50, 5) == (0, 5, 11, 16, 21, 27, 32, 37, 43, 48)
+
+
+POLICIES = [
+    FullCompute(), Fora(7, 2), ToCa(), TaylorSeer(20, 5, 3, schedule="spread", bend=0.8, basis="newton"),
+    TaylorSeer(20, full=(0, 1, 7), cache_dtype="bfloat16"), *(preset(name) for name in PRESETS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+def test_a_policy_survives_json(policy: Any, tmp_path: Path) -> None:
+    save_policy(policy, tmp_path / "policy.json")
+    assert load_policy(tmp_path / "policy.json") == policy
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"policy": "Other"}', '{"policy": "Fora", "pace": 3}'])
+def test_a_file_that_is_no_policy(text: str, tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text(text)
+    with pytest.raises(PolicyError, match="holds no policy"):
+        load_policy(tmp_path / "policy.json")
+    with pytest.raises(PolicyError, match="cannot be saved"):
+        save_policy(object(), tmp_path / "policy.json")
 
 
 def test_plans_of_the_simple_policies() -> None:

@@ -11,7 +11,7 @@ from toca_compile.errors import (
     VerifyError,
 )
 from toca_compile.model import OptimizedModel
-from toca_compile.policies import Fora, FullCompute, TaylorSeer, ToCa, preset
+from toca_compile.policies import Fora, FullCompute, TaylorSeer, ToCa, load_policy, preset, save_policy
 
 __all__ = [
     "Fora",
@@ -27,6 +27,8 @@ __all__ = [
     "UnsupportedGraphError",
     "VerifyError",
     "explain",
+    "load_policy",
     "optimize",
     "preset",
+    "save_policy",
 ]

@@ -18,6 +18,15 @@ def counted_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, 
     return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1) % interval == 0)
 
 
+def spread_steps(num_steps: int, interval: int, bend: float = 1.0, warmup: int = 1) -> tuple[int, ...]:
+    """As many full steps as every ``interval``-th would be, from 0 to the last step but one, at (T − 2)·(i/k)^bend:
+    evenly for 1, denser towards the end below it. The first ``warmup`` are full too."""
+    count = -(-num_steps // interval)
+    last = max(num_steps - 2, 0)
+    spread = {round(last * (i / (count - 1)) ** bend) for i in range(count)} if count > 1 else {0}
+    return tuple(sorted(spread | set(range(min(warmup, num_steps)))))
+
+
 def toca_steps(
     num_steps: int,
     interval: int,

@@ -7,7 +7,7 @@ import torch
 from toca_compile.errors import PolicyError
 from toca_compile.ir.plan import Memory, Plan, Selector, SiteStep, StepPlan, step_kind
 from toca_compile.ir.types import Action, Site
-from toca_compile.policies.schedules import check_whole, counted_steps
+from toca_compile.policies.schedules import check_whole, counted_steps, spread_steps
 
 MAX_ORDER = 4
 
@@ -26,7 +26,11 @@ class TaylorSeer:
         interval: N: N − 1 forecast steps between two full ones.
         order: highest difference, 0 to 4; 0 is plain reuse.
         warmup: how many first steps are full. Differences are made from the last of them on.
+        schedule: ``"counter"`` as published, or ``"spread"``: as many full steps (``num_steps`` / ``interval``), laid
+            from the first to the last but one, so that no long forecast ends the run.
+        bend: of ``"spread"``: 1 is even, less is denser towards the end of denoising.
         basis: ``"taylor"`` as published, or ``"newton"``.
+        full: the full steps themselves as call indices, 0 among them, instead of ``interval`` and ``warmup``.
         cache_dtype: ``"bfloat16"`` or another dtype's name to keep outputs and differences in; None: the output's own.
 
     Raises:
@@ -37,7 +41,10 @@ class TaylorSeer:
     interval: int = 4
     order: int = 2
     warmup: int = 1
+    schedule: str = "counter"
+    bend: float = 1.0
     basis: str = "taylor"
+    full: tuple[int, ...] = ()
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -45,20 +52,32 @@ class TaylorSeer:
             check_whole(name, getattr(self, name))
         if self.order not in range(MAX_ORDER + 1):
             raise PolicyError(f"order must be 0 to {MAX_ORDER}, not {self.order!r}")
+        if self.schedule not in ("counter", "spread"):
+            raise PolicyError(f"schedule must be 'counter' or 'spread', not {self.schedule!r}")
+        if not 0 < self.bend < 10:
+            raise PolicyError(f"bend must lie between 0 and 10, not {self.bend!r}")
         if self.basis not in ("taylor", "newton"):
             raise PolicyError(f"basis must be 'taylor' or 'newton', not {self.basis!r}")
+        listed = all(isinstance(i, int) for i in self.full) and list(self.full) == sorted({*self.full, 0})
+        if self.full and not (listed and self.full[-1] < self.num_steps):
+            raise PolicyError(f"full must rise from 0 and stay below num_steps = {self.num_steps}, not {self.full}")
         kept_dtype(self.cache_dtype)
 
     def full_steps(self) -> tuple[int, ...]:
         """The full steps as call indices."""
+        if self.full:
+            return self.full
+        if self.schedule == "spread":
+            return spread_steps(self.num_steps, self.interval, self.bend, self.warmup)
         return counted_steps(self.num_steps, self.interval, self.warmup)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """All sites alike: full, or forecast as far as there are differences."""
         full, made, steps = set(self.full_steps()), 0, []
+        first = 1 if self.full else max(1, self.warmup - 1)
         for call in range(self.num_steps):
             if call in full:
-                made = min(self.order, made + 1) if call >= max(1, self.warmup - 1) else 0
+                made = min(self.order, made + 1) if call >= first else 0
                 rows = tuple(SiteStep(Action.COMPUTE, s.axis.size, made) for s in sites)
             else:
                 action = Action.FORECAST if made else Action.REUSE
