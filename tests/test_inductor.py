@@ -1,14 +1,20 @@
 """A few runs through Inductor: the same numbers, one compilation for each distinct variant, none in the loop."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import toca_compile
-from tests.models import PlainDiT, RegisterDiT, randomize
+from tests.models import FusedFlux, PlainDiT, RegisterDiT, randomize
+from tests.pipelines import flux, pixart
 from tests.sampling import noise, sample
-from toca_compile import FullCompute, ToCa, preset
+from tests.test_paper_systems import sample_flux, sample_pixart
+from toca_compile import FullCompute, TaylorSeer, ToCa, preset
+from toca_compile.ir.plan import Policy
 from toca_compile.lowerings import inductor
 
 pytestmark = pytest.mark.inductor
@@ -34,6 +40,26 @@ def test_a_whole_run_is_the_eager_run(style: type[nn.Module]) -> None:
     assert inductor.compiles == before
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "taylor"])
+def test_other_systems_are_their_eager_runs(name: str) -> None:
+    """Cross-attention with entropies and text computed once; held attention and several streams; forecasts."""
+    pytest.importorskip("diffusers")
+    policy: Policy
+    run: Callable[[Any], Tensor]
+    if name == "pixart":
+        model, policy = pixart(), preset("pixart-alpha/dpm-20", num_steps=7)
+        run = lambda m: sample_pixart(m, 7, 1, (8, 12), False)  # noqa: E731
+    elif name == "flux":
+        model, policy = FusedFlux(flux()).eval(), preset("flux-dev/50-n4", num_steps=7, fresh_ratio=0.3)
+        run = lambda m: sample_flux(m, 7, 1, (6, 6))  # noqa: E731
+    else:
+        model = randomize(PlainDiT(depth=2))
+        policy = TaylorSeer(12, 3, 2, basis="newton", cache_dtype="bfloat16")
+        run = lambda m: sample(m, 12, noise())  # noqa: E731
+    runs = [run(toca_compile.optimize(model, policy, lowering=way)) for way in ("eager", "inductor")]
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
 
 
 def test_depth_costs_no_compilation() -> None:
