@@ -52,7 +52,7 @@ def main() -> None:
     else:
         pipe, call = offline()
     pipe.to(given.device)
-    policies = {f"ToCa 50-n{n}": preset(f"flux-dev/50-n{n}") for n in (4, 6)}
+    policies = {f"ToCa 50-n{n}": preset(f"flux-dev/50-n{n}") for n in ((4, 5, 6) if given.model else (4,))}
     compare_pipeline(
         pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out
     )  # fmt: skip
