@@ -14,7 +14,7 @@ from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.types import Attention, AxisTypes
 from toca_compile.passes.prove import label_at, occurrence_of
-from toca_compile.rules.registry import RULES, Work
+from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
 
@@ -59,18 +59,13 @@ def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
                 label = label_at(types, user, use.operands[i], at) if operand is node else None
                 if label is None:
                     continue
-                if _is_product(user) and not _in_results(use.results[0], label[0]):
+                if work_of(user) is Work.CONTRACT and not _in_results(use.results[0], label[0]):
                     found.append(_product(softmax, user, i, label[0], types))
                 elif label[0] in use.carried:
                     moved = occurrence_of(types, user, use.results[0], label)
                     if moved is not None:
                         todo.append((user, moved))
     return found
-
-
-def _is_product(node: fx.Node) -> bool:
-    rule = RULES.get(node.target)  # type: ignore[call-overload]
-    return rule is not None and rule.work is Work.CONTRACT
 
 
 def _in_results(dims: tuple[tuple[str, ...], ...], label: str) -> bool:

@@ -38,9 +38,7 @@ def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site
 
 def reads_other_tokens(attention: Attention, types: AxisTypes) -> bool:
     """Whether an attention's keys are no queries of it: cross-attention."""
-    keys = {f for part in types.factors.segments(attention.key_axis) for f in part}
-    queries = {f for part in types.factors.segments(attention.axis) for f in part}
-    return not keys & queries and not set(attention.key_axis) & set(attention.axis)
+    return not types.factors.atoms(attention.key_axis) & types.factors.atoms(attention.axis)
 
 
 def _place(types: AxisTypes, keys: Product, site: Site) -> tuple[int, int] | tuple[()] | None:

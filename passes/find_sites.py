@@ -21,7 +21,7 @@ from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
 from toca_compile.ir.types import Attention, AxisTypes, Carry, Occurrence, Site, TokenAxis
 from toca_compile.passes.prove import Blocked, batch_of, prove
-from toca_compile.rules.registry import RULES, Work
+from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
 _ARITHMETIC = {Work.CONTRACT, Work.ATTENTION}
@@ -44,15 +44,14 @@ def find_sites(
 ) -> tuple[Site, ...]:
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
     token grid that the graph shows."""
-    token_factors = {f for a in attentions for part in types.factors.segments(a.axis) for f in part}
-    token_factors |= {f for a in attentions for f in a.axis}
+    token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
     branches = _choose(_branches(graph, types, token_factors), attentions)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
     for branch in branches:
         output = _before_tail(branch, static)
         region = branch.region & ancestors([output], stop=[branch.source])
-        if not any(_work(n) in _ARITHMETIC for n in region):
+        if not any(work_of(n) in _ARITHMETIC for n in region):
             continue
         choices = _token_dims(types, output, value_of(output).shape, token_factors)
         if not choices:
@@ -116,7 +115,7 @@ def _prove(
     yields is held from the last full step.
     """
     factors = {types.type_of(output)[t.dim][t.index] for t in tokens}
-    mixing = [a.node for a in inside if factors & _factors(types, a.key_axis)]
+    mixing = [a.node for a in inside if factors & types.factors.atoms(a.key_axis)]
     first: tuple[Carry | Blocked, Product] | None = None
     for held in ((), tuple(mixing)) if mixing else ((),):
         batch = batch_of(types, source, output, region, tokens, held)
@@ -133,11 +132,7 @@ def _computes(carry: Carry, source: fx.Node, region: frozenset[fx.Node]) -> bool
     """Whether a partial step would do arithmetic on the branch's input, and needs the held values here alone."""
     own = _users_within(source, carry.rows)
     apart = all(user in region for node in carry.held for user in node.users)
-    return apart and any(_work(n) in _ARITHMETIC for n in own)
-
-
-def _factors(types: AxisTypes, axis: Product) -> set[int]:
-    return {f for part in types.factors.segments(axis) for f in part} | set(axis)
+    return apart and any(work_of(n) in _ARITHMETIC for n in own)
 
 
 def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Branch]:
@@ -175,7 +170,7 @@ def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> lis
 
 def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[_Branch]:
     """Of nested candidates, the sites (case 3)."""
-    branches = [b for b in branches if any(_work(n) in _ARITHMETIC for n in b.region)]
+    branches = [b for b in branches if any(work_of(n) in _ARITHMETIC for n in b.region)]
     attends = {b.add: any(a.node in b.region for a in attentions) for b in branches}
     kept: list[_Branch] = []
     for branch in sorted(branches, key=lambda b: len(b.region)):
@@ -191,7 +186,7 @@ def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[
 def _more_work(outer: _Branch, inner: _Branch) -> bool:
     """Whether ``outer`` does arithmetic on what ``inner`` adds: a branch through attention and MLP both, whose first
     addition is no step of the residual stream."""
-    return any(_work(n) in _ARITHMETIC for n in _users_within(inner.add, outer.region))
+    return any(work_of(n) in _ARITHMETIC for n in _users_within(inner.add, outer.region))
 
 
 def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
@@ -230,18 +225,13 @@ def _users_within(node: fx.Node, region: AbstractSet[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _work(node: fx.Node) -> Work:
-    rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
-    return rule.work if rule is not None else Work.NONE
-
-
 def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes) -> str:
     if isinstance(proof, Carry) and proof.held:
         return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
     if all(not set(a.key_axis) & set(factors) for a in inside):
-        keys = {f for a in inside for part in types.factors.segments(a.key_axis) for f in part}
+        keys = {f for a in inside for f in types.factors.atoms(a.key_axis)}
         return "joint_attention" if keys & set(factors) else "cross_attention"
     return "self_attention"
 
@@ -282,7 +272,7 @@ def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[
 
 def _name(region: Iterable[fx.Node], index: int) -> str:
     """The module that holds all the branch's arithmetic, as the user named it."""
-    paths = [module_path(n) for n in region if _work(n) in _ARITHMETIC]
+    paths = [module_path(n) for n in region if work_of(n) in _ARITHMETIC]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:

@@ -7,16 +7,15 @@ few pointwise ops. Their segments stand first; the runtime skips them while it i
     embed → [norm, q, k(text), v(text), attention, …] → …    ⇒    [k(text), v(text)], embed → [norm, q, attention, …]
 """
 
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, signature, value_of
+from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
 from toca_compile.ir.types import Site
-from toca_compile.rules.registry import RULES, Work
+from toca_compile.rules.registry import Work, work_of
 
 
 def hoist(
@@ -36,7 +35,7 @@ def hoist(
     count = max(s.template for s in segments) + 1
     outside = tuple(n for s in segments if not s.sites for n in s.nodes if n in chosen)
     shown = tuple(n for n in outside if not set(n.users) <= set(outside))
-    front = [Segment(count, _inputs(outside), outside, shown, constant=True)] if outside else []
+    front = [Segment(count, outer_inputs(outside), outside, shown, constant=True)] if outside else []
     rest: list[Segment] = []
     for segment in segments:
         exemplar = next(s for s in segments if s.template == segment.template)
@@ -52,7 +51,7 @@ def hoist(
             live = [i for i in places if any(set(s.nodes[i].users) - {s.nodes[j] for j in places} for s in group)]
             part = Segment(
                 count + 1 + segment.template,
-                tuple(pairs[n] for n in _inputs(hoisted)),
+                tuple(pairs[n] for n in outer_inputs(hoisted)),
                 tuple(pairs[n] for n in hoisted),
                 tuple(segment.nodes[i] for i in live),
                 constant=True,
@@ -64,7 +63,7 @@ def hoist(
                 replace(
                     segment,
                     nodes=tuple(pairs[n] for n in kept),
-                    inputs=tuple(pairs[n] for n in _inputs(kept)),
+                    inputs=tuple(pairs[n] for n in outer_inputs(kept)),
                     outputs=tuple(n for n in segment.outputs if n not in chosen),
                 )
             )
@@ -93,14 +92,9 @@ def _constants(
     chosen: set[fx.Node] = set()
     for node in exported:
         above = {n for n in ancestors([node]) if n.op == "call_function"}
-        if any(_contracts(n) for n in above):
+        if any(work_of(n) is Work.CONTRACT for n in above):
             chosen |= above
     return chosen
-
-
-def _contracts(node: fx.Node) -> bool:
-    rule = RULES.get(node.target)  # type: ignore[call-overload]
-    return rule is not None and rule.work is Work.CONTRACT
 
 
 def _pairs(a: Segment, b: Segment, chosen: AbstractSet[fx.Node]) -> dict[fx.Node, fx.Node] | None:
@@ -113,8 +107,3 @@ def _pairs(a: Segment, b: Segment, chosen: AbstractSet[fx.Node]) -> dict[fx.Node
         for u, v in zip(a.nodes, b.nodes, strict=True)
     )
     return pairs if same or a is b else None
-
-
-def _inputs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    body = set(nodes)
-    return tuple(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in body))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, signature, value_of
+from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
 from toca_compile.ir.types import Site
 
@@ -196,9 +196,8 @@ def _reaches(node: fx.Node, source: fx.Node, within: set[fx.Node]) -> bool:
 def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int, sites: tuple[int, ...]) -> Segment:
     body = tuple(sorted(nodes, key=order.__getitem__))
     inside = set(body)
-    inputs = tuple(dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in inside))
     outputs = tuple(n for n in body if any(u not in inside for u in n.users))
-    return Segment(template, inputs, body, outputs, sites)
+    return Segment(template, outer_inputs(body), body, outputs, sites)
 
 
 def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:

@@ -101,6 +101,10 @@ class Factors:
             return tuple(part for s in self._segments[product[0]] for part in self.segments(s))
         return (product,)
 
+    def atoms(self, product: Product) -> set[Factor]:
+        """The factors of a dimension, and those of its parts if it is a concatenation."""
+        return {f for part in self.segments(product) for f in part} | set(product)
+
     def window(self, product: Product, start: int, size: int, step: int) -> Product:
         """The index space of ``size`` elements from ``start`` on, every ``step``-th. A window that is the whole, or a
         run of whole segments of a concatenation, is that space itself; the same window asked for twice is the same."""

@@ -38,6 +38,12 @@ def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
     return seen
 
 
+def outer_inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """What ``nodes``, in order, read from outside, each once."""
+    body = dict.fromkeys(nodes)
+    return tuple(dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in body))
+
+
 def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
     trace = node.meta.get("stack_trace") or ""

@@ -12,6 +12,7 @@ from enum import Enum
 from random import Random
 from typing import Any
 
+from torch import fx
 from torch._ops import OpOverload
 
 from toca_compile.errors import RuleError
@@ -52,6 +53,12 @@ class Rule:
 
 
 RULES: dict[OpOverload, Rule] = {}
+
+
+def work_of(node: fx.Node) -> Work:
+    """The arithmetic of a node of a graph; none where it is no op, or has no rule."""
+    rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    return rule.work if rule is not None else Work.NONE
 
 
 def register(
