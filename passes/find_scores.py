@@ -13,7 +13,7 @@ from toca_compile.ir.types import Attention, AxisTypes, Scorer, Site
 
 def find_scores(sites: tuple[Site, ...], types: AxisTypes) -> tuple[Site, ...]:
     """The sites with their scorers."""
-    return tuple(_with_scorers(site, sites, types) if site.carry is not None else site for site in sites)
+    return tuple(_with_scorers(site, sites, types) if site.carry or site.queries else site for site in sites)
 
 
 def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site:

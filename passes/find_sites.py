@@ -20,7 +20,7 @@ from torch import fx
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
 from toca_compile.ir.types import Attention, AxisTypes, Carry, Occurrence, Site, TokenAxis
-from toca_compile.passes.prove import Blocked, batch_of, prove
+from toca_compile.passes.prove import Blocked, batch_of, prove, prove_queries
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -76,6 +76,7 @@ def find_sites(
                 attention=inside,
                 carry=None if isinstance(proof, Blocked) else proof,
                 reason=str(proof) if isinstance(proof, Blocked) else None,
+                queries=_queries(types, branch.source, output, region, tokens, proof),
             )
         )
     counts = Counter(s.name for s in sites)
@@ -126,6 +127,21 @@ def _prove(
         first = first or (proof, numbers)
     assert first is not None
     return tokens, *first
+
+
+def _queries(
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: frozenset[fx.Node],
+    tokens: tuple[Occurrence, ...],
+    proof: Carry | Blocked,
+) -> Carry | None:
+    """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens."""
+    if isinstance(proof, Carry) and not proof.held:
+        return None
+    found = prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
+    return found if isinstance(found, Carry) and found.whole else None
 
 
 def _computes(carry: Carry, source: fx.Node, region: frozenset[fx.Node]) -> bool:

@@ -4,12 +4,15 @@ A branch may be computed on a subset of tokens if every op between its input and
 row of the result needs the same row of the operands only. The proof walks from the output back to the input and follows
 one factor through each op's spec. It either ends at the input with the factor's place in every value between, or it
 names the op that reads the axis whole. It may also end at values that are *held*: kept from the last full step.
+
+``prove_queries`` lets the branch read its own tokens whole, as an attention's keys and values are: then those are made
+for all tokens, and the rest for the selected ones.
 """
 
 import operator
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -40,27 +43,77 @@ def prove(
     tokens: tuple[Occurrence, ...],
     batch: Mapping[Occurrence, Trace],
     held: tuple[fx.Node, ...] = (),
+    whole: dict[fx.Node, None] | None = None,
 ) -> Carry | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
     ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
     the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample; at ``held``
-    values the walk ends.
+    values the walk ends. ``whole``: as in ``follow``.
     """
     traces = []
     for occurrence in tokens:
-        trace = follow(types, source, output, region, occurrence, held)
+        trace = follow(types, source, output, region, occurrence, held, whole)
         if isinstance(trace, Blocked):
             return trace
         traces.append(trace)
     nodes = list(traces[0])
+    if source not in nodes or any(n not in t for t in traces for n in nodes):
+        return Blocked(output, "does not need the tokens of its input")
     carry = Carry(
         tokens={n: tuple(t[n] for t in traces) for n in nodes},
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
-        rows=frozenset(region & ancestors([output], stop=[source, *held])),
+        rows=frozenset(region & ancestors([output], stop=[source, *held, *(whole or ())])),
         held=held,
+        whole=tuple(whole or ()),
     )
     return _layout(types, source, output, carry) or carry
+
+
+def prove_queries(
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: AbstractSet[fx.Node],
+    tokens: tuple[Occurrence, ...],
+    batch: Mapping[Occurrence, Trace],
+) -> Carry | Blocked:
+    """The proof that ``output`` may be restricted along ``tokens`` if what the branch reads whole (keys and values) is
+    there for all of them. Where those are token-wise too, it says how (``Carry.updates``)."""
+    whole: dict[fx.Node, None] = {}
+    carry = prove(types, source, output, region, tokens, batch, whole=whole)
+    if isinstance(carry, Blocked) or not carry.whole:
+        return carry
+    for reader in carry.rows:
+        both = [o for o in operand_nodes(reader) if o in whole and operand_nodes(reader).count(o) > 1]
+        if both or (set(operand_nodes(reader)) & set(whole) and reader not in carry.tokens):
+            return Blocked(reader, "reads one value both by its rows and whole")
+    factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
+    updates = []
+    for node in carry.whole:
+        dims = types.type_of(node) if node in region else ()
+        places = [next((Occurrence(d, dim.index(f)) for d, dim in enumerate(dims) if f in dim), None) for f in factors]
+        if None in places or node is source:
+            return carry
+        at = tuple(p for p in places if p is not None)
+        own = prove(types, source, node, region & ancestors([node]), at, batch_like(types, source, node, region, carry))
+        if isinstance(own, Blocked):
+            return carry
+        updates.append(own)
+    return replace(carry, updates=tuple(updates))
+
+
+def batch_like(
+    types: AxisTypes, source: fx.Node, node: fx.Node, region: AbstractSet[fx.Node], carry: Carry
+) -> dict[Occurrence, Trace]:
+    """The traces of a value's factors that are the carry's batch at the input."""
+    found = {}
+    for d, dim in enumerate(types.type_of(node)):
+        for occurrence in (Occurrence(d, i) for i in range(len(dim))):
+            trace = follow(types, source, node, region & ancestors([node]), occurrence)
+            if isinstance(trace, dict) and trace.get(source) in carry.batch[source]:
+                found[occurrence] = trace
+    return found
 
 
 def batch_of(
@@ -168,9 +221,10 @@ def follow(
     region: AbstractSet[fx.Node],
     start: Occurrence,
     held: tuple[fx.Node, ...] = (),
+    whole: dict[fx.Node, None] | None = None,
 ) -> Trace | Blocked:
     """Where the factor at ``start`` of ``output`` lies in each value back to ``source`` (or a ``held`` value), or what
-    stops it."""
+    stops it. ``whole``, where given, takes the values of the branch that an op reads whole, and that stops nothing."""
     order = {node: i for i, node in enumerate(output.graph.nodes)}
     place: Trace = {}
     labels: dict[fx.Node, tuple[str, int]] = {}
@@ -210,6 +264,9 @@ def follow(
             if operand not in region and operand is not source:
                 continue
             at = occurrence_of(types, node, dims, labels[node])
+            if at is None and whole is not None:
+                whole[operand] = None
+                continue
             reason = Blocked(node, "mixes the tokens") if at is None else demand(operand, at)
             if reason is not None:
                 break

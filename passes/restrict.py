@@ -39,6 +39,7 @@ class Restriction:
         values: where the graph holds the values from outside, for all tokens.
         index: the selected tokens, int64 ``[batch, k]``.
         k: their number.
+        whole: what the branch reads whole, for all tokens, where that is not among ``values`` as it should be read.
     """
 
     def __init__(
@@ -50,25 +51,43 @@ class Restriction:
         types: AxisTypes,
         index: fx.Node,
         k: Callable[[], fx.Node],
+        whole: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.emit, self.copy, self.values = emit, copy, values
         self.carry, self.types, self.index, self.k = carry, types, index, k
+        self.whole = {**{n: values[n] for n in carry.whole if n in values}, **(whole or {})}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
 
-    def run(self, nodes: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    def run(
+        self,
+        nodes: Sequence[fx.Node],
+        given: Mapping[fx.Node, fx.Node],
+        others: "Sequence[Restriction]" = (),
+    ) -> dict[fx.Node, fx.Node]:
         """The rows of the branch's nodes (``nodes`` in order) and of what it reads from outside, from the values
-        ``given`` of its input and what it holds."""
+        ``given`` of its input and what it holds. ``others`` have made rows already, the same ones where they lie
+        alike."""
+        for other in others:
+            self.rows |= {n: row for n, row in other.rows.items() if n in self.carry.tokens and self._alike(other, n)}
         for node, value in given.items():
+            if node in self.rows:
+                continue
             self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.carry, node))
         narrow = pieces(self.carry.rows, self.types)
         whole = {piece.linear for piece in narrow.values()}
         for node in nodes:
+            if node in self.rows:
+                continue
             if node in narrow:
                 self.rows[node] = self._piece(narrow[node])
             elif node in self.carry.rows and not whole & {node, *node.all_input_nodes}:
                 self.rows[node] = self._node(node)
         return {**self.gathered, **self.rows}
+
+    def _alike(self, other: "Restriction", node: fx.Node) -> bool:
+        mine, theirs = self.carry, other.carry
+        return mine.tokens[node] == theirs.tokens[node] and mine.batch[node] == theirs.batch[node]
 
     def _piece(self, piece: Piece) -> fx.Node:
         """Some features of a linear layer on the rows, from their own rows of the weight."""
@@ -83,14 +102,16 @@ class Restriction:
         spec = self.types.specs[node]
         leaves: dict[fx.Node, fx.Node] = {}
         for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
-            if operand not in self.rows and operand not in leaves:
+            if operand in self.whole and not any(leaf_places(self.types, node, self.carry, dims)[0]):
+                leaves[operand] = self.whole[operand]
+            elif operand not in self.rows and operand not in leaves:
                 tokens, batch = leaf_places(self.types, node, self.carry, dims)
                 leaves[operand] = self._leaf(operand, node, tokens, batch)
                 if any(tokens):
                     self.gathered[operand] = leaves[operand]
 
         def argument(operand: fx.Node) -> fx.Node:
-            return self.rows.get(operand) or leaves.get(operand) or self.values[operand]
+            return leaves.get(operand) or self.rows.get(operand) or self.values[operand]
 
         copy = self.copy(node, argument)
         copy.meta.pop("val", None)  # it has other sizes now

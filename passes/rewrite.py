@@ -7,13 +7,15 @@
                                    y    = toca.scatter_tokens_(cache, idx, rows)
                                    x    = x + gate * y
 
-``REUSE`` replaces it by the cache, ``FORECAST`` by the cache moved along its differences. ``STORE`` computes it and
-keeps it; ``SCORE``, ``HOLD`` and ``DIFF`` also keep the tokens' scores, the values that the partial steps to come take
-from the cache (the attention of a parallel block), and the differences. The gate stays outside, so it is always the
-current step's.
+With ``QUERIES`` that goes through an attention: keys and values are those of all tokens, made now or (``KEPT``) from
+the cache, where ``UPDATE`` first puts the selected tokens' new ones. ``REUSE`` replaces the branch by the cache,
+``FORECAST`` by the cache moved along its differences; with ``PARTIAL`` that is for the tokens left out. ``STORE``
+computes it and keeps it; ``SCORE``, ``HOLD``, ``KEYS`` and ``DIFF`` also keep the tokens' scores, the values that the
+partial steps to come take from the cache (the attention of a parallel block; keys and values), and the differences. The
+gate stays outside, so it is always the current step's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import OUTPUT_ONLY, Memory, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
-from toca_compile.ir.types import AxisTypes, Site
+from toca_compile.ir.types import AxisTypes, Carry, Site
 from toca_compile.passes.measure_scores import entropy, measure
+from toca_compile.passes.needed import carry_of, needed_nodes
 from toca_compile.passes.restrict import Restriction, place
+from toca_compile.passes.series import Series
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -37,41 +41,17 @@ def rewrite(
     modes: Sequence[Mode],
     types: AxisTypes,
     selector: Selector,
-    memory: Memory = OUTPUT_ONLY,
+    memories: Sequence[Memory] = (),
     *,
     dense: bool = False,
 ) -> Variant:
     """The variant of ``segment`` in which its sites act as ``modes`` says.
 
-    ``dense``: compute a partial branch for all tokens and blend by mask, the plain meaning of the restriction.
+    ``memories``: what each site keeps (by default its output). ``dense``:
+    compute a partial branch for all tokens and blend by mask, the plain meaning of the restriction.
     """
-    return _Rewriter(segment, sites, modes, types, selector, memory, dense).run()
-
-
-def needed_nodes(
-    segment: Segment, sites: Sequence[Site], modes: Sequence[Mode], *, dense: bool = False
-) -> set[fx.Node]:
-    """The nodes computed for all tokens. A reused branch needs none of its own, a partial one those that its rows are
-    gathered from."""
-    ends = {s.output: (s, m) for s, m in zip(sites, modes, strict=True)}
-    held = {n for s, m in zip(sites, modes, strict=True) if Mode.PARTIAL in m and s.carry for n in s.carry.held}
-    needed: set[fx.Node] = set()
-    todo = [*segment.outputs, *(s.add for s in sites)]
-    inside = set(segment.nodes)
-    while todo:
-        node = todo.pop()
-        if node in needed or node not in inside:
-            continue
-        needed.add(node)
-        site, mode = ends.get(node, (None, Mode.PLAIN))
-        if mode & (Mode.REUSE | Mode.FORECAST) or node in held:
-            continue
-        if site is not None and site.carry is not None and Mode.PARTIAL in mode and not dense:
-            inner = {*site.carry.rows, *site.carry.held}
-            todo += [i for n in site.carry.rows for i in n.all_input_nodes if i not in inner]
-        else:
-            todo += node.all_input_nodes
-    return needed
+    memories = memories or [OUTPUT_ONLY] * len(sites)
+    return _Rewriter(segment, sites, modes, types, selector, memories, dense).run()
 
 
 class _Rewriter:
@@ -82,11 +62,11 @@ class _Rewriter:
         modes: Sequence[Mode],
         types: AxisTypes,
         selector: Selector,
-        memory: Memory,
+        memories: Sequence[Memory],
         dense: bool,
     ) -> None:
         self.segment, self.sites, self.modes = segment, sites, modes
-        self.types, self.selector, self.memory, self.dense = types, selector, memory, dense
+        self.types, self.selector, self.memories, self.dense = types, selector, memories, dense
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.slots: dict[Slot, fx.Node] = {}
@@ -95,6 +75,12 @@ class _Rewriter:
             node: (i, j, mode)
             for i, (site, mode) in enumerate(zip(sites, modes, strict=True))
             for j, node in enumerate(site.carry.held if site.carry else ())
+            if Mode.QUERIES not in mode
+        }
+        self.keys = {
+            node: (i, j)
+            for i, (site, mode) in enumerate(zip(sites, modes, strict=True))
+            for j, node in enumerate(site.queries.whole if site.queries and Mode.KEYS in mode else ())
         }
 
     def run(self) -> Variant:
@@ -123,71 +109,123 @@ class _Rewriter:
         position, site, mode = self.ends.get(node, (0, None, Mode.PLAIN))
         at, index, holder = self.held.get(node, (0, 0, Mode.PLAIN))
         if Mode.PARTIAL in holder:
-            self.env[node] = self._as(node, self._slot("held", at, index))
+            self.env[node] = self._as(node, self._slot("held", at, index), at)
         elif Mode.REUSE in mode:
-            self.env[node] = self._as(node, self._slot("cache", position))
-        elif Mode.FORECAST in mode:
-            value = self._slot("cache", position)
-            for order in range(1, self.memory.order + 1):
-                terms = (self._slot("diff", position, order), self._slot("power", position, order))
-                value = self._call(toca.forecast.default, value, *terms, order if self.memory.basis == "taylor" else 0)
-            self.env[node] = self._as(node, value, always=True)
+            self.env[node] = self._as(node, self._slot("cache", position), position)
         elif site is not None and Mode.PARTIAL in mode:
-            self.env[node] = self._as(node, self._partial(site, position))
+            self.env[node] = self._as(node, self._partial(site, position, mode), position, always=Mode.TOKENS in mode)
+        elif site is not None and Mode.FORECAST in mode:
+            series = self._series(site, position, mode)
+            value = series.forecast(series.age() if Mode.TOKENS in mode else None)
+            self.env[node] = self._as(node, value, position, always=True)
         else:
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
         if Mode.HOLD in holder:
             self._call(toca.store_.default, self._slot("held", at, index), self.env[node])
-        if Mode.DIFF in mode:
-            self._differences(node, position)
+        if node in self.keys:
+            self._call(toca.store_.default, self._slot("keys", *self.keys[node]), self.env[node])
+        if site is None:
+            return
+        if Mode.SCORE in mode:
+            self._call(toca.store_.default, self._slot("score", position), self._scores(site, position, mode))
         if Mode.STORE in mode:
-            self._call(toca.store_.default, self._slot("cache", position), self.env[node])
-        if site is not None and Mode.SCORE in mode:
-            scores = measure(self._call, self.env, site, self.selector, self.types)
-            self._call(toca.store_.default, self._slot("score", position), scores)
+            series = self._series(site, position, mode)
+            age = series.age() if Mode.TOKENS in mode else None
+            series.keep(self.env[node], differences=Mode.DIFF in mode, age=age)
 
-    def _differences(self, node: fx.Node, position: int) -> None:
-        """Each difference from the one below it, new and old."""
-        slots = [self._slot("cache", position)]
-        slots += [self._slot("diff", position, i) for i in range(1, self.memory.order + 1)]
-        value, fresh = self.env[node], []
-        for order, old in enumerate(slots[:-1], 1):
-            value = self._call(toca.difference.default, value, old, self._slot("spacing", position, order))
-            fresh.append(value)
-        for slot, value in zip(slots[1:], fresh, strict=True):
-            self._call(toca.store_.default, slot, value)
+    def _series(self, site: Site, position: int, mode: Mode) -> Series:
+        tokens = self._place(site, mode) if Mode.TOKENS in mode else None
+        return Series(
+            self._call, lambda kind, index: self._slot(kind, position, index), self.memories[position], tokens
+        )  # fmt: skip
 
-    def _as(self, node: fx.Node, value: fx.Node, *, always: bool = False) -> fx.Node:
+    def _place(self, site: Site, mode: Mode) -> tuple[int, ...]:
+        carry = site.carry or site.queries
+        assert carry is not None
+        return place(carry, site.output)
+
+    def _scores(self, site: Site, position: int, mode: Mode) -> fx.Node:
+        """The scores of all tokens at a step that computes them all, before anything of it is kept."""
+        if self.selector.score != "error":
+            return measure(self._call, self.env, site, self.selector, self.types)
+        series = self._series(site, position, mode)
+        expected = series.forecast(series.age() if Mode.TOKENS in mode else None)
+        missed = self._call(aten.sub.Tensor, self.env[site.output], expected)
+        return self._call(toca.token_norm.default, missed, *self._place(site, mode))
+
+    def _as(self, node: fx.Node, value: fx.Node, position: int, *, always: bool = False) -> fx.Node:
         """A kept value in the dtype of the one that it stands for."""
         dtype = value_of(node).dtype
-        kept = self.memory.dtype or dtype
+        kept = self.memories[position].dtype or dtype
         return self._call(aten._to_copy.default, value, dtype=dtype) if always or kept != dtype else value
 
     # -- partial ----------------------------------------------------------------------------------------------------
 
-    def _partial(self, site: Site, position: int) -> fx.Node:
-        assert site.carry is not None
+    def _partial(self, site: Site, position: int, mode: Mode) -> fx.Node:
+        carry, series = carry_of(site, mode), self._series(site, position, mode)
+        age = series.age() if Mode.TOKENS in mode else None
+        expected = series.forecast(age) if age is not None else None
         index = self._select(site, position)
-        cache = self._slot("cache", position)
-        out = place(site.carry, site.output)
+        out = place(carry, site.output)
+        whole, parts = self._whole(site, position, mode, index)
         if self.dense:
-            values = self.env
-            dense = self.graph.node_copy(site.output, lambda n: self.env[n])
-            fresh = self._call(toca.blend_tokens_.default, cache, index, dense, *out)
+            values = {**self.env, **whole}
+            for node in self.segment.nodes:
+                if node in carry.rows and node not in values:
+                    values[node] = self.graph.node_copy(node, lambda n: values[n])
+            made = values[site.output]
         else:
             given = {site.source: self.env[site.source]}
-            given |= {node: self._slot("held", position, n) for n, node in enumerate(site.carry.held)}
-            values = Restriction(
-                self._call, self.graph.node_copy, self.env, site.carry, self.types, index,
-                lambda: self._slot("k", position),
-            ).run(self.segment.nodes, given)  # fmt: skip
-            fresh = self._call(toca.scatter_tokens_.default, cache, index, values[site.output], *out)
+            given |= {node: self._slot("held", position, n) for n, node in enumerate(carry.held)}
+            values = self._restriction(carry, position, index, whole).run(self.segment.nodes, given, parts)
+            made = values[site.output]
+        if expected is not None:
+            rows = self._call(toca.gather_tokens.default, made, index, *out) if self.dense else made
+            fresh = self._call(toca.scatter_tokens_.default, expected, index, rows, *out)
+            assert age is not None
+            series.keep_rows(rows, index, age)
+        else:
+            fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
         if self.selector.score == "entropy" and site.by_queries is not None and site.by_queries.site == site.index:
             # The rows of the map that this step makes anew tell their tokens' scores anew.
             scores = entropy(self._call, {**self.env, **values}, site, self.selector, self.types)
-            update = toca.blend_tokens_.default if self.dense else toca.scatter_tokens_.default
-            self._call(update, self._slot("score", position), index, scores, 1, 0)
+            self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
+
+    @property
+    def _update(self) -> Any:
+        """What puts new rows into a buffer."""
+        return toca.blend_tokens_.default if self.dense else toca.scatter_tokens_.default
+
+    def _restriction(
+        self, carry: Carry, position: int, index: fx.Node, whole: Mapping[fx.Node, fx.Node]
+    ) -> Restriction:  # fmt: skip
+        return Restriction(
+            self._call, self.graph.node_copy, self.env, carry, self.types, index, lambda: self._slot("k", position),
+            whole,
+        )  # fmt: skip
+
+    def _whole(
+        self, site: Site, position: int, mode: Mode, index: fx.Node
+    ) -> tuple[dict[fx.Node, fx.Node], list[Restriction]]:
+        """What the branch reads whole (keys and values) from the cache, and the rows made to update it."""
+        carry = carry_of(site, mode)
+        if Mode.KEPT not in mode:
+            return {}, []
+        whole: dict[fx.Node, fx.Node] = {}
+        parts: list[Restriction] = []
+        for n, node in enumerate(carry.whole):
+            kept = self._slot("keys", position, n)
+            if Mode.UPDATE in mode:
+                own = carry.updates[n]
+                made = self.env.get(node)
+                if not self.dense:
+                    part = self._restriction(own, position, index, {})
+                    made = part.run(self.segment.nodes, {site.source: self.env[site.source]}, parts)[node]
+                    parts.append(part)
+                kept = self._call(self._update, kept, index, made, *place(own, node))
+            whole[node] = self._as(node, kept, position)
+        return whole, parts
 
     def _select(self, site: Site, position: int) -> fx.Node:
         stamp, step = self._slot("stamp", position), self._slot("step", position)

@@ -119,10 +119,10 @@ def test_find_sites(unit: Unit) -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-0 self_attention axis=6 grid=(2, 3) transpose..squeeze -> add score=None block=0 depth=0/2 actions=['compute', 'forecast', 'reuse']
-1 mlp axis=6 grid=(2, 3) add..linear_2 -> add_1 score=0 block=0 depth=0/2 actions=['compute', 'forecast', 'partial', 'reuse']
-2 self_attention axis=6 grid=(2, 3) add_1..squeeze_1 -> add_2 score=None block=1 depth=1/2 actions=['compute', 'forecast', 'reuse']
-3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'forecast', 'partial', 'reuse']""",
+0 self_attention axis=6 grid=(2, 3) transpose..squeeze -> add score=0 block=0 depth=0/2 actions=['compute', 'forecast', 'queries', 'reuse', 'skip']
+1 mlp axis=6 grid=(2, 3) add..linear_2 -> add_1 score=0 block=0 depth=0/2 actions=['compute', 'forecast', 'partial', 'reuse', 'skip']
+2 self_attention axis=6 grid=(2, 3) add_1..squeeze_1 -> add_2 score=2 block=1 depth=1/2 actions=['compute', 'forecast', 'queries', 'reuse', 'skip']
+3 mlp axis=6 grid=(2, 3) add_2..linear_5 -> add_3 score=2 block=1 depth=1/2 actions=['compute', 'forecast', 'partial', 'reuse', 'skip']""",
     )
 
 
@@ -167,12 +167,12 @@ in5_arg7_1 = input  # [4, 8]
 in6_arg8_1 = input  # [4]
 in7_arg9_1 = input  # [2, 1, 4]
 cache0 = input
+cache1 = input
 stamp1 = input
 step1 = input
 score0 = input
 k1 = input
 since1 = input
-cache1 = input
 add = add.Tensor(in0_transpose, cache0)  # [2, 6, 4]
 unit_scores_default = toca.unit_scores(score0)
 select_tokens_default = toca.select_tokens(unit_scores_default, stamp1, k1, step1, since1, 0.1, [], 1, 0.0)
@@ -199,12 +199,12 @@ in5_arg7_1 = input  # [4, 8]
 in6_arg8_1 = input  # [4]
 in7_arg9_1 = input  # [2, 1, 4]
 cache0 = input
+cache1 = input
 stamp1 = input
 step1 = input
 score0 = input
 k1 = input
 since1 = input
-cache1 = input
 add = add.Tensor(in0_transpose, cache0)  # [2, 6, 4]
 linear_1 = linear(add, in3_arg5_1, in4_arg6_1)  # [2, 6, 8]
 relu = relu(linear_1)  # [2, 6, 8]
@@ -231,8 +231,8 @@ in4_arg6_1 = input  # [8]
 in5_arg7_1 = input  # [4, 8]
 in6_arg8_1 = input  # [4]
 in7_arg9_1 = input  # [2, 1, 4]
-cache0 = input
 score0 = input
+cache0 = input
 cache1 = input
 linear = linear(in0_transpose, in1_arg3_1, in2_arg4_1)  # [2, 6, 12]
 unsqueeze = unsqueeze(linear, 1)  # [2, 1, 6, 12]
@@ -242,10 +242,10 @@ getitem_1 = getitem(split, 1)  # [2, 1, 6, 4]
 getitem_2 = getitem(split, 2)  # [2, 1, 6, 4]
 scaled_dot_product_attention = scaled_dot_product_attention(getitem, getitem_1, getitem_2)  # [2, 1, 6, 4]
 squeeze = squeeze.dim(scaled_dot_product_attention, 1)  # [2, 6, 4]
-store__default = toca.store_(cache0, squeeze)
 attention_received_default = toca.attention_received(getitem, getitem_1, None, None, False, 1)
 sum_dim_int_list = sum.dim_IntList(attention_received_default, [1])
-store__default_1 = toca.store_(score0, sum_dim_int_list)
+store__default = toca.store_(score0, sum_dim_int_list)
+store__default_1 = toca.store_(cache0, squeeze)
 add = add.Tensor(in0_transpose, squeeze)  # [2, 6, 4]
 linear_1 = linear(add, in3_arg5_1, in4_arg6_1)  # [2, 6, 8]
 relu = relu(linear_1)  # [2, 6, 8]

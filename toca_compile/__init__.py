@@ -11,9 +11,24 @@ from toca_compile.errors import (
     VerifyError,
 )
 from toca_compile.model import OptimizedModel
-from toca_compile.policies import Fora, FullCompute, TaylorSeer, ToCa, load_policy, preset, save_policy
+from toca_compile.policies import (
+    BlockCache,
+    Composition,
+    DuCa,
+    Fora,
+    FullCompute,
+    TaylorSeer,
+    TaylorToCa,
+    ToCa,
+    load_policy,
+    preset,
+    save_policy,
+)
 
 __all__ = [
+    "BlockCache",
+    "Composition",
+    "DuCa",
     "Fora",
     "FullCompute",
     "InferenceModeError",
@@ -22,6 +37,7 @@ __all__ = [
     "PassError",
     "PolicyError",
     "TaylorSeer",
+    "TaylorToCa",
     "ToCa",
     "TocaError",
     "UnsupportedGraphError",

@@ -14,7 +14,7 @@ from toca_compile import numeric_check
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, Policy
+from toca_compile.ir.plan import Memory, Plan, Policy
 from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
 from toca_compile.ir.types import Action, Site
 from toca_compile.ir.verify import verify_variant
@@ -22,8 +22,10 @@ from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
 from toca_compile.passes.measure_scores import check_score
 from toca_compile.passes.rewrite import rewrite
+from toca_compile.passes.skip_range import find_range, keep_range, probe_range, skip_range
 from toca_compile.pipeline import PIPELINE
 from toca_compile.runtime.executor import Compiled, Executor, example_buffer
+from toca_compile.runtime.skipping import Skipping, range_buffer
 from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
@@ -125,11 +127,33 @@ class Session:
         plan = _checked(self.applied, unit)
         self._explain_choices(unit, plan)
         self.managers.append(manager)
-        return Executor(unit, plan, self.control, self._variants(unit), self.seen)
+        return Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
 
-    def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], Plan], Compiled]:
-        def compiled(segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Compiled:
-            variant = self.variant(unit, segment, modes, plan)
+    def _skipping(self, unit: Unit) -> Callable[[Plan, dict[fx.Node, int]], Skipping | None]:
+        def make(plan: Plan, place: dict[fx.Node, int]) -> Skipping | None:
+            if not plan.skipped:
+                return None
+            found = find_range(unit, plan.skipped, plan.skip)
+
+            def compiled(name: str) -> Compiled:
+                if name in ("keep", "skip"):
+                    variant = (keep_range if name == "keep" else skip_range)(found, plan.skip)
+                else:
+                    variant = probe_range(found, keep=name == "keep probe")
+                examples: list[Any] = [n.meta["val"] for n in variant.module.graph.nodes if "val" in n.meta]
+                examples = [e.new_empty(e.shape) for e in examples]  # segments meet at contiguous values
+                examples += [range_buffer(s, found, plan.skip) if s.is_buffer else 3 for s in variant.slots]
+                return self._lower(variant, examples), variant.values, variant.slots
+
+            return Skipping(found, plan.skip, place, compiled)
+
+        return make
+
+    def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], tuple[Memory, ...], Plan], Compiled]:
+        def compiled(
+            segment: Segment, modes: tuple[Mode, ...], memories: tuple[Memory, ...], plan: Plan
+        ) -> Compiled:  # fmt: skip
+            variant = self.variant(unit, segment, modes, memories, plan)
             examples = [_example(segment.inputs[i]) for i in variant.values]
             sites = [unit.sites[i] for i in segment.sites]
             examples += [_slot_example(slot, sites[slot.position], unit, plan) for slot in variant.slots]
@@ -137,18 +161,20 @@ class Session:
 
         return compiled
 
-    def variant(self, unit: Unit, segment: Segment, modes: tuple[Mode, ...], plan: Plan) -> Variant:
+    def variant(
+        self, unit: Unit, segment: Segment, modes: tuple[Mode, ...], memories: tuple[Memory, ...], plan: Plan
+    ) -> Variant:
         """The rewritten graph of a segment, checked against what it stands for."""
         assert unit.types is not None
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
         exemplar = next(s for s in unit.segments if s.template == segment.template)
         sites = [unit.sites[i] for i in exemplar.sites]
         dense = self.lowering == "dense"
-        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, plan.memory, dense=dense)
+        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=dense)
         _propagate(variant, exemplar, unit, plan)
         verify_variant(variant, exemplar)
         if any(Mode.PARTIAL in m for m in modes) and not dense and numeric_check.enabled():
-            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, plan.memory, dense=True)
+            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
                 examples[slot] = _slot_example(slot, sites[slot.position], unit, plan)
@@ -162,7 +188,7 @@ class Session:
         score = plan.selector.score
         for site in partial if plan.selector.scored else ():
             scorer = site.scorer(score)
-            if scorer is not None:
+            if scorer is not None and unit.sites[scorer.site].attention:
                 check_score(unit.sites[scorer.site].attention[-1], score, unit.types)
             else:
                 kind = "cross-attention" if score == "entropy" else "self-attention"
@@ -248,16 +274,27 @@ def _checked(policy: Policy, unit: Unit) -> Plan:
         for site, todo in zip(unit.sites, step.sites, strict=True):
             if todo.action not in site.actions:
                 raise PolicyError(f"step {i}: {site.name} cannot be {todo.action.value}: {site.reason}")
-            if todo.order > plan.memory.order:
+            if (
+                todo.action is not Action.SKIP
+                and plan.adaptive
+                and site.index in plan.skipped
+                and plan.reads(site.index)
+            ):
                 raise PolicyError(
-                    f"step {i}: order {todo.order} of {site.name}, but the plan keeps {plan.memory.order}"
+                    f"{site.name} lies among blocks that are skipped or computed as a test at run time decides; "
+                    "it cannot also be reused, forecast or partial, which needs to know before"
                 )
             if todo.action is Action.COMPUTE:
                 written.add(site.index)
-            elif site.index not in written:
+            elif site.index not in written and (todo.action is not Action.SKIP or i == 0):
                 raise PolicyError(f"step {i}: {site.name} would read a cache that no earlier step of the run wrote")
             if todo.action is Action.PARTIAL and not 1 <= todo.tokens <= site.axis.size:
                 raise PolicyError(f"step {i}: {site.name} has {site.axis.size} tokens, not {todo.tokens} to compute")
+    if any({j for j, s in enumerate(step.sites) if s.action is Action.SKIP} not in (set(), plan.skipped)
+           for step in plan.steps):  # fmt: skip
+        raise PolicyError("all steps that skip blocks must skip the same ones")
+    if plan.skipped:
+        find_range(unit, plan.skipped, plan.skip)
     return plan
 
 

@@ -15,21 +15,24 @@ import sympy
 from torch import fx
 
 from toca_compile.errors import TocaError
-from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
+from toca_compile.ir.graph import ancestors, value_of
+from toca_compile.ir.plan import SELECTING, Plan, Selector, StepPlan, scored_sites
 from toca_compile.ir.program import Mode, Segment, Unit
 from toca_compile.ir.types import Action, Site
 from toca_compile.passes.narrow import pieces
-from toca_compile.passes.rewrite import needed_nodes
+from toca_compile.passes.needed import carry_of, needed_nodes, row_nodes
 from toca_compile.rules.registry import RULES, Work
 
 B, K, C = sympy.symbols("B K C", positive=True, integer=True)
 _MODES = {
     Action.COMPUTE: Mode.PLAIN,
     Action.PARTIAL: Mode.PARTIAL,
+    Action.QUERIES: Mode.PARTIAL | Mode.QUERIES,
     Action.REUSE: Mode.REUSE,
     Action.FORECAST: Mode.REUSE,
+    Action.SKIP: Mode.PLAIN,
 }
+_KEYS = {"fresh": Mode.PLAIN, "update": Mode.KEPT | Mode.UPDATE, "keep": Mode.KEPT}
 
 
 class CostModel:
@@ -55,10 +58,15 @@ class CostModel:
     def step(self, plan: StepPlan) -> int:
         """FLOPs of one step of a plan, without what is computed once a run."""
         total = 0
-        for segment in self._segments(constant=False):
+        skipped = {i for i, s in enumerate(plan.sites) if s.action is Action.SKIP}
+        inside = [i for i, s in enumerate(self.unit.segments) if skipped & set(s.sites)]
+        for i, segment in enumerate(self.unit.segments):
+            if not self._counted(segment, constant=False) or (inside and inside[0] <= i <= inside[-1]):
+                continue
             sites = [self.unit.sites[i] for i in segment.sites]
             rows = [plan.sites[i] for i in segment.sites]
-            total += self._number(segment, sites, [r.action for r in rows], [r.tokens for r in rows])
+            modes = [_MODES[r.action] | (_KEYS[r.keys] if r.action is Action.QUERIES else Mode.PLAIN) for r in rows]
+            total += self._number(segment, sites, modes, [r.tokens for r in rows])
         return total
 
     def run(self, plan: Plan) -> int:
@@ -86,22 +94,23 @@ class CostModel:
         total = self._constants() if uncached else sympy.Integer(0)
         for segment in self._segments(constant=False):
             sites = [self.unit.sites[i] for i in segment.sites]
-            parts = self._parts(segment, sites, [actions[i] for i in segment.sites])
+            parts = self._parts(segment, sites, [_MODES[actions[i]] for i in segment.sites])
             total += sum((expr for expr, _ in parts), sympy.Integer(0))
         return sympy.expand(total)
 
     def site(self, site: Site, action: Action) -> sympy.Expr:
         """FLOPs of one site's own branch."""
-        if action in (Action.REUSE, Action.FORECAST):
+        if action in (Action.REUSE, Action.FORECAST, Action.SKIP):
             return sympy.Integer(0)
-        if action is Action.PARTIAL:
-            return sympy.expand(self._rows(site))
+        if action in SELECTING:
+            whole = carry_of(site, _MODES[action]).whole
+            fresh = site.region & ancestors(whole, stop=[site.source]) if whole else ()
+            return sympy.expand(self._rows(site, _MODES[action]) + sum(self._node(n, False) for n in fresh))
         return sympy.expand(sum(self._node(n, False) for n in site.region))
 
-    def _rows(self, site: Site) -> sympy.Expr:
+    def _rows(self, site: Site, mode: Mode) -> sympy.Expr:
         """What a partial step computes of a branch: of a linear layer, the features that it needs."""
-        assert site.carry is not None
-        rows = site.carry.rows
+        rows = row_nodes(site, mode)
         needed: Counter[fx.Node] = Counter()
         for piece in pieces(rows, self.types).values():
             needed[piece.linear] += piece.size
@@ -117,24 +126,27 @@ class CostModel:
         return sympy.sympify(sum(self._node(n, False) for n in nodes))
 
     def _segments(self, *, constant: bool) -> list[Segment]:
-        counted = [s for s in self.unit.segments if s.sites or s.in_block or self.counting == "torch"]
-        return [s for s in counted if s.constant == constant]
+        return [s for s in self.unit.segments if self._counted(s, constant=constant)]
+
+    def _counted(self, segment: Segment, *, constant: bool) -> bool:
+        inside = bool(segment.sites) or segment.in_block or self.counting == "torch"
+        return inside and segment.constant == constant
 
     def _parts(
-        self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]
+        self, segment: Segment, sites: Sequence[Site], modes: Sequence[Mode]
     ) -> list[tuple[sympy.Expr, int | None]]:
         """Cost of a segment, apart for each partial site (whose position comes along), since each has its own K."""
-        needed = needed_nodes(segment, sites, [_MODES[a] for a in actions])
-        held = {s.output for s, a in zip(sites, actions, strict=True) if a is not Action.COMPUTE}
+        needed = needed_nodes(segment, sites, modes)
+        held = {s.output for s, m in zip(sites, modes, strict=True) if m is not Mode.PLAIN}
         parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - held), None)]
-        for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
-            if action is Action.PARTIAL:
-                parts.append((self._rows(site), i))
+        for i, (site, mode) in enumerate(zip(sites, modes, strict=True)):
+            if Mode.PARTIAL in mode:
+                parts.append((self._rows(site, mode), i))
         return parts
 
-    def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action], tokens: Sequence[int]) -> int:
+    def _number(self, segment: Segment, sites: Sequence[Site], modes: Sequence[Mode], tokens: Sequence[int]) -> int:
         total = 0
-        for expr, position in self._parts(segment, sites, actions):
+        for expr, position in self._parts(segment, sites, modes):
             values = self.values | ({K: tokens[position]} if position is not None else {})
             total += int(sympy.sympify(expr).subs(values))
         return total

@@ -14,7 +14,13 @@ from toca_compile.ir.program import Mode
 from toca_compile.ir.types import Action, StepKind
 from toca_compile.runtime.executor import Executor
 
-_LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "P", StepKind.FORECAST: "T", StepKind.REUSE: "R"}
+_LETTERS = {
+    StepKind.FULL: "F",
+    StepKind.PARTIAL: "P",
+    StepKind.FORECAST: "T",
+    StepKind.REUSE: "R",
+    StepKind.SKIP: "S",
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,9 @@ class Report:
         for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
-            for (template, modes), _ in executor.ready.items():
+            for template, modes, memories in executor.ready:
                 segment = next(s for s in executor.unit.segments if s.template == template)
-                variant = self._session.variant(executor.unit, segment, modes, executor.plan)
+                variant = self._session.variant(executor.unit, segment, modes, memories, executor.plan)
                 texts[f"{prefix}template{template}[{_mode_names(modes)}]"] = print_graph(variant.module.graph)
         return texts
 

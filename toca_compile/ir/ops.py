@@ -90,6 +90,47 @@ def forecast(cache: Tensor, difference: Tensor, power: int, order: int) -> Tenso
     return cache.float() + difference.float() * power / factorial(order)
 
 
+def token_age(stamp: Tensor, since: int, step: int) -> Tensor:
+    """Steps since each token was last computed: alone (``stamp``, int32 ``[batch, tokens]``) or with all
+    (``since``)."""
+    return step - stamp.clamp(min=since)
+
+
+def difference_tokens(new: Tensor, old: Tensor, age: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """As ``difference``, each token over its own age ``[batch, tokens]``."""
+    return (new.float() - old.float()) / _laid(age, new, dim, batch_dim, span)
+
+
+def forecast_tokens(
+    cache: Tensor, difference: Tensor, age: Tensor, used: int, order: int, dim: int, batch_dim: int, span: int = 1
+) -> Tensor:
+    """As ``forecast`` in a Taylor series, each token from its own age; ``used`` 0 leaves the term out."""
+    factor = _laid(age, cache, dim, batch_dim, span).float() ** order * used / factorial(order)
+    return cache.float() + difference.float() * factor
+
+
+def _laid(age: Tensor, like: Tensor, dim: int, batch_dim: int, span: int) -> Tensor:
+    """``[batch, tokens]`` with the rank of ``like``, whose tokens lie in ``span`` dimensions from ``dim`` on."""
+    shape = [1] * like.dim()
+    shape[dim : dim + span] = like.shape[dim : dim + span]
+    if batch_dim >= 0:
+        shape[batch_dim] = like.shape[batch_dim]
+    return (age if batch_dim < dim else age.t()).reshape(shape)
+
+
+def token_norm(x: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """‖x‖₂ of each token's features, whatever dimensions they lie in: float32 ``[batch, tokens]``."""
+    x, batch_dim = _merged(x.float(), dim, batch_dim, span)
+    front = x.movedim((batch_dim, dim), (0, 1)) if batch_dim >= 0 else x.movedim(dim, 0).unsqueeze(0)
+    return front.flatten(2).norm(dim=-1)
+
+
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """mean|now − before| / mean|before|, a float32 scalar: what FirstBlockCache holds against its threshold."""
+    old = before.float()
+    return (now.float() - old).abs().mean() / old.abs().mean()
+
+
 def attention_received(
     query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None, causal: bool, stride: int
 ) -> Tensor:
@@ -284,6 +325,18 @@ _define(
 )
 _define("store_(Tensor(a!) cache, Tensor value) -> Tensor(a!)", store_)
 _define("difference(Tensor new, Tensor old, SymInt steps) -> Tensor", difference)
+_define("token_age(Tensor stamp, SymInt since, SymInt step) -> Tensor", token_age)
+_define(
+    "difference_tokens(Tensor new, Tensor old, Tensor age, int dim, int batch_dim, int span=1) -> Tensor",
+    difference_tokens,
+)
+_define(
+    "forecast_tokens(Tensor cache, Tensor difference, Tensor age, SymInt used, int order, int dim, int batch_dim, "
+    "int span=1) -> Tensor",
+    forecast_tokens,
+)
+_define("token_norm(Tensor x, int dim, int batch_dim, int span=1) -> Tensor", token_norm)
+_define("relative_change(Tensor now, Tensor before) -> Tensor", relative_change)
 _define("forecast(Tensor cache, Tensor difference, SymInt power, int order) -> Tensor", forecast)
 _define(
     "attention_received(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, int stride) -> Tensor",

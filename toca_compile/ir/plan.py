@@ -1,7 +1,7 @@
 """Plans: what every site does at every step. Host data, complete before the first launch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -9,17 +9,22 @@ import torch
 
 from toca_compile.ir.types import Action, Site, StepKind
 
-SCORES = ("attention", "entropy", "v_norm", "k_norm", "random", "none")
+SCORES = ("attention", "entropy", "v_norm", "k_norm", "error", "random", "none")
+SELECTING = (Action.PARTIAL, Action.QUERIES)
+KEYS = ("fresh", "update", "keep")
 
 
 @dataclass(frozen=True)
 class SiteStep:
     """One site in one step. ``tokens``: how many it computes. ``order``: of COMPUTE, how many differences to earlier
-    full steps are made; of FORECAST, how many are used."""
+    full steps are made; of FORECAST, and for the tokens that PARTIAL or QUERIES leave out, how many are used. ``keys``:
+    of QUERIES, whether keys and values are made ``"fresh"`` for all tokens, taken from the cache with an ``"update"``
+    of the selected tokens' part, or taken from it as they are (``"keep"``)."""
 
     action: Action
     tokens: int = 0
     order: int = 0
+    keys: str = "fresh"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,26 @@ OUTPUT_ONLY = Memory()
 
 
 @dataclass(frozen=True)
+class Skip:
+    """What stands in for a range of blocks that a step skips.
+
+    Args:
+        residual: keep what the range added to the residual stream, and add it to what enters the range now; else keep
+            the stream as it left the range.
+        memory: order, dtype and basis of a forecast of what is kept.
+        threshold: a step that the plan skips is computed all the same where the change that the blocks before the
+            range make differs by more than this from what they did at the last computed step: mean |difference| over
+            mean |change|, one number for the batch (FirstBlockCache). None: the plan alone decides.
+        limit: how many steps in a row may be skipped at most; None: any number.
+    """
+
+    residual: bool = True
+    memory: Memory = OUTPUT_ONLY
+    threshold: float | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """All steps of a run. An ``endless`` plan repeats its last row; another ends after its rows and a further call
     starts a new run."""
@@ -86,23 +111,45 @@ class Plan:
     selector: Selector = Selector()
     endless: bool = False
     memory: Memory = OUTPUT_ONLY
+    skip: Skip = Skip()
+
+    def reads(self, site: int) -> bool:
+        """Whether any step reads the site's cache; without, nothing is stored."""
+        return any(step.sites[site].action not in (Action.COMPUTE, Action.SKIP) for step in self.steps)
+
+    def memory_of(self, site: int) -> Memory:
+        """What a site keeps: as many differences as its steps ask for."""
+        return replace(self.memory, order=max(step.sites[site].order for step in self.steps))
 
     @property
-    def caches(self) -> bool:
-        """Whether any step reads a cache; without, nothing is stored."""
-        return any(s.action is not Action.COMPUTE for step in self.steps for s in step.sites)
+    def skipped(self) -> frozenset[int]:
+        """The sites that some step skips."""
+        return frozenset(i for step in self.steps for i, s in enumerate(step.sites) if s.action is Action.SKIP)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether what a step does is decided while it runs."""
+        return self.skip.threshold is not None and bool(self.skipped)
 
     def partial(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
-        return any(step.sites[site].action is Action.PARTIAL for step in self.steps)
+        return any(step.sites[site].action in SELECTING for step in self.steps)
+
+    def keeps_keys(self, site: int) -> bool:
+        """Whether any step takes the site's keys and values from the cache."""
+        rows = (step.sites[site] for step in self.steps)
+        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in rows)
 
 
 def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
-    """A step is full where every site computes all, partial where some compute something; else forecast or reuse."""
+    """A step is full where every site computes all, and skips where any range of blocks is skipped; partial where some
+    compute something; else forecast or reuse."""
     actions = {s.action for s in sites}
+    if Action.SKIP in actions:
+        return StepKind.SKIP
     if actions <= {Action.COMPUTE}:
         return StepKind.FULL
-    if actions & {Action.COMPUTE, Action.PARTIAL}:
+    if actions & {Action.COMPUTE, *SELECTING}:
         return StepKind.PARTIAL
     return StepKind.FORECAST if Action.FORECAST in actions else StepKind.REUSE
 
@@ -116,7 +163,7 @@ def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:
         scored.append(read & computed)
         read -= computed
         if plan.selector.scored:
-            partial = [site for site, s in zip(sites, step.sites, strict=True) if s.action is Action.PARTIAL]
+            partial = [site for site, s in zip(sites, step.sites, strict=True) if s.action in SELECTING]
             scorers = [site.scorer(plan.selector.score) for site in partial]
             # Those of this very step too: a site may stand before its scorer.
             read |= {s.site for s in scorers if s is not None}

@@ -65,6 +65,29 @@ class Pass:
         return self.run.__name__.replace("_", "-")
 
 
+Entry = tuple[tuple[fx.Node, ...], int]  # values that together, along a dimension, are one that enters a range
+
+
+@dataclass(frozen=True)
+class Range:
+    """The segments from ``first`` to before ``last``, which some steps skip, and what they make that others read.
+
+    ``entries`` are, for each output, the values that enter the range in its place; empty where nothing of its kind
+    does. ``probe``: the stream before the first block of all, and where it enters the range.
+    """
+
+    first: int
+    last: int
+    outputs: tuple[fx.Node, ...]
+    entries: tuple[Entry, ...]
+    probe: tuple[fx.Node, fx.Node] | None = None
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """All values that enter, each once."""
+        return tuple(dict.fromkeys(n for nodes, _ in self.entries for n in nodes))
+
+
 class Mode(Flag):
     """What a variant does at one site: compute it (and keep nothing, the output, scores, held values), or not."""
 
@@ -73,9 +96,14 @@ class Mode(Flag):
     SCORE = auto()  # with STORE: also the tokens' scores
     HOLD = auto()  # with STORE: also the values that a partial step takes from the cache
     DIFF = auto()  # with STORE: also the differences to the full steps before
-    PARTIAL = auto()
+    PARTIAL = auto()  # compute the selected tokens
+    QUERIES = auto()  # with PARTIAL: through an attention
+    KEYS = auto()  # with STORE or QUERIES: keep what the queries read whole
+    KEPT = auto()  # with QUERIES: take that from the cache
+    UPDATE = auto()  # with KEPT: after the selected tokens' part of it is made anew
     REUSE = auto()
     FORECAST = auto()
+    TOKENS = auto()  # with any: each token has a history of its own
 
     @property
     def label(self) -> str:
@@ -90,9 +118,11 @@ class Mode(Flag):
 class Slot:
     """An input of a variant beside the segment's values: a buffer or a host number of one of its sites.
 
-    ``kind`` is ``cache``, ``held``, ``diff``, ``stamp``, ``score`` (a site's own) or ``scores of`` (its scorer's) for
-    buffers, ``k``, ``step``, ``since``, ``site``, ``spacing`` or ``power`` for numbers. ``position`` counts the
-    segment's sites, ``index`` a site's held values, or is the order of a difference, spacing or power.
+    ``kind`` is ``cache``, ``held``, ``keys`` (what queries read whole), ``diff``, ``stamp``, ``score`` (a site's own)
+    or ``scores of`` (its scorer's) for buffers, ``k``, ``step``, ``since``, ``site``, ``spacing`` or ``power`` for
+    numbers. ``position`` counts the segment's sites, ``index`` a site's held values or keys, or is the order of a
+    difference, spacing or power. In the graphs that stand in for a skipped range ``position`` counts its outputs, and
+    ``change`` is the stream's before it.
     """
 
     kind: str
@@ -102,7 +132,7 @@ class Slot:
     @property
     def is_buffer(self) -> bool:
         """Whether it is a tensor that lives as long as the run."""
-        return self.kind in ("cache", "held", "diff", "stamp", "score", "scores of")
+        return self.kind in ("cache", "held", "diff", "stamp", "score", "scores of", "keys", "change")
 
 
 @dataclass(frozen=True)

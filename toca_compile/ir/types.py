@@ -17,8 +17,10 @@ class Action(Enum):
 
     COMPUTE = "compute"  # all tokens; the output is kept
     PARTIAL = "partial"  # the selected tokens; the others come from the cache
+    QUERIES = "queries"  # the same through an attention: the selected tokens' queries, against keys of all tokens
     REUSE = "reuse"  # the cached output as it is
     FORECAST = "forecast"  # the cached output, moved along its differences between full steps
+    SKIP = "skip"  # nothing: the range of blocks that it lies in is stood in for as a whole
 
     def __repr__(self) -> str:
         return self.value
@@ -31,6 +33,7 @@ class StepKind(str, Enum):
     PARTIAL = "partial"
     FORECAST = "forecast"
     REUSE = "reuse"
+    SKIP = "skip"
 
     def __str__(self) -> str:
         return self.value
@@ -103,12 +106,16 @@ class Carry:
 
     ``held`` are values of the branch that the proof takes from the cache (the attention of a parallel block): the
     branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
+    ``whole`` are values of the branch that it reads for all tokens (keys and values of an attention); ``updates`` are,
+    where those are token-wise in the branch's input, the proofs.
     """
 
     tokens: Mapping[fx.Node, tuple[Occurrence, ...]]
     batch: Mapping[fx.Node, tuple[Occurrence, ...]]
     rows: frozenset[fx.Node]
     held: tuple[fx.Node, ...] = ()
+    whole: tuple[fx.Node, ...] = ()
+    updates: "tuple[Carry, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class Site:
     attention: tuple[Attention, ...]
     carry: Carry | None
     reason: str | None
+    queries: Carry | None = None  # the proof that it may be, given keys and values of all tokens
     by_keys: Scorer | None = None  # an attention that has the tokens as keys
     by_queries: Scorer | None = None  # a cross-attention that has them as queries
     block: int = 0
@@ -147,8 +155,11 @@ class Site:
     def actions(self) -> frozenset[Action]:
         """The legal actions."""
         partial = {Action.PARTIAL} if self.carry is not None else set()
-        return frozenset({Action.COMPUTE, Action.REUSE, Action.FORECAST} | partial)
+        partial |= {Action.QUERIES} if self.queries is not None else set()
+        return frozenset({Action.COMPUTE, Action.REUSE, Action.FORECAST, Action.SKIP} | partial)
 
     def scorer(self, score: str) -> Scorer | None:
         """Who measures a score of this site's tokens; None where nobody can."""
+        if score == "error":
+            return Scorer(self.index)
         return self.by_queries if score == "entropy" else self.by_keys

@@ -1,9 +1,49 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
+from toca_compile.policies.block_cache import BlockCache
+from toca_compile.policies.composition import (
+    Composition,
+    Compute,
+    Forecast,
+    Partial,
+    Queries,
+    Reuse,
+    Rule,
+    Share,
+    SkipBlocks,
+)
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.presets import PRESETS, preset
 from toca_compile.policies.storage import load_policy, save_policy
-from toca_compile.policies.taylor import TaylorSeer
-from toca_compile.policies.toca import Fora, ToCa
+from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
+from toca_compile.policies.toca import DuCa, Fora, ToCa
+from toca_compile.policies.when import Adaptive, Every, IntervalFunction, Listed, Periodic, Spread
 
-__all__ = ["PRESETS", "Fora", "FullCompute", "TaylorSeer", "ToCa", "load_policy", "preset", "save_policy"]
+__all__ = [
+    "PRESETS",
+    "Adaptive",
+    "BlockCache",
+    "Composition",
+    "Compute",
+    "DuCa",
+    "Every",
+    "Fora",
+    "Forecast",
+    "FullCompute",
+    "IntervalFunction",
+    "Listed",
+    "Partial",
+    "Periodic",
+    "Queries",
+    "Reuse",
+    "Rule",
+    "Share",
+    "SkipBlocks",
+    "Spread",
+    "TaylorSeer",
+    "TaylorToCa",
+    "ToCa",
+    "load_policy",
+    "preset",
+    "save_policy",
+]

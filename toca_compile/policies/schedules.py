@@ -27,15 +27,16 @@ def spread_steps(num_steps: int, interval: int, bend: float = 1.0, warmup: int =
     return tuple(sorted(spread | set(range(min(warmup, num_steps)))))
 
 
-def toca_steps(
+def toca_phases(
     num_steps: int,
     interval: int,
     slope: float,
     sensitive: tuple[float, float],
     sensitive_interval: int,
     count: str = "down",
-) -> tuple[int, ...]:
-    """Full steps of ToCa's interval function as values of the counter ``s``, in the order of the calls.
+) -> dict[int, int]:
+    """For each value of the counter ``s``, in the order of the calls: s modulo ToCa's interval in force, 0 where the
+    step is full.
 
     Counted ``down`` (DiT), s runs from num_steps − 1 to 0 and I(s) = round(N / (1 + w − 2·w·s/T)); counted ``up``
     (PixArt), from 0 on and I(s) = round(N / (1 − w + 2·w·s/T)). Both are long at the noisy end and short at the other.
@@ -53,13 +54,12 @@ def toca_steps(
         return max(1, round(float32(interval / weight)))
 
     counter = [counted(call, num_steps, count) for call in range(num_steps)]
-    current, full = interval_at(counter[0]), [counter[0]]
+    current, phases = interval_at(counter[0]), {counter[0]: 0}
     for s in counter[1:]:
         if s % current == 0:
             current = interval_at(s)
-            if s % current == 0:
-                full.append(s)
-    return tuple(full)
+        phases[s] = s % current
+    return phases
 
 
 def counted(call: int, num_steps: int, count: str) -> int:

@@ -1,15 +1,15 @@
-"""TaylorSeer (Liu et al., ICCV 2025): forecast a site's output from its differences between full steps."""
+"""TaylorSeer (Liu et al., ICCV 2025): forecast a site's output from its differences between full steps; and the same
+for the tokens that a step does not recompute."""
 
 from dataclasses import dataclass
 
-import torch
-
 from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import Memory, Plan, Selector, SiteStep, StepPlan, step_kind
-from toca_compile.ir.types import Action, Site
-from toca_compile.policies.schedules import check_whole, counted_steps, spread_steps
+from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.types import Site
+from toca_compile.policies.composition import Composition, Forecast, Partial, Queries, Rule, Share
+from toca_compile.policies.when import Every, Listed, Spread, When
 
-MAX_ORDER = 4
+ATTENTION = ("self_attention", "joint_attention", "parallel")
 
 
 @dataclass(frozen=True)
@@ -48,52 +48,84 @@ class TaylorSeer:
     cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "interval", "warmup"):
-            check_whole(name, getattr(self, name))
-        if self.order not in range(MAX_ORDER + 1):
-            raise PolicyError(f"order must be 0 to {MAX_ORDER}, not {self.order!r}")
         if self.schedule not in ("counter", "spread"):
             raise PolicyError(f"schedule must be 'counter' or 'spread', not {self.schedule!r}")
-        if not 0 < self.bend < 10:
-            raise PolicyError(f"bend must lie between 0 and 10, not {self.bend!r}")
-        if self.basis not in ("taylor", "newton"):
-            raise PolicyError(f"basis must be 'taylor' or 'newton', not {self.basis!r}")
-        listed = all(isinstance(i, int) for i in self.full) and list(self.full) == sorted({*self.full, 0})
-        if self.full and not (listed and self.full[-1] < self.num_steps):
-            raise PolicyError(f"full must rise from 0 and stay below num_steps = {self.num_steps}, not {self.full}")
-        kept_dtype(self.cache_dtype)
+        Spread(self.interval, self.bend, self.warmup)
+        self.full_steps()
+
+    @property
+    def when(self) -> When:
+        """Which steps are full."""
+        if self.full:
+            return Listed(self.full)
+        if self.schedule == "spread":
+            return Spread(self.interval, self.bend, self.warmup)
+        return Every(self.interval, self.warmup)
 
     def full_steps(self) -> tuple[int, ...]:
         """The full steps as call indices."""
-        if self.full:
-            return self.full
-        if self.schedule == "spread":
-            return spread_steps(self.num_steps, self.interval, self.bend, self.warmup)
-        return counted_steps(self.num_steps, self.interval, self.warmup)
+        return self.composition().full_steps()
+
+    def composition(self) -> Composition:
+        """Its parts."""
+        return Composition(
+            self.num_steps, self.when, (Rule(Forecast(self.order)),), basis=self.basis, cache_dtype=self.cache_dtype,
+            differences_from=1 if self.full else max(1, self.warmup - 1),
+        )  # fmt: skip
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """All sites alike: full, or forecast as far as there are differences."""
-        full, made, steps = set(self.full_steps()), 0, []
-        first = 1 if self.full else max(1, self.warmup - 1)
-        for call in range(self.num_steps):
-            if call in full:
-                made = min(self.order, made + 1) if call >= first else 0
-                rows = tuple(SiteStep(Action.COMPUTE, s.axis.size, made) for s in sites)
-            else:
-                action = Action.FORECAST if made else Action.REUSE
-                rows = tuple(SiteStep(action, 0, made) for _ in sites)
-            steps.append(StepPlan(step_kind(rows), rows))
-        memory = Memory(self.order, kept_dtype(self.cache_dtype), self.basis)
-        return Plan(tuple(steps), Selector("none"), memory=memory)
+        return self.composition().plan(sites)
 
 
-def kept_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of that name.
+@dataclass(frozen=True)
+class TaylorToCa:
+    """A forecast for the tokens left out, fresh values for the selected ones, whose differences are then updated: each
+    token has a history of its own.
+
+    MLPs and cross-attention recompute the selected tokens. Self-attention and joint attention forecast all of theirs,
+    or with ``keys`` recompute those tokens' queries too (``Queries``).
+
+    Args:
+        num_steps, interval, order, warmup, cache_dtype: as in ``TaylorSeer``.
+        fresh_ratio: share of the tokens recomputed on other steps.
+        score: how they are ranked: ``"error"`` by what the forecast missed of them at the last full step, or one of
+            ``ToCa``'s.
+        staleness_weight: of the steps that a token missed, over the interval.
+        keys: ``"fresh"``, ``"update"`` or ``"keep"``; None: attention is forecast.
+        mlp: whether MLPs recompute tokens.
+        seed: of the random score.
 
     Raises:
-        PolicyError: it is no floating-point dtype.
+        PolicyError: a number outside its range.
     """
-    dtype = getattr(torch, name, None) if name is not None else None
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise PolicyError(f"cache_dtype must name a floating-point dtype such as 'bfloat16', not {name!r}")
-    return dtype
+
+    num_steps: int = 50
+    interval: int = 4
+    order: int = 2
+    fresh_ratio: float = 0.1
+    score: str = "error"
+    staleness_weight: float = 0.0
+    keys: str | None = None
+    mlp: bool = True
+    warmup: int = 1
+    cache_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.composition()
+
+    def composition(self) -> Composition:
+        """Its parts."""
+        attention = (Rule(Queries(self.keys, order=self.order), kinds=ATTENTION),) if self.keys is not None else ()
+        rest = Rule(Partial(self.order) if self.mlp else Forecast(self.order))
+        return Composition(
+            self.num_steps, Every(self.interval, self.warmup), (*attention, rest),
+            which=Selector(self.score, self.staleness_weight / self.interval, seed=self.seed),
+            how_many=Share(self.fresh_ratio), cache_dtype=self.cache_dtype,
+            differences_from=max(1, self.warmup - 1),
+        )  # fmt: skip
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """As its parts say."""
+        return self.composition().plan(sites)

@@ -1,19 +1,15 @@
-"""ToCa (Zou et al., ICLR 2025) and FORA (Selvaraju et al., 2024), which is ToCa with no token recomputed."""
+"""ToCa (Zou et al., ICLR 2025); FORA (Selvaraju et al., 2024), which is ToCa with no token recomputed; DuCa (Zou et
+al., 2024), which takes turns between ToCa's steps and such that skip all blocks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import SCORES, Plan, Selector, SiteStep, StepPlan, step_kind
-from toca_compile.ir.types import Action, Site
-from toca_compile.policies.schedules import (
-    RatioSchedule,
-    check_whole,
-    counted,
-    counted_steps,
-    periodic_steps,
-    toca_steps,
-)
+from toca_compile.ir.plan import SCORES, Plan, Selector
+from toca_compile.ir.types import Site
+from toca_compile.policies.composition import Composition, Partial, Rule, Share, SkipBlocks
+from toca_compile.policies.schedules import RatioSchedule, check_whole
+from toca_compile.policies.when import Every, IntervalFunction, Periodic, When
 
 SCHEDULES = ("toca", "constant", "periodic", "counter")
 
@@ -108,48 +104,54 @@ class ToCa:
         if self.layer_span is not None:
             check_whole("layer_span", self.layer_span)
 
-    def full_steps(self, kind: str | None = None) -> tuple[int, ...]:
-        """The full steps of a kind of site (or of those without a period of their own) as call indices, 0 first."""
+    @property
+    def when(self) -> When:
+        """Which steps are full."""
         # FORA: the published code drops slope, sensitive range and warm-up together with the ratio.
         reuses = self.fresh_ratio == 0
         warmup = 1 if reuses else self.warmup
         if self.schedule == "counter":
-            return counted_steps(self.num_steps, self.interval, warmup)
+            return Every(self.interval, warmup)
         if self.schedule != "toca":
-            period = self.periods.get(kind, self.interval) if kind is not None else self.interval
-            return periodic_steps(self.num_steps, period, warmup)
+            return Periodic(self.interval, warmup, self.periods)
         slope = 0.0 if reuses else self.interval_slope
         sensitive = (0.0, 0.0) if reuses else self.sensitive
-        full = toca_steps(self.num_steps, self.interval, slope, sensitive, self.sensitive_interval, self.count)
-        calls = {counted(s, self.num_steps, self.count) for s in full}
-        return tuple(sorted(calls | set(range(min(warmup, self.num_steps)))))
+        return IntervalFunction(self.interval, slope, sensitive, self.sensitive_interval, self.count, warmup)
+
+    def composition(self) -> Composition:
+        """Its parts."""
+        weight = self.staleness_weight / self.interval
+        which = Selector(
+            self.score, weight, self.cell, self.bonus, self.score_stride, self.seed, self.shared_pair
+        )  # fmt: skip
+        factors = RatioSchedule() if self.schedule == "constant" else self.ratios
+        share = Share(self.fresh_ratio, factors, self.layer_span, self.count)
+        return Composition(self.num_steps, self.when, (Rule(Partial()),), which=which, how_many=share)
+
+    def full_steps(self, kind: str = "") -> tuple[int, ...]:
+        """The full steps of a kind of site (or of those without a period of their own) as call indices, 0 first."""
+        return self.composition().full_steps(kind)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """What each site does at each step, decided once for the whole step."""
-        full = {kind: set(self.full_steps(kind)) for kind in {s.kind for s in sites}}
-        steps = []
-        for call in range(self.num_steps):
-            rows = tuple(self._site(call, site, call in full[site.kind]) for site in sites)
-            steps.append(StepPlan(step_kind(rows), rows))
-        weight = self.staleness_weight / self.interval
-        selector = Selector(
-            self.score, weight, self.cell, self.bonus, self.score_stride, self.seed, self.shared_pair
-        )  # fmt: skip
-        return Plan(tuple(steps), selector)
+        return self.composition().plan(sites)
 
-    def _site(self, call: int, site: Site, full: bool) -> SiteStep:
-        if full:
-            return SiteStep(Action.COMPUTE, site.axis.size)
-        ratios = RatioSchedule() if self.schedule == "constant" else self.ratios
-        k = 0
-        if Action.PARTIAL in site.actions:
-            k = ratios.tokens(
-                self.fresh_ratio, site.axis.size, kind=site.kind, depth=site.depth,
-                span=self.layer_span or site.depths - 1, s=counted(call, self.num_steps, self.count),
-                num_steps=self.num_steps,
-            )  # fmt: skip
-        # All tokens is the dense path: nothing to gather.
-        return SiteStep(Action.REUSE if k == 0 else Action.COMPUTE if k == site.axis.size else Action.PARTIAL, k)
+
+@dataclass(frozen=True)
+class DuCa(ToCa):
+    """Dual feature caching: between full steps, at odd phases ToCa's (conservative), at even ones (aggressive) all
+    blocks are skipped and the stream as it last left them goes to the final layer with the current conditioning.
+
+    The phase is the counter modulo the interval in force (``schedule="toca"``), else the calls since the last full
+    step. Settings are the published ones of DiT; see ``ToCa`` for what they mean.
+    """
+
+    fresh_ratio: float = 0.05
+    bonus: float = 0.8
+
+    def composition(self) -> Composition:
+        """ToCa's, with every second step skipped."""
+        return replace(super().composition(), alternate=(Rule(SkipBlocks(residual=False)),))
 
 
 @dataclass(frozen=True)
@@ -168,5 +170,9 @@ class Fora:
         check_whole("interval", self.interval)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """As ToCa with nothing recomputed."""
-        return ToCa(self.num_steps, self.interval, 0.0, schedule="constant", score="none").plan(sites)
+        """As its parts say."""
+        return self.composition().plan(sites)
+
+    def composition(self) -> Composition:
+        """Its parts."""
+        return Composition(self.num_steps, Periodic(self.interval))

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import Memory, Plan, Selector, SiteStep, scored_sites
+from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep, scored_sites, step_kind
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.runtime.skipping import Skipping
 from toca_compile.runtime.step_control import Kept, Run, StepControl
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class _Cell:
     """One segment in one step: the modes of its sites and their host numbers."""
 
     modes: tuple[Mode, ...]
-    variant: int  # numbers the modes, cheaper to look up
+    memories: tuple[Memory, ...]
+    variant: int  # numbers modes and memories, cheaper to look up
     numbers: dict[Slot, int]
 
 
@@ -52,6 +54,7 @@ class Executor:
         plan: what each site does at each step.
         control: says which step a call is.
         compiled: makes (or finds) the callable of a segment's variant.
+        skipping: makes what stands in for the range of blocks that a plan skips.
         number: of this graph in its model.
     """
 
@@ -60,10 +63,11 @@ class Executor:
         unit: Unit,
         plan: Plan,
         control: StepControl,
-        compiled: Callable[[Segment, tuple[Mode, ...], Plan], Compiled],
+        compiled: Callable[[Segment, tuple[Mode, ...], tuple[Memory, ...], Plan], Compiled],
+        skipping: Callable[[Plan, dict[fx.Node, int]], Skipping | None],
         number: int,
     ) -> None:
-        self.unit, self.control, self._compiled = unit, control, compiled
+        self.unit, self.control, self._compiled, self._make_skipping = unit, control, compiled, skipping
         self._number = number
         self._state = next((i for i, fixed in enumerate(unit.static_inputs) if fixed), None)
         graph = unit.module.graph
@@ -84,23 +88,24 @@ class Executor:
         self._output = graph.output_node().args[0]
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
-        self._free = self._last_uses()
-        self._shared: dict[tuple[Selector, Memory], dict[tuple[int, tuple[Mode, ...]], Compiled]] = {}
+        self._shared: dict[Selector, dict[tuple[int, tuple[Mode, ...], tuple[Memory, ...]], Compiled]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int] | None = None
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
         """Follow another plan from the next run on."""
         self.plan = plan
-        self._numbered: dict[tuple[Mode, ...], int] = {}
-        self._records = [
-            {site.name: todo.tokens for site, todo in zip(self.unit.sites, step.sites, strict=True)}
-            for step in plan.steps
-        ]
+        self._numbered: dict[Any, int] = {}
+        self._memories = [plan.memory_of(site.index) for site in self.unit.sites]
+        self._skipping = self._make_skipping(plan, self._place)
+        self._free = self._last_uses()
+        # What each step does as planned, and if it computes what it could skip.
+        self._rows = [step.sites for step in plan.steps]
+        self._unskipped = [self._computed(row) for row in self._rows]
         self._scored = scored_sites(plan, self.unit.sites)
-        self._cells = [self._cell_row(i, since) for i, since in enumerate(self._since())]
-        # Variants know selector and memory, not the plan: plans that share those share them.
-        self.ready = self._shared.setdefault((plan.selector, plan.memory), {})
+        self._cells = [self._cell_row(i, *history) for i, history in enumerate(self._histories())]
+        # Variants know selector and memories, not the plan: plans that share those share them.
+        self.ready = self._shared.setdefault(plan.selector, {})
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(inputs[self._state]) if self._state is not None else 0
@@ -120,10 +125,11 @@ class Executor:
             return {}
         _, key, index = self._last
         fresh = {}
-        for site, todo in zip(self.unit.sites, self.plan.steps[index].sites, strict=True):
+        skipped = run.record is not None and run.record.kind is StepKind.SKIP
+        for site, todo in zip(self.unit.sites, (self._rows if skipped else self._unskipped)[index], strict=True):
             shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan).shape
             stamp = run.buffers.get((*key, "stamp", site.index, 0))
-            if todo.action is Action.PARTIAL and stamp is not None:
+            if todo.action in SELECTING and stamp is not None:
                 fresh[site.name] = stamp == index
             else:
                 fresh[site.name] = torch.full(shape, todo.action is Action.COMPUTE)
@@ -131,19 +137,21 @@ class Executor:
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
-        if not self.plan.caches:
-            return self._constant_bytes()
         slots = []
         scored = set().union(*self._scored) if self._scored else set()
         for site in self.unit.sites:
+            if not self.plan.reads(site.index):
+                continue
             partial = self.plan.partial(site.index)
-            held = range(len(site.carry.held)) if partial and site.carry is not None else ()
-            forecast = any(step.sites[site.index].order for step in self.plan.steps)
-            slots += [(Slot("diff", 0, i + 1), site) for i in range(self.plan.memory.order if forecast else 0)]
+            held = range(len(site.carry.held)) if self._holds(site) and site.carry is not None else ()
+            keys = range(len(site.queries.whole)) if site.queries and self.plan.keeps_keys(site.index) else ()
+            slots += [(Slot("keys", 0, i), site) for i in keys]
+            slots += [(Slot("diff", 0, i + 1), site) for i in range(self._memories[site.index].order)]
             kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
             slots += [(Slot(kind, 0), site) for kind in kinds] + [(Slot("held", 0, i), site) for i in held]
         buffers = [example_buffer(slot, site, self.unit, self.plan) for slot, site in slots]
-        return sum(b.numel() * b.element_size() for b in buffers) + self._constant_bytes()
+        kept = self._constant_bytes() + (self._skipping.planned_bytes if self._skipping is not None else 0)
+        return sum(b.numel() * b.element_size() for b in buffers) + kept
 
     def _constant_bytes(self) -> int:
         front, rest = self.unit.segments[: self._constant], self.unit.segments[self._constant :]
@@ -158,19 +166,32 @@ class Executor:
             # skipped), so its caches are not what the plan thinks: compute everything.
             log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
             index = 0
+            run.computed.pop(key, None)
         run.last[key] = run.step
         self._last = (weakref.ref(run), key, index)
-        self.control.record(run, self.plan.steps[index].kind).k.update(self._records[index])
+        self._record(run, self._rows[index])
         if run.step == 0:
             for name, buffer in run.buffers.items():
-                if name[: len(key)] == key and name[len(key)] in ("stamp", "diff"):
+                if name[: len(key)] == key and name[len(key)] in ("stamp", "diff", "cache"):
                     buffer.zero_()
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
             values[self._place[node]] = constant
         ready = run.bound.setdefault(key, {})
         done = self._restore(inputs, values, run, key) if self._constant else 0
+        skipping, stop = self._skipping, -1
         for i, cell in enumerate(self._cells[index][done:], done):
+            if skipping is not None and i == skipping.range.first:
+                stop = skipping.range.last
+                if skipping.decide(self._rows[index] is not self._unskipped[index], values, run, key):
+                    skipping.skip(values, run, key)
+                else:
+                    self._record(run, self._unskipped[index])
+                    stop = -1
+            if i < stop:
+                for place in self._free[i]:
+                    values[place] = None
+                continue
             bound = ready.get((i, cell.variant))
             if bound is None:
                 bound = ready[i, cell.variant] = self._bind(i, cell, run, key)
@@ -180,6 +201,8 @@ class Executor:
                 arguments[position] = cell.numbers[slot]
             for place, value in zip(self._segment_outputs[i], bound.call(*arguments), strict=True):
                 values[place] = value
+            if skipping is not None and i == skipping.range.last - 1:
+                skipping.keep(values, run, key)
             for place in self._free[i]:
                 values[place] = None
             if i == self._constant - 1:
@@ -200,13 +223,28 @@ class Executor:
         later = {p: values[p] for p in places if values[p] is not None}
         run.kept[key] = Kept.of([inputs[i] for i in self._watched], later)
 
+    def _record(self, run: Run, row: Sequence[SiteStep]) -> None:
+        """What this step does, for the user to read."""
+        record = self.control.record(run, step_kind(tuple(row)))
+        record.kind = step_kind(tuple(row))
+        record.k.update({site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)})
+
+    def _computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
+        """A row with nothing skipped; the same object where nothing was."""
+        if all(s.action is not Action.SKIP for s in row):
+            return row
+        return tuple(
+            SiteStep(Action.COMPUTE, site.axis.size) if s.action is Action.SKIP else s
+            for site, s in zip(self.unit.sites, row, strict=True)
+        )
+
     def _bind(self, i: int, cell: _Cell, run: Run, key: tuple[int, ...]) -> _Bound:
         """The variant of a segment, compiled if it was not, with this run's buffers."""
         segment = self.unit.segments[i]
-        ready = self.ready.get((segment.template, cell.modes))
+        variant = (segment.template, cell.modes, cell.memories)
+        ready = self.ready.get(variant)
         if ready is None:
-            ready = self._compiled(segment, cell.modes, self.plan)
-            self.ready[segment.template, cell.modes] = ready
+            ready = self.ready[variant] = self._compiled(segment, cell.modes, cell.memories, self.plan)
         call, used, slots = ready
         return _Bound(
             call,
@@ -226,57 +264,78 @@ class Executor:
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
 
-    def _cell_row(self, index: int, since: Sequence[Sequence[int]]) -> list[_Cell]:
-        row, scored = self.plan.steps[index], self._scored[index]
+    def _cell_row(self, index: int, since: Sequence[Sequence[int]], made: Sequence[int]) -> list[_Cell]:
+        row, scored = self._unskipped[index], self._scored[index]
         cells = []
         for segment in self.unit.segments:
             modes: list[Mode] = []
+            memories = tuple(self._memories[number] for number in segment.sites)
             numbers: dict[Slot, int] = {}
             for position, number in enumerate(segment.sites):
                 site = self.unit.sites[number]
-                todo, history, memory = row.sites[number], since[number], self.plan.memory
+                todo, history, memory = row[number], since[number], self._memories[number]
                 modes.append(self._mode(site, todo, number in scored))
                 numbers |= {
-                    Slot("k", position): row.sites[number].tokens,
+                    Slot("k", position): todo.tokens,
                     Slot("step", position): index,
                     Slot("since", position): history[-1] if history else 0,
                     Slot("site", position): number,
                 }
                 for order in range(1, memory.order + 1):
-                    used = todo.action is Action.FORECAST and order <= todo.order
-                    power = memory.power(history, index, order) if used else 0
+                    used = order <= (made[number] if todo.action is Action.COMPUTE else todo.order)
+                    own = self._tokenwise(site)
+                    power = 0 if not used else 1 if own else memory.power(history, index, order)
                     numbers[Slot("power", position, order)] = power
                     numbers[Slot("spacing", position, order)] = memory.spacing([*history, index], order)
-            variant = self._numbered.setdefault(tuple(modes), len(self._numbered))
-            cells.append(_Cell(tuple(modes), variant, numbers))
+            variant = self._numbered.setdefault((*modes, *memories), len(self._numbered))
+            cells.append(_Cell(tuple(modes), memories, variant, numbers))
         return cells
 
     def _mode(self, site: Site, todo: SiteStep, scored: bool) -> Mode:
-        simple = {Action.PARTIAL: Mode.PARTIAL, Action.REUSE: Mode.REUSE, Action.FORECAST: Mode.FORECAST}
-        if todo.action in simple:
-            return simple[todo.action]
-        if not self.plan.caches:
-            return Mode.PLAIN
-        holds = site.carry is not None and site.carry.held and self.plan.partial(site.index)
-        kept = {Mode.SCORE: scored, Mode.HOLD: holds, Mode.DIFF: todo.order > 0}
-        return reduce(or_, (mode for mode, wanted in kept.items() if wanted), Mode.STORE)
+        own = Mode.TOKENS if self._tokenwise(site) else Mode.PLAIN
+        keys = self.plan.keeps_keys(site.index)
+        if todo.action is Action.QUERIES:
+            source = {"fresh": Mode.KEYS if keys else Mode.PLAIN, "keep": Mode.KEPT, "update": Mode.KEPT | Mode.UPDATE}
+            return Mode.PARTIAL | Mode.QUERIES | source[todo.keys] | own
+        if todo.action is Action.REUSE:
+            return Mode.REUSE
+        if todo.action is not Action.COMPUTE:
+            return (Mode.PARTIAL if todo.action is Action.PARTIAL else Mode.FORECAST) | own
+        if not self.plan.reads(site.index):
+            return Mode.SCORE if scored else Mode.PLAIN
+        kept = {Mode.SCORE: scored, Mode.HOLD: self._holds(site), Mode.KEYS: keys, Mode.DIFF: todo.order > 0}
+        return reduce(or_, (mode for mode, wanted in kept.items() if wanted), Mode.STORE | own)
 
-    def _since(self) -> Iterator[list[list[int]]]:
-        """For each step, the last steps before it that computed all of each site."""
-        kept = self.plan.memory.order + 1
+    def _holds(self, site: Site) -> bool:
+        """Whether partial steps take values from the cache that full steps must keep."""
+        partial = any(step.sites[site.index].action is Action.PARTIAL for step in self.plan.steps)
+        return partial and site.carry is not None and bool(site.carry.held)
+
+    def _tokenwise(self, site: Site) -> bool:
+        """Whether each token has a history of its own."""
+        return self._memories[site.index].order > 0 and self.plan.partial(site.index)
+
+    def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
+        """For each step, of each site: the last steps before it that computed all, and how many differences are
+        kept."""
+        kept = max((memory.order for memory in self._memories), default=0) + 1
         last: list[list[int]] = [[] for _ in self.unit.sites]
-        for i, step in enumerate(self.plan.steps):
-            yield [list(steps) for steps in last]
-            for steps, todo in zip(last, step.sites, strict=True):
+        made = [0] * len(last)
+        for i, row in enumerate(self._unskipped):
+            yield [list(steps) for steps in last], list(made)
+            for site, todo in enumerate(row):
                 if todo.action is Action.COMPUTE:
-                    steps[:] = [*steps, i][-kept:]
+                    last[site] = [*last[site], i][-kept:]
+                    made[site] = todo.order
 
     def _last_uses(self) -> list[list[int]]:
-        """After each segment, which values no later one needs."""
+        """After each segment, which values nothing later needs."""
         last: dict[int, int] = {}
         for i, (ins, outs) in enumerate(zip(self._segment_inputs, self._segment_outputs, strict=True)):
             for place in (*ins, *outs):
                 last[place] = i
+        for place, i in (self._skipping.uses(self._place) if self._skipping is not None else {}).items():
+            last[place] = max(last.get(place, 0), i)
         kept = {self._place[n] for n in self.unit.module.graph.output_node().all_input_nodes}
         free: list[list[int]] = [[] for _ in self.unit.segments]
         for place, i in last.items():
@@ -291,14 +350,17 @@ def example_buffer(slot: Slot, site: Site, unit: Unit, plan: Plan) -> torch.Tens
     score, kept = plan.selector.score, plan.memory.dtype
     if slot.kind in ("cache", "diff"):
         return output.new_empty(output.shape, dtype=kept)
-    if slot.kind == "held":
-        assert site.carry is not None
-        value: torch.Tensor = site.carry.held[slot.index].meta["val"]
+    if slot.kind in ("held", "keys"):
+        carry = site.carry if slot.kind == "held" else site.queries
+        assert carry is not None
+        value: torch.Tensor = (carry.held if slot.kind == "held" else carry.whole)[slot.index].meta["val"]
         return value.new_empty(value.shape, dtype=kept)
     assert unit.types is not None
     batch = unit.types.factors.size(site.batch)
     if slot.kind == "stamp":
         return output.new_empty([batch, site.axis.size], dtype=torch.int32)
+    if score == "error":
+        return output.new_empty([batch, site.axis.size], dtype=torch.float32)
     attention = unit.sites[buffer_name(slot, site, score)[1]].attention[-1]
     over = attention.axis if score == "entropy" else attention.key_axis
     return output.new_empty([batch, unit.types.factors.size(over)], dtype=torch.float32)

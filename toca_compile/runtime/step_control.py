@@ -74,6 +74,7 @@ class Run:
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
+    computed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # steps that did not skip, the last ones
     bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
 
 

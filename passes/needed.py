@@ -1,0 +1,49 @@
+"""Needed: which nodes of a segment a variant computes for all tokens, and which for the selected ones."""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from toca_compile.ir.program import Mode, Segment
+from toca_compile.ir.types import Carry, Site
+
+
+def carry_of(site: Site, mode: Mode) -> Carry:
+    """The proof by which a partial step of a site is legal."""
+    carry = site.queries if Mode.QUERIES in mode else site.carry
+    assert carry is not None
+    return carry
+
+
+def row_nodes(site: Site, mode: Mode) -> frozenset[fx.Node]:
+    """The nodes that a partial step computes for the selected tokens."""
+    carry = carry_of(site, mode)
+    return carry.rows.union(*(own.rows for own in carry.updates)) if Mode.UPDATE in mode else carry.rows
+
+
+def needed_nodes(
+    segment: Segment, sites: Sequence[Site], modes: Sequence[Mode], *, dense: bool = False
+) -> set[fx.Node]:
+    """The nodes computed for all tokens. A reused branch needs none of its own, a partial one those that its rows are
+    gathered from."""
+    ends = {s.output: (s, m) for s, m in zip(sites, modes, strict=True)}
+    held = {n for s, m in zip(sites, modes, strict=True) if Mode.PARTIAL in m for n in carry_of(s, m).held}
+    needed: set[fx.Node] = set()
+    todo = [*segment.outputs, *(s.add for s in sites)]
+    inside = set(segment.nodes)
+    while todo:
+        node = todo.pop()
+        if node in needed or node not in inside:
+            continue
+        needed.add(node)
+        site, mode = ends.get(node, (None, Mode.PLAIN))
+        if (Mode.PARTIAL not in mode and mode & (Mode.REUSE | Mode.FORECAST)) or node in held:
+            continue
+        if site is not None and Mode.PARTIAL in mode and not dense:
+            rows, carry = row_nodes(site, mode), carry_of(site, mode)
+            inner = {*rows, *carry.held, *(carry.whole if Mode.KEPT in mode else ())}
+            todo += [i for n in rows for i in n.all_input_nodes if i not in inner]
+            todo += () if Mode.KEPT in mode else carry.whole
+        else:
+            todo += node.all_input_nodes
+    return needed

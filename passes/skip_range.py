@@ -1,0 +1,183 @@
+"""SkipRange: a range of blocks that some steps skip, and the graphs that stand in for it.
+
+A range is whole segments in a row. What it makes and others read, its outputs, is kept: as what the range added to the
+residual stream, or as it is. Three small graphs do that, compiled like any other::
+
+    keep:   store_(cache, x_out − x_in)        at a step that computes the range (and the differences of a forecast)
+    skip:   x_out = x_in + cache               at a step that skips it
+    probe:  mean|r − kept| / mean|kept|        where r = x_in − x_0 is what the blocks before the range changed
+
+A forecast replaces ``cache`` by the cache moved along its differences.
+"""
+
+from collections.abc import Sequence, Set
+
+import torch
+from torch import fx
+
+import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+from toca_compile.errors import PolicyError
+from toca_compile.ir.graph import source_line, value_of
+from toca_compile.ir.plan import Memory, Skip
+from toca_compile.ir.program import Entry, Range, Slot, Unit, Variant
+from toca_compile.ir.types import AxisTypes
+
+toca = torch.ops.toca
+aten = torch.ops.aten
+
+
+def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
+    """The range that holds the sites ``skipped``.
+
+    Raises:
+        PolicyError: they are no whole blocks in a row, or what the range makes cannot be kept as ``skip`` says.
+    """
+    assert unit.types is not None
+    names = {s.index: s.name for s in unit.sites}
+    touched = [i for i, s in enumerate(unit.segments) if set(s.sites) & skipped]
+    first, last = touched[0], touched[-1] + 1
+    left = [names[i] for s in unit.segments[first:last] for i in s.sites if i not in skipped]
+    if left:
+        raise PolicyError(f"only whole blocks in a row can be skipped, and {left[0]} stands among those to skip")
+    inside = {n for s in unit.segments[first:last] for n in s.nodes}
+    read = {n for s in unit.segments[last:] for n in s.inputs} | set(
+        unit.module.graph.output_node().all_input_nodes
+    )  # fmt: skip
+    outputs = tuple(n for s in unit.segments[first:last] for n in s.outputs if n in read)
+    sources = [s.source for s in unit.sites if s.index in skipped and s.source not in inside]
+    entries = tuple(_entry(unit.types, node, list(dict.fromkeys(sources))) for node in outputs)
+    tokens = {f for s in unit.sites for f in s.axis.factors}
+    for node, (nodes, _) in zip(outputs, entries, strict=True):
+        if not any(f in tokens for dim in unit.types.type_of(node) for f in dim):
+            raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
+        if skip.residual and not nodes:
+            raise PolicyError(
+                f"no stream like {_told(node)} enters the blocks to skip, so what they add to it is not known: "
+                "keep the stream itself (residual=False)"
+            )
+    probe = None
+    if skip.threshold is not None:
+        probe = _probe(unit, first, sources)
+    return Range(first, last, outputs, entries, probe)
+
+
+def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node]) -> Entry:
+    """The entering stream of a value's type, or several that make it up along one dimension."""
+    wanted = types.type_of(node)
+    for source in sources:
+        if types.type_of(source) == wanted:
+            return (source,), 0
+    for d, dim in enumerate(wanted):
+        parts = types.factors.segments(dim)
+        found = [
+            next((s for s in sources if types.type_of(s) == (*wanted[:d], part, *wanted[d + 1 :])), None)
+            for part in parts
+        ]
+        if len(parts) > 1 and None not in found:
+            return tuple(s for s in found if s is not None), d
+    return (), 0
+
+
+def _probe(unit: Unit, first: int, sources: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The stream of the picture's tokens before the first block and before the range."""
+    assert unit.types is not None
+    before = [i for s in unit.segments[:first] for i in s.sites]
+    if not before:
+        raise PolicyError("a threshold is measured on the blocks before those to skip: compute at least one of them")
+    main = max((unit.sites[i].axis for i in before), key=lambda axis: axis.size)
+    start = next(unit.sites[i].source for i in before if unit.sites[i].axis == main)
+    enters = next((s for s in sources if unit.types.type_of(s) == unit.types.type_of(start)), None)
+    if enters is None:
+        raise PolicyError(f"the stream {_told(start)} does not enter the blocks to skip: their change is not measured")
+    return start, enters
+
+
+def _told(node: fx.Node) -> str:
+    return f"{node.name} ({source_line(node)})"
+
+
+def keep_range(found: Range, skip: Skip) -> Variant:
+    """Keeps the outputs: values are the range's inputs and outputs."""
+    graph, given = _begin((*found.inputs, *found.outputs))
+    for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
+        value = given[node]
+        if skip.residual:
+            value = graph.call_function(aten.sub.Tensor, (value, _entered(graph, given, entry)))
+        fresh, memory = [value], skip.memory
+        slots = [_slot(graph, given, Slot("cache", i))]
+        slots += [_slot(graph, given, Slot("diff", i, order)) for order in range(1, memory.order + 1)]
+        for order, old in enumerate(slots[:-1], 1):
+            spacing = _slot(graph, given, Slot("spacing", i, order))
+            fresh.append(graph.call_function(toca.difference.default, (fresh[-1], old, spacing)))
+        for slot, new in zip(slots, fresh, strict=True):
+            graph.call_function(toca.store_.default, (slot, new))
+    return _end(graph, given, (*found.inputs, *found.outputs), ())
+
+
+def skip_range(found: Range, skip: Skip) -> Variant:
+    """Yields the outputs from what was kept: values are the range's inputs."""
+    graph, given = _begin(found.inputs)
+    results = []
+    for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
+        value = _slot(graph, given, Slot("cache", i))
+        for order in range(1, skip.memory.order + 1):
+            terms = (_slot(graph, given, Slot("diff", i, order)), _slot(graph, given, Slot("power", i, order)))
+            value = graph.call_function(toca.forecast.default, (value, *terms, _factorial(skip.memory, order)))
+        if skip.residual:
+            value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry), value))
+        # A copy: the next step's writes to the cache must not reach what this step hands out.
+        value = graph.call_function(aten._to_copy.default, (value,), {"dtype": value_of(node).dtype})
+        results.append(value)
+    return _end(graph, given, found.inputs, results)
+
+
+def probe_range(found: Range, *, keep: bool) -> Variant:
+    """How much the change before the range differs from the kept one; or keep this step's. Values: the probe's."""
+    assert found.probe is not None
+    graph, given = _begin(found.probe)
+    start, enters = (given[n] for n in found.probe)
+    change = graph.call_function(aten.sub.Tensor, (enters, start))
+    kept = _slot(graph, given, Slot("change", 0))
+    if keep:
+        graph.call_function(toca.store_.default, (kept, change))
+        return _end(graph, given, found.probe, ())
+    return _end(graph, given, found.probe, [graph.call_function(toca.relative_change.default, (change, kept))])
+
+
+def _factorial(memory: Memory, order: int) -> int:
+    return order if memory.basis == "taylor" else 0
+
+
+def _begin(values: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node | Slot, fx.Node]]:
+    graph = fx.Graph()
+    given: dict[fx.Node | Slot, fx.Node] = {}
+    for i, node in enumerate(dict.fromkeys(values)):
+        given[node] = graph.placeholder(f"in{i}_{node.name}")
+        given[node].meta["val"] = value_of(node)
+    return graph, given
+
+
+def _slot(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], slot: Slot) -> fx.Node:
+    if slot not in given:
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            given[slot] = graph.placeholder(f"{slot.kind}{slot.position}" + (f"_{slot.index}" if slot.index else ""))
+    return given[slot]
+
+
+def _entered(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], entry: Entry) -> fx.Node:
+    nodes, dim = [given[n] for n in entry[0]], entry[1]
+    return nodes[0] if len(nodes) == 1 else graph.call_function(aten.cat.default, (nodes, dim))
+
+
+def _end(
+    graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], values: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> Variant:
+    graph.output(tuple(results))
+    used = [n for n in dict.fromkeys(values) if given[n].users]
+    for node in dict.fromkeys(values):
+        if node not in used:
+            graph.erase_node(given[node])
+    slots = tuple(s for s in given if isinstance(s, Slot))
+    order = list(dict.fromkeys(values))
+    return Variant(fx.GraphModule({}, graph), tuple(order.index(n) for n in used), slots)

@@ -1,0 +1,67 @@
+"""BlockCache: a range of blocks reused as a whole, as FirstBlockCache (ParaAttention) and DBCache (cache-dit) do."""
+
+from dataclasses import dataclass
+
+from toca_compile.ir.plan import Plan
+from toca_compile.ir.types import Site
+from toca_compile.policies.composition import Composition, Rule, SkipBlocks
+from toca_compile.policies.when import Adaptive, Every, Spread, When
+
+
+@dataclass(frozen=True)
+class BlockCache:
+    """The first and last blocks are computed at every step; what the others add to the residual stream is reused or
+    forecast between full steps.
+
+    With a ``threshold`` a test at run time decides which steps are full: the change that the first blocks make to the
+    stream, held against that at the last full step, mean |difference| / mean |change| over the whole batch. It costs
+    one read of a device value a step. Without, every ``interval``-th step is full, and nothing is read.
+
+    Args:
+        num_steps: model calls of one run.
+        first, last: Fn and Bn, blocks that every step computes.
+        threshold: of the relative change, or None.
+        warmup: how many first steps are full.
+        limit: of steps that are not full in a row, with a threshold; None: any number.
+        interval, bend: without a threshold, as in ``TaylorSeer``; a ``bend`` spreads the full steps.
+        order: of the forecast of what the blocks add; 0 reuses it.
+        basis, cache_dtype: as in ``TaylorSeer``.
+
+    Raises:
+        PolicyError: a number outside its range, or a threshold with no first block to measure it on.
+    """
+
+    num_steps: int = 50
+    first: int = 1
+    last: int = 0
+    threshold: float | None = None
+    warmup: int = 1
+    limit: int | None = None
+    interval: int = 4
+    bend: float | None = None
+    order: int = 0
+    basis: str = "taylor"
+    cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        self.composition()
+
+    @property
+    def when(self) -> When:
+        """Which steps are full."""
+        if self.threshold is not None:
+            return Adaptive(self.threshold, self.warmup, self.limit)
+        if self.bend is not None:
+            return Spread(self.interval, self.bend, self.warmup)
+        return Every(self.interval, self.warmup)
+
+    def composition(self) -> Composition:
+        """Its parts."""
+        skip = SkipBlocks(self.first, self.last, order=self.order)
+        return Composition(
+            self.num_steps, self.when, (Rule(skip),), basis=self.basis, cache_dtype=self.cache_dtype
+        )  # fmt: skip
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """As its parts say."""
+        return self.composition().plan(sites)

@@ -1,0 +1,285 @@
+"""Compositions: when a step is full, what each site does on the others, on which tokens, and on how many.
+
+The published methods are compositions; so are others that nobody has named::
+
+    Composition(50, when=Every(4), rules=(
+        Rule(Queries("fresh", order=2), kinds=("self_attention",)),  # some tokens of attention, a forecast of others
+        Rule(Forecast(2)),                                           # everything else
+    ), which=Selector("error"), how_many=Share(0.3))
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from toca_compile.errors import PolicyError
+from toca_compile.ir.plan import KEYS, SCORES, Memory, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
+from toca_compile.ir.types import Action, Site
+from toca_compile.policies.schedules import RatioSchedule, check_whole, counted
+from toca_compile.policies.when import Adaptive, Every, When
+
+MAX_ORDER = 4
+
+
+@dataclass(frozen=True)
+class Compute:
+    """All tokens, as on a full step."""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The cached output."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cached output moved along its differences, as far as the full steps so far allow and up to ``order``."""
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The selected tokens, where the site is token-wise; the others are reused, or forecast (``order``), as is the
+    whole site where it is not."""
+
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The selected tokens through an attention, against keys and values of all tokens; the others as in ``Partial``.
+
+    Args:
+        keys: made ``"fresh"`` for all tokens; ``"update"``: cached, the selected tokens' part made anew; ``"keep"``:
+            cached.
+        refresh: with cached keys, make them fresh every so many steps after a full one; 0: at full steps alone.
+        order: of the other tokens' forecast.
+    """
+
+    keys: str = "fresh"
+    refresh: int = 0
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        if self.keys not in KEYS:
+            raise PolicyError(f"keys must be one of {', '.join(KEYS)}, not {self.keys!r}")
+        if self.refresh and self.keys == "fresh":
+            raise PolicyError("keys that are fresh at every step have no refresh of their own: keys='update' or 'keep'")
+
+
+@dataclass(frozen=True)
+class SkipBlocks:
+    """All blocks but the ``first`` and ``last`` so many, as one: what they add to the residual stream is reused, or
+    forecast (``order``); with ``residual=False`` it is the stream itself behind them. The others are computed."""
+
+    first: int = 0
+    last: int = 0
+    residual: bool = True
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        if min(self.first, self.last) < 0:
+            raise PolicyError(f"first and last count blocks, not {self.first} and {self.last}")
+
+
+What = Compute | Reuse | Forecast | Partial | Queries | SkipBlocks
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``do`` it at sites of these ``kinds`` (empty: all) whose place in their stack of blocks, from 0 to 1, lies within
+    ``depths``."""
+
+    do: What
+    kinds: tuple[str, ...] = ()
+    depths: tuple[float, float] = (0.0, 1.0)
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule speaks of this site."""
+        place = site.depth / (site.depths - 1) if site.depths > 1 else 0.0
+        return (not self.kinds or site.kind in self.kinds) and self.depths[0] <= place <= self.depths[1]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many tokens: floor(``ratio`` · factors · tokens). ``span``: divisor of the layer factor (by default the depth
+    of the stack less one); ``count``: as in ``IntervalFunction``."""
+
+    ratio: float = 0.1
+    factors: RatioSchedule = field(default_factory=RatioSchedule)
+    span: int | None = None
+    count: str = "up"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise PolicyError(f"ratio is the share of tokens recomputed and must lie in [0, 1], not {self.ratio}")
+
+    def tokens(self, site: Site, call: int, num_steps: int) -> int:
+        """K of one site at one call."""
+        return self.factors.tokens(
+            self.ratio, site.axis.size, kind=site.kind, depth=site.depth, span=self.span or site.depths - 1,
+            s=counted(call, num_steps, self.count), num_steps=num_steps,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A policy made of parts.
+
+    Args:
+        num_steps: model calls of one run.
+        when: which steps are full.
+        rules: what sites do on the other steps; of the rules that match a site the first holds, and without one it is
+            reused.
+        alternate: the rules at even phases, if there are any: two kinds of steps take turns (DuCa).
+        which: how tokens are ranked.
+        how_many: of them are selected.
+        basis: of forecasts: ``"taylor"`` as published, or ``"newton"``, exact on polynomials of its order.
+        cache_dtype: a dtype's name, such as ``"bfloat16"``; None: the outputs' own.
+        differences_from: the call from which on full steps make differences.
+
+    Raises:
+        PolicyError: parts that contradict each other.
+    """
+
+    num_steps: int = 50
+    when: When = field(default_factory=Every)
+    rules: tuple[Rule, ...] = ()
+    alternate: tuple[Rule, ...] = ()
+    which: Selector = field(default_factory=lambda: Selector("none"))
+    how_many: Share = field(default_factory=Share)
+    basis: str = "taylor"
+    cache_dtype: str | None = None
+    differences_from: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("num_steps", self.num_steps)
+        if self.basis not in ("taylor", "newton"):
+            raise PolicyError(f"basis must be 'taylor' or 'newton', not {self.basis!r}")
+        if self.which.score not in SCORES:
+            raise PolicyError(f"score must be one of {', '.join(SCORES)}, not {self.which.score!r}")
+        kept_dtype(self.cache_dtype)
+        done = [rule.do for rule in (*self.rules, *self.alternate)]
+        if self.basis == "newton" and any(isinstance(do, Partial | Queries) and do.order for do in done):
+            raise PolicyError("where tokens are selected each has a history of its own: basis='taylor'")
+        skips = {do for do in done if isinstance(do, SkipBlocks)}
+        if len(skips) > 1:
+            raise PolicyError("all steps that skip blocks must skip the same ones")
+        for rules in (self.rules, self.alternate):
+            own = [rule for rule in rules if isinstance(rule.do, SkipBlocks)]
+            if own and (len(rules) > 1 or own[0].kinds or own[0].depths != (0.0, 1.0)):
+                raise PolicyError("blocks are skipped as a whole: their rule must be the only one of its steps")
+        if isinstance(self.when, Adaptive):
+            if self.alternate or not skips:
+                raise PolicyError(
+                    "whether a step is full is decided when its first blocks have run, so that the others can only be "
+                    "skipped: Adaptive goes with one rule, SkipBlocks"
+                )
+            if not all(do.first for do in skips):
+                raise PolicyError("Adaptive is measured on the first blocks: SkipBlocks(first=1) or more")
+
+    def full_steps(self, kind: str = "") -> tuple[int, ...]:
+        """The full steps of a kind of site as call indices, 0 first."""
+        return tuple(call for call, phase in enumerate(self.when.phases(self.num_steps, kind)) if phase == 0)
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        """What each site does at each step, decided once for the whole step."""
+        phases = {kind: self.when.phases(self.num_steps, kind) for kind in {s.kind for s in sites}}
+        orders = [max((_order(r.do) for r in (*self.rules, *self.alternate) if r.matches(s)), default=0) for s in sites]
+        made = [0] * len(sites)
+        blocks = _blocks(sites)
+        steps = []
+        for call in range(self.num_steps):
+            row = []
+            for site, block in zip(sites, blocks, strict=True):
+                phase = phases[site.kind][call]
+                todo = self._site(site, call, phase, (block, blocks[-1] + 1), made[site.index])
+                if todo.action is Action.COMPUTE:
+                    early = call < self.differences_from
+                    made[site.index] = 0 if early else min(orders[site.index], made[site.index] + 1)
+                    todo = SiteStep(Action.COMPUTE, site.axis.size, made[site.index])
+                row.append(todo)
+            steps.append(StepPlan(step_kind(tuple(row)), tuple(row)))
+        dtype = kept_dtype(self.cache_dtype)
+        return Plan(tuple(steps), self.which, memory=Memory(0, dtype, self.basis), skip=self._skip())
+
+    def _site(self, site: Site, call: int, phase: int, block: tuple[int, int], made: int) -> SiteStep:
+        if phase == 0:
+            return SiteStep(Action.COMPUTE)
+        rules = self.alternate if self.alternate and phase % 2 == 0 else self.rules
+        do = next((rule.do for rule in rules if rule.matches(site)), Reuse())
+        if isinstance(do, Compute):
+            return SiteStep(Action.COMPUTE)
+        if isinstance(do, SkipBlocks):
+            inside = do.first <= block[0] < block[1] - do.last
+            return SiteStep(Action.SKIP if inside else Action.COMPUTE)
+        order = min(_order(do), made)
+        rest = SiteStep(Action.FORECAST, 0, order) if order else SiteStep(Action.REUSE)
+        action = {Partial: Action.PARTIAL, Queries: Action.QUERIES}.get(type(do))
+        if action is None or action not in site.actions:
+            return rest
+        k = self.how_many.tokens(site, call, self.num_steps)
+        if k in (0, site.axis.size):
+            # All tokens is the dense path: nothing to gather.
+            return rest if k == 0 else SiteStep(Action.COMPUTE)
+        if not isinstance(do, Queries):
+            return SiteStep(action, k, order)
+        assert site.queries is not None
+        fresh = not site.queries.updates if do.keys == "update" else do.refresh and phase % do.refresh == 0
+        return SiteStep(action, k, order, "fresh" if fresh else do.keys)
+
+    def _skip(self) -> Skip:
+        does = [r.do for r in (*self.rules, *self.alternate) if isinstance(r.do, SkipBlocks)]
+        if not does:
+            return Skip()
+        memory = Memory(does[0].order, kept_dtype(self.cache_dtype), self.basis)
+        test = (self.when.threshold, self.when.limit) if isinstance(self.when, Adaptive) else (None, None)
+        return Skip(does[0].residual, memory, *test)
+
+
+def _order(do: What) -> int:
+    return do.order if isinstance(do, Forecast | Partial | Queries) else 0
+
+
+def _blocks(sites: tuple[Site, ...]) -> list[int]:
+    """The number of each site's block. Sites in a row with one place in one stack are one block, though they may be
+    compiled apart."""
+    numbers: list[int] = []
+    for before, site in zip((None, *sites), sites, strict=False):
+        place = (site.depth, site.depths)
+        same = before is not None and (
+            before.block == site.block or (site.depths > 1 and (before.depth, before.depths) == place)
+        )
+        numbers.append(numbers[-1] + (0 if same else 1) if numbers else 0)
+    return numbers
+
+
+def check_order(order: int) -> None:
+    """Refuse an order that no forecast has.
+
+    Raises:
+        PolicyError: it is not 0 to 4.
+    """
+    if order not in range(MAX_ORDER + 1):
+        raise PolicyError(f"order must be 0 to {MAX_ORDER}, not {order!r}")
+
+
+def kept_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name.
+
+    Raises:
+        PolicyError: it is no floating-point dtype.
+    """
+    dtype = getattr(torch, name, None) if name is not None else None
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PolicyError(f"cache_dtype must name a floating-point dtype such as 'bfloat16', not {name!r}")
+    return dtype
