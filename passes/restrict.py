@@ -87,7 +87,7 @@ class Restriction:
 
     def _alike(self, other: "Restriction", node: fx.Node) -> bool:
         mine, theirs = self.carry, other.carry
-        return mine.tokens[node] == theirs.tokens[node] and mine.batch[node] == theirs.batch[node]
+        return mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
 
     def _piece(self, piece: Piece) -> fx.Node:
         """Some features of a linear layer on the rows, from their own rows of the weight."""

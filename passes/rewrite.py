@@ -170,8 +170,9 @@ class _Rewriter:
         whole, parts = self._whole(site, position, mode, index)
         if self.dense:
             values = {**self.env, **whole}
+            redone = carry.rows if whole else {site.output}
             for node in self.segment.nodes:
-                if node in carry.rows and node not in values:
+                if node in redone:
                     values[node] = self.graph.node_copy(node, lambda n: values[n])
             made = values[site.output]
         else:

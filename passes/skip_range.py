@@ -20,7 +20,7 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Memory, Skip
 from toca_compile.ir.program import Entry, Range, Slot, Unit, Variant
-from toca_compile.ir.types import AxisTypes
+from toca_compile.ir.types import AxisTypes, Type
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -30,7 +30,8 @@ def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
     """The range that holds the sites ``skipped``.
 
     Raises:
-        PolicyError: they are no whole blocks in a row, or what the range makes cannot be kept as ``skip`` says.
+        PolicyError: they are no whole blocks in a row, or make something that is no stream of tokens, or a threshold
+            has no blocks before them to be measured on.
     """
     assert unit.types is not None
     names = {s.index: s.name for s in unit.sites}
@@ -45,37 +46,50 @@ def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
     )  # fmt: skip
     outputs = tuple(n for s in unit.segments[first:last] for n in s.outputs if n in read)
     sources = [s.source for s in unit.sites if s.index in skipped and s.source not in inside]
-    entries = tuple(_entry(unit.types, node, list(dict.fromkeys(sources))) for node in outputs)
+    # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it.
+    entering = [n for s in unit.segments[first:last] for n in s.inputs if n not in inside]
+    order = {node: i for i, node in enumerate(unit.module.graph.nodes)}
+    added = sorted((n for n in entering if n.target is aten.add.Tensor), key=order.__getitem__, reverse=True)
+    candidates = list(dict.fromkeys([*sources, *added]))
     tokens = {f for s in unit.sites for f in s.axis.factors}
-    for node, (nodes, _) in zip(outputs, entries, strict=True):
+    for node in outputs:
         if not any(f in tokens for dim in unit.types.type_of(node) for f in dim):
             raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
-        if skip.residual and not nodes:
-            raise PolicyError(
-                f"no stream like {_told(node)} enters the blocks to skip, so what they add to it is not known: "
-                "keep the stream itself (residual=False)"
-            )
+    entries = tuple(_entry(unit.types, node, candidates, tokens) for node in outputs)
     probe = None
     if skip.threshold is not None:
         probe = _probe(unit, first, sources)
     return Range(first, last, outputs, entries, probe)
 
 
-def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node]) -> Entry:
-    """The entering stream of a value's type, or several that make it up along one dimension."""
+def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: Set[int]) -> Entry | None:
+    """The entering stream of a value's kind, or several that make it up along one dimension, or one that holds the same
+    in another layout."""
     wanted = types.type_of(node)
+
+    def matches(source: fx.Node, type_: Type) -> bool:
+        """Equal but for features, which each linear layer numbers anew."""
+        sizes = tuple(types.factors.size(dim) for dim in type_)
+        same = zip(types.type_of(source), type_, strict=False)
+        return tuple(value_of(source).shape) == sizes and all(a == b or not tokens & {*a, *b} for a, b in same)
+
     for source in sources:
-        if types.type_of(source) == wanted:
-            return (source,), 0
+        if matches(source, wanted):
+            return Entry((source,))
     for d, dim in enumerate(wanted):
         parts = types.factors.segments(dim)
         found = [
-            next((s for s in sources if types.type_of(s) == (*wanted[:d], part, *wanted[d + 1 :])), None)
-            for part in parts
+            next((s for s in sources if matches(s, (*wanted[:d], part, *wanted[d + 1 :]))), None) for part in parts
         ]
         if len(parts) > 1 and None not in found:
-            return tuple(s for s in found if s is not None), d
-    return (), 0
+            return Entry(tuple(s for s in found if s is not None), d)
+    for source in sources:
+        given = [f for dim in types.type_of(source) for f in dim]
+        target = [f for dim in wanted for f in dim]
+        if len(set(target)) == len(target) and sorted(given) == sorted(target):
+            sizes = tuple(types.factors.size((f,)) for f in given)
+            return Entry((source,), 0, sizes, tuple(given.index(f) for f in target))
+    return None
 
 
 def _probe(unit: Unit, first: int, sources: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
@@ -101,8 +115,8 @@ def keep_range(found: Range, skip: Skip) -> Variant:
     graph, given = _begin((*found.inputs, *found.outputs))
     for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
         value = given[node]
-        if skip.residual:
-            value = graph.call_function(aten.sub.Tensor, (value, _entered(graph, given, entry)))
+        if skip.residual and entry is not None:
+            value = graph.call_function(aten.sub.Tensor, (value, _entered(graph, given, entry, node)))
         fresh, memory = [value], skip.memory
         slots = [_slot(graph, given, Slot("cache", i))]
         slots += [_slot(graph, given, Slot("diff", i, order)) for order in range(1, memory.order + 1)]
@@ -123,8 +137,8 @@ def skip_range(found: Range, skip: Skip) -> Variant:
         for order in range(1, skip.memory.order + 1):
             terms = (_slot(graph, given, Slot("diff", i, order)), _slot(graph, given, Slot("power", i, order)))
             value = graph.call_function(toca.forecast.default, (value, *terms, _factorial(skip.memory, order)))
-        if skip.residual:
-            value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry), value))
+        if skip.residual and entry is not None:
+            value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry, node), value))
         # A copy: the next step's writes to the cache must not reach what this step hands out.
         value = graph.call_function(aten._to_copy.default, (value,), {"dtype": value_of(node).dtype})
         results.append(value)
@@ -159,15 +173,20 @@ def _begin(values: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node | Slot, fx
 
 def _slot(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], slot: Slot) -> fx.Node:
     if slot not in given:
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+        with graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes), None)):
             given[slot] = graph.placeholder(f"{slot.kind}{slot.position}" + (f"_{slot.index}" if slot.index else ""))
     return given[slot]
 
 
-def _entered(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], entry: Entry) -> fx.Node:
-    nodes, dim = [given[n] for n in entry[0]], entry[1]
-    return nodes[0] if len(nodes) == 1 else graph.call_function(aten.cat.default, (nodes, dim))
+def _entered(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], entry: Entry, output: fx.Node) -> fx.Node:
+    nodes = [given[n] for n in entry.nodes]
+    value = nodes[0] if len(nodes) == 1 else graph.call_function(aten.cat.default, (nodes, entry.dim))
+    if entry.order:
+        apart = graph.call_function(aten.reshape.default, (value, list(entry.sizes)))
+        moved = graph.call_function(aten.permute.default, (apart, list(entry.order)))
+        value = graph.call_function(aten.reshape.default, (moved, list(value_of(output).shape)))
+    return value
 
 
 def _end(

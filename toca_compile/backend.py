@@ -13,7 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from toca_compile import numeric_check
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import value_of
+from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Memory, Plan, Policy
 from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
 from toca_compile.ir.types import Action, Site
@@ -184,13 +184,20 @@ class Session:
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
         assert unit.types is not None
+        found = find_range(unit, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
+        for node, entry in zip(found.outputs, found.entries, strict=True) if found is not None else ():
+            if entry is None:
+                self.warn_once(
+                    f"no stream like {node.name} ({source_line(node)}) enters the blocks to skip, so what they add to "
+                    "it is not known: a step that skips them reuses the stream itself"
+                )
         partial = [s for s in unit.sites if plan.partial(s.index)]
         score = plan.selector.score
         for site in partial if plan.selector.scored else ():
             scorer = site.scorer(score)
             if scorer is not None and unit.sites[scorer.site].attention:
                 check_score(unit.sites[scorer.site].attention[-1], score, unit.types)
-            else:
+            elif scorer is None:
                 kind = "cross-attention" if score == "entropy" else "self-attention"
                 self.warn_once(f"no {kind} runs over the tokens of {site.name}: they are ranked by age alone")
         if plan.selector.bonus and partial and all(s.axis.grid is None for s in partial):

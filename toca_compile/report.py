@@ -1,14 +1,14 @@
 """Reports: what the compiler found, what each site may do and costs, and when the policy does what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from toca_compile.backend import Session
 from toca_compile.cost import CostModel, K
 from toca_compile.errors import TocaError
-from toca_compile.ir.plan import Plan
+from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.ir.printer import print_graph
 from toca_compile.ir.program import Mode
 from toca_compile.ir.types import Action, StepKind
@@ -57,7 +57,8 @@ class Report:
         """FLOPs of one step.
 
         Args:
-            kind: ``"full"``, ``"partial"`` (the mean over the policy's partial steps), ``"forecast"`` or ``"reuse"``.
+            kind: ``"full"``, ``"partial"`` or ``"skip"`` (mean of the steps of that kind in the plan), ``"forecast"``
+                or ``"reuse"``.
             symbolic: an expression in B, n, C, and K for every site that the policy makes partial.
             counting: ``"published"`` (the ToCa authors' rules, blocks only) or ``"torch"`` (as
                 ``torch.utils.flop_counter``, the whole graph).
@@ -66,12 +67,12 @@ class Report:
             TocaError: no such kind.
         """
         if kind not in [k.value for k in StepKind]:
-            raise TocaError(f"kind is 'full', 'partial', 'forecast' or 'reuse', not {kind!r}")
+            raise TocaError(f"kind is one of {', '.join(k.value for k in StepKind)}, not {kind!r}")
         total: int | float | sympy.Expr = 0
         for i, executor in enumerate(self._session.executors):
             cost = self._cost(i, counting)
             rows = [s for s in executor.plan.steps if s.kind.value == kind]
-            if symbolic or not rows or kind != "partial":
+            if symbolic or not rows or kind not in ("partial", "skip"):
                 expression = cost.symbolic(_actions(executor, kind))
                 total += expression if symbolic else int(expression.subs({**cost.values, K: 0}))
             else:
@@ -79,8 +80,20 @@ class Report:
         return total
 
     def run_flops(self, counting: str = "published") -> int:
-        """FLOPs of a whole run under the policy."""
-        return sum(self._cost(i, counting).run(e.plan) for i, e in enumerate(self._session.executors))
+        """FLOPs of a whole run under the policy; where a test at run time decides, of the last run."""
+        return sum(self._cost(i, counting).run(self._as_run(e)) for i, e in enumerate(self._session.executors))
+
+    def _as_run(self, executor: Executor) -> Plan:
+        """The plan with what the last run decided; steps that it did not reach are full."""
+        if not executor.plan.adaptive:
+            return executor.plan
+        records = self._session.control.records
+        skipped = {r.index for r in records if r.kind is StepKind.SKIP and r.context == records[0].context}
+        return replace(executor.plan, steps=tuple(
+            StepPlan(step_kind(row), row)
+            for i, step in enumerate(executor.plan.steps)
+            for row in (step.sites if i in skipped else executor.computed(step.sites),)
+        ))  # fmt: skip
 
     def flop_speedup(self, counting: str = "published") -> float:
         """FLOPs of a run with every step full, over those of a run under the policy."""
@@ -100,8 +113,8 @@ class Report:
 
     @property
     def schedule(self) -> str:
-        """One letter a step: F full, P partial, T forecast (Taylor), R reuse."""
-        return "".join(_LETTERS[s.kind] for s in self.plans[0].steps)
+        """One letter a step: F full, P partial, T forecast (Taylor), R reuse, S blocks skipped."""
+        return "".join(_LETTERS[s.kind] for s in self._as_run(self._session.executors[0]).steps)
 
     def graphs(self) -> dict[str, str]:
         """The graph after each pass, and every variant built so far, printed."""

@@ -56,4 +56,22 @@ class Oracle:
                 caches.update(i, chosen, block.mlp(block.norm2(rows(h, chosen)) * (1 + scale2) + shift2))
             h = h + gate2 * caches.out[i]
         self.call += 1
+        self.stream = h
         return self.model.finish(h, c)
+
+
+class DuCaOracle(Oracle):
+    """DuCa: at even offsets within the interval no block runs, and the final layer gets the stream as it last was."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        s = self.total - 1 - self.call
+        if self.call and s % self.interval == 0:
+            self.interval = interval(s, self.total, self.n, 0.4 if self.ratio else 0.0, self.ratio != 0)
+        if self.call == 0 or s % self.interval == 0 or s % self.interval % 2:
+            return super().__call__(x, t, y)
+        self.kinds.append("skip")
+        self.caches.selected.append({})
+        for count in self.caches.count.values():
+            count += 1  # a skipped step is one that its tokens missed
+        self.call += 1
+        return self.model.finish(self.stream, self.model.prepare(x, t, y)[1])

@@ -65,27 +65,36 @@ class Pass:
         return self.run.__name__.replace("_", "-")
 
 
-Entry = tuple[tuple[fx.Node, ...], int]  # values that together, along a dimension, are one that enters a range
+@dataclass(frozen=True)
+class Entry:
+    """The stream that enters a range in the place of one of its outputs: values ``nodes``, joined along ``dim`` if they
+    are several. Where it leaves in another layout (frames beside places, places beside frames) it is taken apart into
+    dimensions of ``sizes``, which are permuted by ``order`` and joined to the output's shape."""
+
+    nodes: tuple[fx.Node, ...]
+    dim: int = 0
+    sizes: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Range:
     """The segments from ``first`` to before ``last``, which some steps skip, and what they make that others read.
 
-    ``entries`` are, for each output, the values that enter the range in its place; empty where nothing of its kind
-    does. ``probe``: the stream before the first block of all, and where it enters the range.
+    ``entries`` are, for each output, what enters the range in its place; None where nothing of its kind does.
+    ``probe``: the stream before the first block of all, and where it enters the range.
     """
 
     first: int
     last: int
     outputs: tuple[fx.Node, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry | None, ...]
     probe: tuple[fx.Node, fx.Node] | None = None
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """All values that enter, each once."""
-        return tuple(dict.fromkeys(n for nodes, _ in self.entries for n in nodes))
+        return tuple(dict.fromkeys(n for entry in self.entries if entry is not None for n in entry.nodes))
 
 
 class Mode(Flag):

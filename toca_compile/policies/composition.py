@@ -197,6 +197,12 @@ class Composition:
         orders = [max((_order(r.do) for r in (*self.rules, *self.alternate) if r.matches(s)), default=0) for s in sites]
         made = [0] * len(sites)
         blocks = _blocks(sites)
+        for rule in (*self.rules, *self.alternate):
+            count = blocks[-1] + 1 if blocks else 0
+            if isinstance(rule.do, SkipBlocks) and rule.do.first + rule.do.last >= count:
+                raise PolicyError(
+                    f"the model has {count} blocks: first={rule.do.first} and last={rule.do.last} leave none to skip"
+                )
         steps = []
         for call in range(self.num_steps):
             row = []
@@ -234,7 +240,9 @@ class Composition:
         if not isinstance(do, Queries):
             return SiteStep(action, k, order)
         assert site.queries is not None
-        fresh = not site.queries.updates if do.keys == "update" else do.refresh and phase % do.refresh == 0
+        # Keys that are not token-wise (a token mixer makes them) cannot be updated for some tokens.
+        fresh = do.keys == "update" and not site.queries.updates
+        fresh = fresh or bool(do.refresh and phase % do.refresh == 0)
         return SiteStep(action, k, order, "fresh" if fresh else do.keys)
 
     def _skip(self) -> Skip:

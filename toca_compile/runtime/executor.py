@@ -101,7 +101,7 @@ class Executor:
         self._free = self._last_uses()
         # What each step does as planned, and if it computes what it could skip.
         self._rows = [step.sites for step in plan.steps]
-        self._unskipped = [self._computed(row) for row in self._rows]
+        self._unskipped = [self.computed(row) for row in self._rows]
         self._scored = scored_sites(plan, self.unit.sites)
         self._cells = [self._cell_row(i, *history) for i, history in enumerate(self._histories())]
         # Variants know selector and memories, not the plan: plans that share those share them.
@@ -229,7 +229,7 @@ class Executor:
         record.kind = step_kind(tuple(row))
         record.k.update({site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)})
 
-    def _computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
+    def computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
         """A row with nothing skipped; the same object where nothing was."""
         if all(s.action is not Action.SKIP for s in row):
             return row
@@ -321,7 +321,7 @@ class Executor:
         kept = max((memory.order for memory in self._memories), default=0) + 1
         last: list[list[int]] = [[] for _ in self.unit.sites]
         made = [0] * len(last)
-        for i, row in enumerate(self._unskipped):
+        for i, row in enumerate(self._rows):
             yield [list(steps) for steps in last], list(made)
             for site, todo in enumerate(row):
                 if todo.action is Action.COMPUTE:
