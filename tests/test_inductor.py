@@ -13,7 +13,7 @@ from tests.models import FusedFlux, PlainDiT, RegisterDiT, randomize
 from tests.pipelines import flux, pixart
 from tests.sampling import noise, sample
 from tests.test_paper_systems import sample_flux, sample_pixart
-from toca_compile import FullCompute, TaylorSeer, ToCa, preset
+from toca_compile import BlockCache, FullCompute, TaylorSeer, TaylorToCa, ToCa, preset
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings import inductor
 
@@ -109,3 +109,24 @@ def test_caches_are_changed_in_place() -> None:
             opt(x, torch.full((2,), t), y)
         after = {k: b.data_ptr() for r in opt._session.control._runs.values() for k, b in r.buffers.items()}
     assert places == after
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TaylorToCa(8, 4, 2, 0.4, keys="update"),
+        BlockCache(8, threshold=0.6, order=1),
+    ],
+    ids=["queries", "blocks"],
+)
+def test_queries_and_skipped_blocks(policy: Policy) -> None:
+    """Keys updated in place, histories of single tokens, and the small graphs around a skipped range."""
+    model = randomize(PlainDiT())
+    models = {way: toca_compile.optimize(model, policy, lowering=way) for way in ("eager", "inductor")}
+    runs = [sample(m, 8, noise()) for m in models.values()]
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
+    kinds = [[r.kind for r in m.steps] for m in models.values()]
+    assert kinds[0] == kinds[1]
+    before = inductor.compiles
+    sample(models["inductor"], 8, noise(seed=5))
+    assert inductor.compiles == before
