@@ -10,8 +10,6 @@ with ``DiTTransformer2DModel.from_pretrained``, and prints the loss on held-out 
 
 import argparse
 import copy
-import gzip
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -19,23 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_compile.fashion import read_pictures
+
 HERE = Path(__file__).resolve().parent
-
-
-def read_idx(folder: Path, name: str) -> Tensor:
-    """One idx file, plain or gzipped, as uint8."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
-    if path is None:
-        raise SystemExit(f"{folder} has no {name}(.gz): give the folder of the idx files with --data")
-    raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-    rank = raw[3]
-    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
-    return torch.frombuffer(bytearray(raw[4 + 4 * rank :]), dtype=torch.uint8).reshape(shape)
-
-
-def pixels(images: Tensor) -> Tensor:
-    """``[n, 28, 28]`` uint8 to ``[n, 1, 28, 28]`` in [−1, 1]."""
-    return images[:, None].float() / 127.5 - 1
 
 
 def loss_of(model: Any, scheduler: Any, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -85,9 +69,8 @@ def main() -> None:
         model = DiTTransformer2DModel.from_pretrained(given.resume, torch_dtype=torch.float32)
     model.to(device).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    images, labels = read_idx(given.data, "train-images-idx3-ubyte"), read_idx(given.data, "train-labels-idx1-ubyte")
-    test_x = pixels(read_idx(given.data, "t10k-images-idx3-ubyte")[:256]).to(device)
-    test_y = read_idx(given.data, "t10k-labels-idx1-ubyte")[:256].long().to(device)
+    (images, labels), (test_x, test_y) = (read_pictures(given.data, kind) for kind in ("train", "t10k"))
+    test_x, test_y = test_x[:256].to(device), test_y[:256].to(device)
     optimizer = torch.optim.AdamW(model.parameters(), given.rate, betas=(0.9, 0.98), weight_decay=0.01)
     step_fn = torch.compile(model) if given.compile else model
     total, null = int(given.epochs * len(images) / given.batch), config["num_embeds_ada_norm"]
@@ -99,7 +82,7 @@ def main() -> None:
         rate = given.rate * min(1.0, (step + 1) / given.warmup) * (1 - step / total) ** 0.5
         optimizer.param_groups[0]["lr"] = rate
         pick = torch.randint(len(images), (given.batch,))
-        x, y = pixels(images[pick]).to(device), labels[pick].long().to(device)
+        x, y = images[pick].to(device), labels[pick].to(device)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
         y = torch.where(torch.rand(len(y), device=device) < 0.1, torch.full_like(y, null), y)
         # Stratified: one timestep in each of batch equal slices, shuffled.

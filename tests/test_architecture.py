@@ -20,7 +20,9 @@ LAYERS = [
     {"report", "model"},
     {"diffusion_pipeline"},
     {"api"},
-    {"compare"},
+    {"metrics", "fashion"},
+    {"compare", "evaluate"},
+    {"tune"},
     {"demo"},
     {"cli"},
 ]

@@ -4,30 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from toca_compile.errors import TocaError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 2 where the input is at fault."""
-    parser = argparse.ArgumentParser(prog="toca-compile", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="sample a trained DiT uncached and with caching; table and pictures")
-    demo.add_argument("--model", type=Path, help="folder of a DiTTransformer2DModel with scheduler/ in it")
-    demo.add_argument("--out", type=Path, default=Path("toca-demo"), help="folder for the pictures")
-    demo.add_argument("--steps", type=int, default=50)
-    demo.add_argument("--samples", type=int, default=8)
-    demo.add_argument("--repeats", type=int, default=3, help="timed samplings of each model, interleaved")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--device", default="cpu")
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
     try:
-        from toca_compile import demo as command
-
-        command.run(
-            model_path=given.model, out=given.out, steps=given.steps, samples=given.samples, repeats=given.repeats,
-            seed=given.seed, device=given.device,
-        )  # fmt: skip
+        given.run(given)
     except TocaError as error:
         print(f"toca-compile: {error}", file=sys.stderr)
         return 2
@@ -35,6 +21,107 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"toca-compile: {error}; install the extra: pip install 'toca-compile[demo]'", file=sys.stderr)
         return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="toca-compile", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model", type=Path, help="folder of a DiTTransformer2DModel with scheduler/ in it")
+    shared.add_argument("--steps", type=int, default=50)
+    shared.add_argument("--device", default="cpu")
+
+    demo = commands.add_parser("demo", parents=[shared], help="sample a trained DiT uncached and with caching")
+    demo.add_argument("--out", type=Path, default=Path("toca-demo"), help="folder for the pictures")
+    demo.add_argument("--samples", type=int, default=8)
+    demo.add_argument("--repeats", type=int, default=3, help="timed samplings of each model, interleaved")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser("evaluate", parents=[shared], help="quality and speed of many policies, as a table")
+    evaluate.add_argument("--policy", nargs="+", default=[], metavar="NAME|FILE", help="of the default table, presets, "
+                          "or files of save_policy; without, the default table")  # fmt: skip
+    evaluate.add_argument("--out", type=Path, default=Path("toca-evaluate"), help="results; an earlier run goes on")
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    evaluate.add_argument("--samples", type=int, default=64, help="pictures a seed")
+    evaluate.add_argument("--batch", type=int, default=16)
+    evaluate.add_argument("--fewer", type=int, nargs="*", default=[25, 17, 13, 10], help="steps of the uncached rows")
+    evaluate.add_argument("--lowering", default="inductor")
+    evaluate.add_argument("--data", type=Path, help="Fashion-MNIST's idx files, for KID")
+    evaluate.add_argument("--no-features", action="store_true", help="PSNR and accuracy alone")
+    evaluate.set_defaults(run=_evaluate)
+
+    tune = commands.add_parser("tune", parents=[shared], help="search a policy for a target")
+    target = tune.add_mutually_exclusive_group(required=True)
+    for name in ("flops", "latency", "psnr"):
+        target.add_argument(f"--{name}", type=float)
+    tune.add_argument("--out", type=Path, default=Path("toca-tune"), help="policy.json and the trials")
+    tune.add_argument("--seconds", type=float, default=1200.0)
+    tune.add_argument("--seeds", type=int, nargs="+", default=[100])
+    tune.add_argument("--samples", type=int, default=8)
+    tune.add_argument("--lowering", default="eager")
+    tune.set_defaults(run=_tune)
+    return parser
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from toca_compile import demo
+
+    demo.run(
+        model_path=given.model, out=given.out, steps=given.steps, samples=given.samples, repeats=given.repeats,
+        seed=given.seed, device=given.device,
+    )  # fmt: skip
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from toca_compile import demo, fashion
+    from toca_compile.evaluate import evaluate
+
+    model, sampler = demo.model_and_sampler(given.model, given.device)
+    labels = demo.labels(given.batch).repeat(given.samples // given.batch)
+    classifier = fashion.load_classifier(demo.default_model().parent / "fashion_classifier")
+    features = None if given.no_features else fashion.Features()
+    real = None
+    if features is not None and given.data is not None:
+        real = features(fashion.read_pictures(given.data, "t10k")[0][:2000])
+    evaluate(
+        model, sampler, _policies(given.policy, given.steps), steps=given.steps, fewer=given.fewer, seeds=given.seeds,
+        samples=given.samples, batch=given.batch, out=given.out, lowering=given.lowering, features=features, real=real,
+        accuracy=lambda pictures: fashion.accuracy(classifier, pictures, labels), console=Console(),
+    )  # fmt: skip
+
+
+def _tune(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from toca_compile import demo, save_policy
+    from toca_compile.tune import Target, tune
+
+    model, sampler = demo.model_and_sampler(given.model, given.device)
+    policy = tune(
+        model, sampler, target=Target(given.flops, given.latency, given.psnr), steps=given.steps,
+        seeds=tuple(given.seeds), samples=given.samples, seconds=given.seconds, out=given.out, lowering=given.lowering,
+        console=Console(),
+    )  # fmt: skip
+    save_policy(policy, given.out / "policy.json")
+    print(f"{given.out / 'policy.json'}")
+
+
+def _policies(names: Sequence[str], steps: int) -> dict[str, Any]:
+    """Policies by name: of the default table, presets, or files."""
+    from toca_compile.policies import load_policy, preset, ready_made
+
+    table = ready_made(steps)
+    found: dict[str, Any] = {}
+    for name in names:
+        path = Path(name)
+        found[path.stem if path.suffix == ".json" else name] = (
+            table[name] if name in table else load_policy(path) if path.suffix == ".json"
+            else preset(name, num_steps=steps)
+        )  # fmt: skip
+    return found or table
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toca_compile.api import explain, optimize
 from toca_compile.ir.plan import Policy
+from toca_compile.metrics import psnr
 from toca_compile.model import OptimizedModel
 
 
@@ -98,12 +99,6 @@ def print_table(console: Any, rows: Sequence[Row], *, peak: float) -> None:
             f"{row.median:.2f}",
         )
     console.print(table)
-
-
-def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB, mean over the samples."""
-    error = (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-12)
-    return float((10 * torch.log10(peak**2 / error)).mean())
 
 
 def compare_pipeline(

@@ -62,6 +62,21 @@ def sample(
     return x
 
 
+def labels(count: int) -> Tensor:
+    """The classes that a batch is asked for."""
+    return torch.arange(count) % len(CLASSES)
+
+
+def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[Any, Callable[..., Tensor]]:
+    """The trained model, and a sampler of it for ``evaluate`` and ``tune``."""
+    model, scheduler = load(path or default_model())
+
+    def sampler(net: Any, steps: int, seed: int, count: int) -> Tensor:
+        return sample(net, scheduler, labels(count), steps, seed=seed, device=device)
+
+    return model.to(device), sampler
+
+
 def run(
     *, model_path: Path | None = None, out: Path = Path("toca-demo"), steps: int = 50, samples: int = 8,
     repeats: int = 3, seed: int = 0, device: str = "cpu",

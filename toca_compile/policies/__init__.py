@@ -13,7 +13,7 @@ from toca_compile.policies.composition import (
     SkipBlocks,
 )
 from toca_compile.policies.full import FullCompute
-from toca_compile.policies.presets import PRESETS, preset
+from toca_compile.policies.presets import PRESETS, preset, ready_made
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
 from toca_compile.policies.toca import DuCa, Fora, ToCa
@@ -45,5 +45,6 @@ __all__ = [
     "ToCa",
     "load_policy",
     "preset",
+    "ready_made",
     "save_policy",
 ]

@@ -1,0 +1,341 @@
+"""Evaluate: a set of policies on one model and sampler, from the same seeds, as a table and a front.
+
+Uncached samples are the reference; samplings with fewer steps are always among the rows, since that is what a policy
+has to beat. Every finished batch is on disk, so a run that was cut off goes on where it stopped. Needs the ``demo``
+extra.
+"""
+
+import csv
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toca_compile.api import explain, optimize
+from toca_compile.errors import TocaError
+from toca_compile.ir.plan import Policy
+from toca_compile.metrics import feature_distance, kid, psnr
+from toca_compile.policies.storage import as_data
+
+
+class Sampler(Protocol):
+    """Samples ``count`` pictures with ``model`` in ``steps`` steps: ``[count, …]``, a function of its arguments."""
+
+    def __call__(self, model: Any, steps: int, seed: int, count: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row to measure: what to sample with, in how many steps. ``flops``: FLOP speed-up after a sampling."""
+
+    name: str
+    model: Callable[[], Any]
+    steps: int
+    flops: Callable[[Any], float]
+    policy: Policy | None = None
+
+
+@dataclass
+class Result:
+    """One measured row. Lists have one number a seed; ``latency`` is in seconds a batch, its median.
+
+    ``latency_speedup`` is against the uncached model in the same process.
+    """
+
+    name: str
+    flop_speedup: float
+    latency_speedup: float
+    psnr: list[float]
+    feature_distance: list[float] = field(default_factory=list)
+    kid: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    cache_mb: float = 0.0
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the seeds; infinite for the reference itself."""
+        return statistics.mean(self.psnr) if self.psnr else float("inf")
+
+
+def evaluate(
+    model: nn.Module,
+    sampler: Sampler,
+    policies: Mapping[str, Policy],
+    *,
+    steps: int = 50,
+    fewer: Sequence[int] = (25, 17, 13, 10),
+    seeds: Sequence[int] = (0, 1, 2),
+    samples: int = 64,
+    batch: int = 16,
+    out: Path,
+    lowering: str = "inductor",
+    peak: float = 2.0,
+    features: Callable[[Tensor], Tensor] | None = None,
+    real: Tensor | None = None,
+    accuracy: Callable[[Tensor], float] | None = None,
+    others: Mapping[str, Callable[[], Any]] | None = None,
+    console: Any = None,
+) -> list[Result]:
+    """Sample with every policy from the same seeds; writes ``table.csv``, ``table.md`` and ``front.png`` to ``out``.
+
+    All models are compiled by the same compiler (with ``lowering="inductor"``), and their batches take turns. A batch
+    during which something was compiled is not timed.
+
+    Args:
+        model: the uncached model, in eval mode.
+        sampler: samples with it.
+        policies: by the name of their row.
+        steps: of the reference and of the policies.
+        fewer: step counts of the uncached rows.
+        seeds: at least one; the spread is that over them.
+        samples, batch: pictures a seed, and at once.
+        out: folder of results; what it holds from an earlier run with the same settings is not done again.
+        lowering: as in ``optimize``.
+        peak: of a sample's values.
+        features: of pictures ``[n, …]``, ``[n, d]``: for the feature distance and, with ``real`` pictures, KID.
+        accuracy: share of a seed's ``samples`` that are what they should be.
+        others: rows by name that no policy makes: a model to sample with, made when its turn comes.
+
+    Returns:
+        The rows; the first is the uncached model.
+
+    Raises:
+        TocaError: ``out`` holds results of other settings, or ``samples`` is no multiple of ``batch``.
+    """
+    if samples % batch:
+        raise TocaError(f"samples must be a multiple of batch, not {samples} and {batch}")
+    store = _Store(out, {
+        "steps": steps, "samples": samples, "batch": batch, "seeds": list(seeds), "lowering": lowering,
+        "model": _fingerprint(model),
+    })  # fmt: skip
+    plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
+    methods = [Method("uncached", lambda: plain, steps, lambda _: 1.0)]
+    methods += [Method(f"{n} steps", lambda: plain, n, lambda _, n=n: steps / n) for n in fewer]  # type: ignore[misc]
+    methods += [
+        Method(name, lambda p=policy: optimize(model, p, lowering=lowering), steps, _flops, policy)  # type: ignore[misc]
+        for name, policy in policies.items()
+    ]
+    methods += [Method(name, make, steps, lambda _: float("nan")) for name, make in (others or {}).items()]
+    _sample_all(methods, sampler, store, seeds, samples // batch, batch, console)
+    results = [_result(m, methods[0], store, seeds, peak, features, real, accuracy) for m in methods]
+    _drop_kid(results, fewer)
+    write(results, out)
+    if console is not None:
+        console.print(_markdown(results))
+    return results
+
+
+def _sample_all(
+    methods: Sequence[Method], sampler: Sampler, store: "_Store", seeds: Sequence[int], batches: int, batch: int,
+    console: Any,
+) -> None:  # fmt: skip
+    """Every missing batch, methods in turn, so that a slow minute of the machine falls on all of them."""
+    todo = [(seed, b, m) for seed in seeds for b in range(batches) for m in methods if not store.has(m, seed, b)]
+    models: dict[str, Any] = {}
+    with _progress(len(todo), console) as advance:
+        for seed, b, method in todo:
+            fresh = method.name not in models
+            net = models.setdefault(method.name, method.model() if fresh else None)
+            reset = getattr(net, "reset", None)
+            if callable(reset):
+                reset()  # a batch is a run of its own
+            compiled = _compilations()
+            start = time.perf_counter()
+            samples = sampler(net, method.steps, seed * 1000 + b, batch)
+            seconds = time.perf_counter() - start
+            timed = None if fresh or compiled != _compilations() else seconds
+            facts = {"flops": method.flops(net), "cache_mb": getattr(net, "cache_bytes", 0) / 2**20, "seconds": timed}
+            store.put(method, seed, b, samples, facts)
+            advance(method.name)
+
+
+def _flops(model: Any) -> float:
+    return explain(model).flop_speedup()
+
+
+def _compilations() -> int:
+    from torch._dynamo.utils import counters
+
+    from toca_compile import lowerings
+
+    return lowerings.inductor.compiles + sum(counters["stats"].values())
+
+
+class _Store:
+    """Finished batches on disk: samples and facts by method, seed and batch."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = out / "batches"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = out / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise TocaError(f"{out} holds results of other settings ({path}): give another folder")
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def _path(self, method: Method, seed: int, b: int) -> Path:
+        told = json.dumps([method.name, method.steps, as_data(method.policy) if method.policy is not None else None])
+        return self.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{seed}-{b}.pt"
+
+    def has(self, method: Method, seed: int, b: int) -> bool:
+        """Whether that batch is done."""
+        return self._path(method, seed, b).exists()
+
+    def put(self, method: Method, seed: int, b: int, samples: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep a batch; a run cut off while writing leaves none."""
+        path = self._path(method, seed, b)
+        torch.save({"samples": samples.float().cpu(), **facts}, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def all(self, method: Method, seed: int) -> list[dict[str, Any]]:
+        """The batches of one seed."""
+        found: list[dict[str, Any]] = []
+        for b in range(10**6):
+            if not self.has(method, seed, b):
+                return found
+            found.append(torch.load(self._path(method, seed, b), weights_only=True))
+        return found
+
+
+def _result(
+    method: Method, base: Method, store: _Store, seeds: Sequence[int], peak: float,
+    features: Callable[[Tensor], Tensor] | None, real: Tensor | None, accuracy: Callable[[Tensor], float] | None,
+) -> Result:  # fmt: skip
+    own = {seed: store.all(method, seed) for seed in seeds}
+    reference = {seed: store.all(base, seed) for seed in seeds}
+    seconds = [_median(kept) for kept in (own, reference)]
+    result = Result(
+        method.name,
+        statistics.mean(b["flops"] for batches in own.values() for b in batches),
+        seconds[1] / seconds[0] if seconds[0] and seconds[1] else float("nan"),
+        [],
+        cache_mb=max(b["cache_mb"] for batches in own.values() for b in batches),
+    )
+    for seed in seeds:
+        mine, theirs = (torch.cat([b["samples"] for b in kept[seed]]) for kept in (own, reference))
+        if method is not base:
+            result.psnr.append(psnr(mine, theirs, peak))
+        if features is not None:
+            found = features(mine)
+            if method is not base:
+                result.feature_distance.append(feature_distance(found, features(theirs)))
+            if real is not None:
+                result.kid.append(kid(found, real))
+        if accuracy is not None:
+            result.accuracy.append(accuracy(mine))
+    return result
+
+
+def _median(kept: Mapping[int, Sequence[Mapping[str, Any]]]) -> float:
+    times = [b["seconds"] for batches in kept.values() for b in batches if b["seconds"] is not None]
+    return statistics.median(times) if times else 0.0
+
+
+def _drop_kid(results: Sequence[Result], fewer: Sequence[int]) -> None:
+    """Leave KID out unless it ranks all steps before the fewest by more than the spread: it misranks an under-trained
+    model."""
+    rows = {r.name: r.kid for r in results}
+    few = rows.get(f"{min(fewer)} steps", []) if fewer else []
+    full = results[0].kid
+    spread = max((statistics.stdev(k) if len(k) > 1 else float("inf")) for k in (full, few)) if few and full else 0.0
+    if not few or not full or statistics.mean(few) - statistics.mean(full) <= spread:
+        for result in results:
+            result.kid = []
+
+
+def write(results: Sequence[Result], out: Path) -> None:
+    """The table as CSV and markdown, and the front as a picture."""
+    with (out / "table.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(_HEAD)
+        table.writerows(_cells(r, plain=True) for r in results)
+    (out / "table.md").write_text(_markdown(results) + "\n")
+    _plot(results, out / "front.png")
+
+
+_HEAD = (
+    "policy", "FLOPs ×", "latency ×", "PSNR dB", "±", "feature distance", "KID ×10³", "±", "accuracy", "cache MB",
+)  # fmt: skip
+
+
+def _cells(r: Result, *, plain: bool = False) -> list[str]:
+    def mean(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+        return f"{scale * statistics.mean(values):.{digits}f}" if values else "" if plain else "–"
+
+    def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+        return f"{scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "" if plain else "–"
+
+    return [
+        r.name, f"{r.flop_speedup:.2f}", f"{r.latency_speedup:.2f}", mean(r.psnr, 2), spread(r.psnr, 2),
+        mean(r.feature_distance, 3), mean(r.kid, 2, 1e3), spread(r.kid, 2, 1e3), mean(r.accuracy, 3),
+        f"{r.cache_mb:.1f}",
+    ]  # fmt: skip
+
+
+def _markdown(results: Sequence[Result]) -> str:
+    rows = [_cells(r) for r in sorted(results, key=lambda r: (r.flop_speedup, r.mean_psnr))]
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _plot(results: Sequence[Result], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [r for r in results if r.psnr]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    for axis, name, label in zip(axes, ("flop_speedup", "latency_speedup"), ("FLOPs ×", "latency ×"), strict=True):
+        points = [(getattr(r, name), r.mean_psnr, r.name) for r in shown]
+        points = sorted(p for p in points if p[0] == p[0])
+        front = [p for p in points if not any(q[0] >= p[0] and q[1] > p[1] for q in points)]
+        axis.scatter([p[0] for p in points], [p[1] for p in points], s=14, color="0.6")
+        axis.plot([p[0] for p in front], [p[1] for p in front], "o-", color="C0", markersize=4)
+        for x, y, text in points:
+            axis.annotate(text, (x, y), fontsize=5, xytext=(3, 2), textcoords="offset points")
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("PSNR to the uncached samples, dB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {float(value.float().sum()):.6e}".encode())
+    return digest.hexdigest()[:16]
+
+
+class _progress:
+    """A bar where there is a console to show it on."""
+
+    def __init__(self, total: int, console: Any) -> None:
+        self.total, self.console = total, console
+
+    def __enter__(self) -> Callable[[str], None]:
+        if self.console is None:
+            return lambda _: None
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<32}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} batches"),
+        )
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+        task = self.bar.add_task("sampling", total=self.total)
+        self.bar.start()
+        return lambda name: self.bar.update(task, advance=1, description=name)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.console is not None:
+            self.bar.stop()

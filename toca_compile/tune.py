@@ -1,0 +1,294 @@
+"""Tune: search a policy for a target on calibration seeds.
+
+The search starts from a grid of schedules and forecasts, of single sites and of the whole stack of blocks, moves the
+full steps of the best one by one, and lets a sensitivity analysis say which kinds of sites, at which depths, are worth
+computing. Every trial is on disk, so a search that was cut off goes on where it stopped. Needs the ``demo`` extra for
+the progress shown.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toca_compile.api import explain, optimize
+from toca_compile.errors import PolicyError, TocaError
+from toca_compile.evaluate import Sampler
+from toca_compile.ir.plan import Policy
+from toca_compile.metrics import psnr
+from toca_compile.model import OptimizedModel
+from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
+from toca_compile.policies.storage import as_data, from_data
+from toca_compile.policies.when import Every, Listed, Spread, When
+
+_DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
+_SLACK = 0.005  # by how much a speed-up may miss its target
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a policy has to reach: at least so large a FLOP or latency speed-up, at the best PSNR; or at least so high a
+    PSNR in dB to the uncached samples, at the largest FLOP speed-up. Give one."""
+
+    flops: float | None = None
+    latency: float | None = None
+    psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [x for x in (self.flops, self.latency, self.psnr) if x is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise TocaError("a target is one positive number: Target(flops=…), Target(latency=…) or Target(psnr=…)")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured policy; ``latency_speedup`` is NaN where the target does not ask for it."""
+
+    policy: Policy
+    psnr: float
+    flop_speedup: float
+    latency_speedup: float = float("nan")
+
+
+def tune(
+    model: nn.Module,
+    sampler: Sampler,
+    *,
+    target: Target,
+    steps: int = 50,
+    seeds: tuple[int, ...] = (100,),
+    samples: int = 8,
+    seconds: float = 1200.0,
+    out: Path | None = None,
+    lowering: str = "eager",
+    peak: float = 2.0,
+    console: Any = None,
+) -> Policy:
+    """The best policy for a target that the time allows to find.
+
+    Args:
+        model: the uncached model, in eval mode.
+        sampler: samples with it.
+        target: what to reach.
+        steps: model calls of one run.
+        seeds, samples: what trials are judged on; judge the result on others.
+        seconds: when to stop searching.
+        out: folder for ``trials.jsonl``, which a later call goes on from; None: nothing is kept.
+        lowering: as in ``optimize``; a latency target needs ``"inductor"``.
+        peak: of a sample's values.
+        console: a rich console to show progress on.
+
+    Returns:
+        A policy that ``save_policy`` can keep.
+
+    Raises:
+        TocaError: nothing that was tried reaches the target.
+    """
+    return _Search(model, sampler, target, steps, seeds, samples, seconds, out, lowering, peak, console).run()
+
+
+class _Search:
+    def __init__(
+        self, model: nn.Module, sampler: Sampler, target: Target, steps: int, seeds: tuple[int, ...], samples: int,
+        seconds: float, out: Path | None, lowering: str, peak: float, console: Any,
+    ) -> None:  # fmt: skip
+        self.sampler, self.target, self.steps, self.peak, self.console = sampler, target, steps, peak, console
+        self.seeds, self.samples = seeds, samples
+        self.end = time.monotonic() + seconds
+        self.trials: dict[str, Trial] = {}
+        self.log = out / "trials.jsonl" if out is not None else None
+        self.plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
+        self.seconds, self.reference = self._sampled(self.plain)
+        if target.latency is not None:
+            self.seconds, _ = self._sampled(self.plain)  # compiled by now
+        self.opt: OptimizedModel = optimize(
+            model, Composition(steps, Every(2), (Rule(Forecast(1)),)), lowering=lowering
+        )
+        self._sampled(self.opt)  # traced, so that plans can be priced
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            for line in self.log.read_text().splitlines() if self.log.exists() else ():
+                row = json.loads(line)
+                trial = Trial(from_data(row.pop("policy")), **row)
+                self.trials[_key(trial.policy)] = trial
+
+    def run(self) -> Policy:
+        """Grid, then groups of sites, then single full steps, as long as time lasts."""
+        for policy in self._in_reach(self._grid()):
+            self._try(policy)
+        best = self._best()
+        for policy in self._in_reach(self._groups(best)):
+            self._try(policy)
+        improved = True
+        while improved and not self._over():
+            best, improved = self._best(), False
+            for policy in self._in_reach(self._moves(best)):
+                trial = self._try(policy)
+                improved |= trial is not None and self._rank(trial) > self._rank(best)
+        best = self._best()
+        self._say(f"best: PSNR {best.psnr:.2f} dB at {best.flop_speedup:.2f}× FLOPs, of {len(self.trials)} trials")
+        return best.policy
+
+    def sensitivity(self, base: Composition) -> dict[tuple[str, tuple[float, float]], float]:
+        """PSNR of a run in which one group of sites alone is cached, by kind and depth: low is sensitive."""
+        kinds = dict.fromkeys(s.kind for s in explain(self.opt).sites)
+        found = {}
+        for kind in kinds:
+            for depths in _DEPTHS:
+                alone = (Rule(Forecast(_order(base)), (kind,), depths), Rule(Compute()))
+                trial = self._try(replace(base, rules=alone))
+                if trial is not None:
+                    found[kind, depths] = trial.psnr
+        for (kind, depths), value in sorted(found.items(), key=lambda item: item[1]):
+            self._say(f"sensitivity: {kind} at depths {depths[0]:.2f} to {depths[1]:.2f}: {value:.2f} dB")
+        return found
+
+    # -- what to try --------------------------------------------------------------------------------------------------
+
+    def _grid(self) -> Iterator[Composition]:
+        """Schedules × forecasts, the coarse choices first."""
+        for basis, order in (("newton", 2), ("newton", 3), ("newton", 4), ("taylor", 2), ("newton", 1)):
+            for do in (SkipBlocks(order=order), Forecast(order)):
+                for when in self._schedules():
+                    yield Composition(self.steps, when, (Rule(do),), basis=basis)
+        for when in self._schedules():
+            yield Composition(self.steps, when, (Rule(SkipBlocks(1, order=2)),), basis="newton")
+
+    def _schedules(self) -> Iterator[When]:
+        for interval in range(2, 13):
+            for warmup in (1, 2, 3):
+                yield Every(interval, warmup)
+            for bend in (0.8, 0.9, 1.0, 1.1):
+                yield Spread(interval, bend)
+
+    def _groups(self, best: Trial) -> Iterator[Composition]:
+        """The best schedule of single sites with the most sensitive groups computed at every step, or the least
+        sensitive ones at a lower order."""
+        sites = [t for t in self.trials.values() if isinstance(_do(t.policy), Forecast)]
+        if not sites:
+            return
+        start = max(sites, key=self._rank).policy
+        assert isinstance(start, Composition)
+        ranked = sorted(self.sensitivity(start).items(), key=lambda item: item[1])
+        order = _order(start)
+        for count in (1, 2):
+            spared = tuple(Rule(Compute(), (kind,), depths) for (kind, depths), _ in ranked[:count])
+            # The computing costs, so the full steps may come less often.
+            for interval in range(2, 13):
+                yield replace(start, when=Every(interval), rules=(*spared, Rule(Forecast(order))))
+        for (kind, depths), _ in ranked[::-1][:2]:
+            yield replace(start, rules=(Rule(Forecast(max(order - 1, 0)), (kind,), depths), Rule(Forecast(order))))
+
+    def _moves(self, best: Trial) -> Iterator[Composition]:
+        """The best policy with one full step a little earlier or later, or another order."""
+        policy = best.policy
+        assert isinstance(policy, Composition)
+        full = policy.full_steps()
+        for i in range(len(full) - 1, 0, -1):
+            for shift in (1, -1):
+                moved = tuple(sorted({*full[:i], full[i] + shift, *full[i + 1 :]}))
+                if len(moved) == len(full) and moved[-1] < self.steps:
+                    yield replace(policy, when=Listed(moved))
+        do = _do(policy)
+        if isinstance(do, Forecast | SkipBlocks):
+            for order in {max(do.order - 1, 0), min(do.order + 1, 4)} - {do.order}:
+                yield replace(policy, rules=(*policy.rules[:-1], Rule(replace(do, order=order))))
+
+    # -- trying it ----------------------------------------------------------------------------------------------------
+
+    def _in_reach(self, policies: Iterator[Composition]) -> Iterator[Composition]:
+        """Those worth a sampling: legal, not too slow for the target, and not much faster than it asks for."""
+        for policy in policies:
+            if self._over():
+                return
+            try:
+                flops = self._price(policy)
+            except PolicyError:
+                continue
+            wanted = self.target.flops or self.target.latency
+            if wanted is not None:
+                # FLOPs fall at least as much as the clock.
+                most = wanted * (1.15 if self.target.flops else 1.4)
+                if not wanted - _SLACK <= flops <= most:
+                    continue
+            yield policy
+
+    def _price(self, policy: Policy) -> float:
+        """FLOP speed-up, without running anything."""
+        self.opt.policy = policy
+        return explain(self.opt).flop_speedup()
+
+    def _try(self, policy: Policy) -> Trial | None:
+        key = _key(policy)
+        if key in self.trials or self._over():
+            return self.trials.get(key)
+        flops = self._price(policy)
+        seconds, found = self._sampled(self.opt)
+        latency = float("nan")
+        if self.target.latency is not None:
+            seconds, found = self._sampled(self.opt)
+            latency = self.seconds / seconds
+        quality = sum(psnr(a, b, self.peak) for a, b in zip(found, self.reference, strict=True)) / len(found)
+        trial = self.trials[key] = Trial(policy, quality, flops, latency)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                row: Mapping[str, Any] = {**trial.__dict__, "policy": as_data(policy)}
+                file.write(json.dumps(row) + "\n")
+        self._say(f"{len(self.trials)}: PSNR {quality:.2f} dB at {flops:.2f}× FLOPs: {_told(policy)}")
+        return trial
+
+    def _sampled(self, net: Callable[..., Any]) -> tuple[float, list[Tensor]]:
+        start = time.perf_counter()
+        found = []
+        for seed in self.seeds:
+            if isinstance(net, OptimizedModel):
+                net.reset()
+            found.append(self.sampler(net, self.steps, seed, self.samples))
+        return time.perf_counter() - start, found
+
+    def _rank(self, trial: Trial) -> float:
+        target = self.target
+        if target.psnr is not None:
+            return trial.flop_speedup if trial.psnr >= target.psnr else -1e6 + trial.psnr
+        reached = trial.flop_speedup if target.flops is not None else trial.latency_speedup
+        wanted = target.flops or target.latency or 0.0
+        return trial.psnr if reached >= wanted - _SLACK else -1e6 + reached
+
+    def _best(self) -> Trial:
+        if not self.trials:
+            raise TocaError("nothing in reach of the target was tried: give more seconds or another target")
+        best = max(self.trials.values(), key=self._rank)
+        if self._rank(best) < -1e5 and self._over():
+            raise TocaError(f"no trial reaches {self.target}; the nearest is {_told(best.policy)}")
+        return best
+
+    def _over(self) -> bool:
+        return time.monotonic() > self.end
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(f"[{max(self.end - time.monotonic(), 0):5.0f} s left] {text}", markup=False)
+
+
+def _do(policy: Policy) -> Any:
+    return policy.rules[-1].do if isinstance(policy, Composition) and policy.rules else None
+
+
+def _order(policy: Composition) -> int:
+    return getattr(_do(policy), "order", 2)
+
+
+def _key(policy: Policy) -> str:
+    return json.dumps(as_data(policy), sort_keys=True)
+
+
+def _told(policy: Policy) -> str:
+    if not isinstance(policy, Composition):
+        return repr(policy)
+    rules = ", ".join(f"{r.do}{' ' + str(r.kinds) + str(r.depths) if r.kinds else ''}" for r in policy.rules)
+    return f"{policy.when}; {rules}; {policy.basis}"
