@@ -9,7 +9,8 @@
 
 With ``QUERIES`` that goes through an attention: keys and values are those of all tokens, made now or (``KEPT``) from
 the cache, where ``UPDATE`` first puts the selected tokens' new ones. ``REUSE`` replaces the branch by the cache,
-``FORECAST`` by the cache moved along its differences; with ``PARTIAL`` that is for the tokens left out. ``STORE``
+``FORECAST`` by the cache moved along its differences; with ``PARTIAL`` that is for the tokens left out, and the cache
+stays as it is. ``STORE``
 computes it and keeps it; ``SCORE``, ``HOLD``, ``KEYS`` and ``DIFF`` also keep the tokens' scores, the values that the
 partial steps to come take from the cache (the attention of a parallel block; keys and values), and the differences. The
 gate stays outside, so it is always the current step's.
@@ -113,7 +114,9 @@ class _Rewriter:
         elif Mode.REUSE in mode:
             self.env[node] = self._as(node, self._slot("cache", position), position)
         elif site is not None and Mode.PARTIAL in mode:
-            self.env[node] = self._as(node, self._partial(site, position, mode), position, always=Mode.TOKENS in mode)
+            self.env[node] = self._as(
+                node, self._partial(site, position, mode), position, always=bool(mode & (Mode.TOKENS | Mode.FORECAST))
+            )
         elif site is not None and Mode.FORECAST in mode:
             series = self._series(site, position, mode)
             value = series.forecast(series.age() if Mode.TOKENS in mode else None)
@@ -164,7 +167,9 @@ class _Rewriter:
     def _partial(self, site: Site, position: int, mode: Mode) -> fx.Node:
         carry, series = carry_of(site, mode), self._series(site, position, mode)
         age = series.age() if Mode.TOKENS in mode else None
-        expected = series.forecast(age) if age is not None else None
+        expected = series.forecast(age) if mode & (Mode.TOKENS | Mode.FORECAST) else None
+        if expected is series.kept[0]:
+            expected = self._call(aten._to_copy.default, expected)  # this step's alone: the cache stays as it is
         index = self._select(site, position)
         out = place(carry, site.output)
         whole, parts = self._whole(site, position, mode, index)
@@ -183,8 +188,8 @@ class _Rewriter:
         if expected is not None:
             rows = self._call(toca.gather_tokens.default, made, index, *out) if self.dense else made
             fresh = self._call(toca.scatter_tokens_.default, expected, index, rows, *out)
-            assert age is not None
-            series.keep_rows(rows, index, age)
+            if age is not None and Mode.FORECAST not in mode:
+                series.keep_rows(rows, index, age)
         else:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
         if self.selector.score == "entropy" and site.by_queries is not None and site.by_queries.site == site.index:

@@ -47,20 +47,22 @@ KEYS = ["fresh", "update", "keep"]
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     interval=st.integers(1, 5), order=st.integers(0, 3), ratio=st.sampled_from([0.0, 0.1, 0.4, 0.9]),
-    keys=st.sampled_from([None, *KEYS]), mlp=st.booleans(), warmup=st.integers(1, 3), steps=st.integers(1, 16),
+    keys=st.sampled_from([None, *KEYS]), mlp=st.booleans(), update=st.booleans(), warmup=st.integers(1, 3), steps=st.integers(1, 16),
     weight=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_equal_to_the_literal_form(
-    interval: int, order: int, ratio: float, keys: str | None, mlp: bool, warmup: int, steps: int, weight: float,
-    seed: int,
+    interval: int, order: int, ratio: float, keys: str | None, mlp: bool, update: bool, warmup: int, steps: int,
+    weight: float, seed: int,
 ) -> None:  # fmt: skip
     torch._dynamo.reset()
     model = randomize(PlainDiT((6, 10), depth=2), seed)
     policy = TaylorToCa(
-        steps, interval, order, ratio, staleness_weight=weight, keys=keys, mlp=mlp, warmup=warmup
+        steps, interval, order, ratio, staleness_weight=weight, keys=keys, mlp=mlp, update=update, warmup=warmup
     )  # fmt: skip
     opt = toca_compile.optimize(model, policy, lowering="eager")
-    oracle = TokenSeriesOracle(model, interval, order, ratio, keys, mlp=mlp, warmup=warmup, weight=weight)
+    oracle = TokenSeriesOracle(
+        model, interval, order, ratio, keys, mlp=mlp, update=update, warmup=warmup, weight=weight
+    )
     x = noise(2, (6, 10), seed=seed)
     torch.testing.assert_close(sample(opt, steps, x), sample(oracle, steps, x), rtol=1e-4, atol=1e-4)
 

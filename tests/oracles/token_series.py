@@ -17,10 +17,10 @@ class TokenSeriesOracle:
 
     def __init__(
         self, model: PlainDiT, interval: int, order: int, ratio: float, keys: str | None, *, mlp: bool = True,
-        warmup: int = 1, weight: float = 0.0, refresh: int = 0,
+        warmup: int = 1, weight: float = 0.0, refresh: int = 0, update: bool = True,
     ) -> None:  # fmt: skip
         self.model, self.interval, self.order, self.ratio, self.keys = model, interval, order, ratio, keys
-        self.mlp, self.warmup, self.weight, self.refresh = mlp, warmup, weight / interval, refresh
+        self.mlp, self.warmup, self.weight, self.refresh, self.update = mlp, warmup, weight / interval, refresh, update
         self.call, self.cached, self.made = 0, 0, 0
         self.table: dict[Any, list[Tensor]] = {}
         self.when: dict[Any, Tensor] = {}  # the step at which each token was last computed
@@ -62,12 +62,14 @@ class TokenSeriesOracle:
         score = unit(self.missed[key]) + self.weight * self.count[key]
         chosen = score.argsort(dim=1, descending=True, stable=True)[:, :k]
         value = compute(chosen)
+        self.count[key] = (self.count[key] + 1).scatter(1, chosen, 0)
+        if not self.update:
+            return expected.scatter(1, wide(chosen, value.shape[-1]), value)
         fresh = self.differences(value, [rows(d, chosen) for d in self.table[key]], rows(self.age(key), chosen))
         self.table[key] = [
             d.scatter(1, wide(chosen, d.shape[-1]), f) for d, f in zip(self.table[key], fresh, strict=True)
         ]
         self.when[key] = self.when[key].scatter(1, chosen, self.call)
-        self.count[key] = (self.count[key] + 1).scatter(1, chosen, 0)
         return expected.scatter(1, wide(chosen, value.shape[-1]), value)
 
     def projected(self, block: PlainBlock, x: Tensor) -> tuple[Tensor, ...]:

@@ -19,12 +19,14 @@ class SiteStep:
     """One site in one step. ``tokens``: how many it computes. ``order``: of COMPUTE, how many differences to earlier
     full steps are made; of FORECAST, and for the tokens that PARTIAL or QUERIES leave out, how many are used. ``keys``:
     of QUERIES, whether keys and values are made ``"fresh"`` for all tokens, taken from the cache with an ``"update"``
-    of the selected tokens' part, or taken from it as they are (``"keep"``)."""
+    of the selected tokens' part, or taken from it as they are (``"keep"``). ``update``: of PARTIAL and QUERIES, whether
+    the selected tokens' new values are kept (each token then has a history of its own), or serve this step alone."""
 
     action: Action
     tokens: int = 0
     order: int = 0
     keys: str = "fresh"
+    update: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Plan:
     def partial(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
         return any(step.sites[site].action in SELECTING for step in self.steps)
+
+    def tokenwise(self, site: int) -> bool:
+        """Whether each token of the site has a history of its own."""
+        rows = (step.sites[site] for step in self.steps)
+        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in rows)
 
     def keeps_keys(self, site: int) -> bool:
         """Whether any step takes the site's keys and values from the cache."""

@@ -44,9 +44,11 @@ class Forecast:
 @dataclass(frozen=True)
 class Partial:
     """The selected tokens, where the site is token-wise; the others are reused, or forecast (``order``), as is the
-    whole site where it is not."""
+    whole site where it is not. ``update``: whether the new values are kept, with their differences; else they serve
+    their step alone."""
 
     order: int = 0
+    update: bool = True
 
     def __post_init__(self) -> None:
         check_order(self.order)
@@ -60,12 +62,13 @@ class Queries:
         keys: made ``"fresh"`` for all tokens; ``"update"``: cached, the selected tokens' part made anew; ``"keep"``:
             cached.
         refresh: with cached keys, make them fresh every so many steps after a full one; 0: at full steps alone.
-        order: of the other tokens' forecast.
+        order, update: as in ``Partial``.
     """
 
     keys: str = "fresh"
     refresh: int = 0
     order: int = 0
+    update: bool = True
 
     def __post_init__(self) -> None:
         check_order(self.order)
@@ -169,8 +172,8 @@ class Composition:
             raise PolicyError(f"score must be one of {', '.join(SCORES)}, not {self.which.score!r}")
         kept_dtype(self.cache_dtype)
         done = [rule.do for rule in (*self.rules, *self.alternate)]
-        if self.basis == "newton" and any(isinstance(do, Partial | Queries) and do.order for do in done):
-            raise PolicyError("where tokens are selected each has a history of its own: basis='taylor'")
+        if self.basis == "newton" and any(isinstance(do, Partial | Queries) and do.order and do.update for do in done):
+            raise PolicyError("tokens that are kept one by one have a history each: basis='taylor', or update=False")
         skips = {do for do in done if isinstance(do, SkipBlocks)}
         if len(skips) > 1:
             raise PolicyError("all steps that skip blocks must skip the same ones")
@@ -233,17 +236,18 @@ class Composition:
         action = {Partial: Action.PARTIAL, Queries: Action.QUERIES}.get(type(do))
         if action is None or action not in site.actions:
             return rest
+        update = getattr(do, "update", True)
         k = self.how_many.tokens(site, call, self.num_steps)
         if k in (0, site.axis.size):
             # All tokens is the dense path: nothing to gather.
             return rest if k == 0 else SiteStep(Action.COMPUTE)
         if not isinstance(do, Queries):
-            return SiteStep(action, k, order)
+            return SiteStep(action, k, order, update=update)
         assert site.queries is not None
         # Keys that are not token-wise (a token mixer makes them) cannot be updated for some tokens.
         fresh = do.keys == "update" and not site.queries.updates
         fresh = fresh or bool(do.refresh and phase % do.refresh == 0)
-        return SiteStep(action, k, order, "fresh" if fresh else do.keys)
+        return SiteStep(action, k, order, "fresh" if fresh else do.keys, update)
 
     def _skip(self) -> Skip:
         does = [r.do for r in (*self.rules, *self.alternate) if isinstance(r.do, SkipBlocks)]

@@ -94,6 +94,7 @@ class TaylorToCa:
         staleness_weight: of the steps that a token missed, over the interval.
         keys: ``"fresh"``, ``"update"`` or ``"keep"``; None: attention is forecast.
         mlp: whether MLPs recompute tokens.
+        update: whether the new values are kept, with their differences; else they serve their step alone.
         seed: of the random score.
 
     Raises:
@@ -108,6 +109,7 @@ class TaylorToCa:
     staleness_weight: float = 0.0
     keys: str | None = None
     mlp: bool = True
+    update: bool = True
     warmup: int = 1
     cache_dtype: str | None = None
     seed: int = 0
@@ -117,8 +119,12 @@ class TaylorToCa:
 
     def composition(self) -> Composition:
         """Its parts."""
-        attention = (Rule(Queries(self.keys, order=self.order), kinds=ATTENTION),) if self.keys is not None else ()
-        rest = Rule(Partial(self.order) if self.mlp else Forecast(self.order))
+        attention = (
+            (Rule(Queries(self.keys, order=self.order, update=self.update), kinds=ATTENTION),)
+            if self.keys is not None
+            else ()
+        )
+        rest = Rule(Partial(self.order, self.update) if self.mlp else Forecast(self.order))
         return Composition(
             self.num_steps, Every(self.interval, self.warmup), (*attention, rest),
             which=Selector(self.score, self.staleness_weight / self.interval, seed=self.seed),

@@ -97,6 +97,7 @@ class Executor:
         self.plan = plan
         self._numbered: dict[Any, int] = {}
         self._memories = [plan.memory_of(site.index) for site in self.unit.sites]
+        self._tokenwise = [plan.tokenwise(site.index) for site in self.unit.sites]
         self._skipping = self._make_skipping(plan, self._place)
         self._free = self._last_uses()
         # What each step does as planned, and if it computes what it could skip.
@@ -283,7 +284,7 @@ class Executor:
                 }
                 for order in range(1, memory.order + 1):
                     used = order <= (made[number] if todo.action is Action.COMPUTE else todo.order)
-                    own = self._tokenwise(site)
+                    own = self._tokenwise[number]
                     power = 0 if not used else 1 if own else memory.power(history, index, order)
                     numbers[Slot("power", position, order)] = power
                     numbers[Slot("spacing", position, order)] = memory.spacing([*history, index], order)
@@ -292,15 +293,16 @@ class Executor:
         return cells
 
     def _mode(self, site: Site, todo: SiteStep, scored: bool) -> Mode:
-        own = Mode.TOKENS if self._tokenwise(site) else Mode.PLAIN
+        own = Mode.TOKENS if self._tokenwise[site.index] else Mode.PLAIN
         keys = self.plan.keeps_keys(site.index)
+        alone = Mode.PLAIN if todo.update else Mode.FORECAST  # the others are forecast, and nothing is kept
         if todo.action is Action.QUERIES:
             source = {"fresh": Mode.KEYS if keys else Mode.PLAIN, "keep": Mode.KEPT, "update": Mode.KEPT | Mode.UPDATE}
-            return Mode.PARTIAL | Mode.QUERIES | source[todo.keys] | own
+            return Mode.PARTIAL | Mode.QUERIES | source[todo.keys] | own | alone
         if todo.action is Action.REUSE:
             return Mode.REUSE
         if todo.action is not Action.COMPUTE:
-            return (Mode.PARTIAL if todo.action is Action.PARTIAL else Mode.FORECAST) | own
+            return (Mode.PARTIAL | alone if todo.action is Action.PARTIAL else Mode.FORECAST) | own
         if not self.plan.reads(site.index):
             return Mode.SCORE if scored else Mode.PLAIN
         kept = {Mode.SCORE: scored, Mode.HOLD: self._holds(site), Mode.KEYS: keys, Mode.DIFF: todo.order > 0}
@@ -310,10 +312,6 @@ class Executor:
         """Whether partial steps take values from the cache that full steps must keep."""
         partial = any(step.sites[site.index].action is Action.PARTIAL for step in self.plan.steps)
         return partial and site.carry is not None and bool(site.carry.held)
-
-    def _tokenwise(self, site: Site) -> bool:
-        """Whether each token has a history of its own."""
-        return self._memories[site.index].order > 0 and self.plan.partial(site.index)
 
     def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """For each step, of each site: the last steps before it that computed all, and how many differences are
