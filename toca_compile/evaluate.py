@@ -101,7 +101,8 @@ def evaluate(
         peak: of a sample's values.
         features: of pictures ``[n, …]``, ``[n, d]``: for the feature distance and, with ``real`` pictures, KID.
         accuracy: share of a seed's ``samples`` that are what they should be.
-        others: rows by name that no policy makes: a model to sample with, made when its turn comes.
+        others: rows by name that no policy makes: a model to sample with, made when its turn comes. It may have a
+            ``reset()``, called before each batch, and must state its ``flop_speedup``.
 
     Returns:
         The rows; the first is the uncached model.
@@ -122,7 +123,7 @@ def evaluate(
         Method(name, lambda p=policy: optimize(model, p, lowering=lowering), steps, _flops, policy)  # type: ignore[misc]
         for name, policy in policies.items()
     ]
-    methods += [Method(name, make, steps, lambda _: float("nan")) for name, make in (others or {}).items()]
+    methods += [Method(name, make, steps, _flops) for name, make in (others or {}).items()]
     _sample_all(methods, sampler, store, seeds, samples // batch, batch, console)
     results = [_result(m, methods[0], store, seeds, peak, features, real, accuracy) for m in methods]
     _drop_kid(results, fewer)
@@ -157,7 +158,9 @@ def _sample_all(
 
 
 def _flops(model: Any) -> float:
-    return explain(model).flop_speedup()
+    """FLOP speed-up as the model itself states it, or of the last sampling."""
+    stated = getattr(model, "flop_speedup", None)
+    return float(stated) if isinstance(stated, float) else explain(model).flop_speedup()
 
 
 def _compilations() -> int:

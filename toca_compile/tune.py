@@ -118,18 +118,18 @@ class _Search:
                 self.trials[_key(trial.policy)] = trial
 
     def run(self) -> Policy:
-        """Grid, then groups of sites, then single full steps, as long as time lasts."""
-        for policy in self._in_reach(self._grid()):
-            self._try(policy)
-        best = self._best()
-        for policy in self._in_reach(self._groups(best)):
-            self._try(policy)
+        """Schedules, forecasts, groups of sites, then single full steps, as long as time lasts."""
+        for stage in (self._grid, self._series, self._groups):
+            for policy in self._in_reach(stage()):
+                self._try(policy)
         improved = True
         while improved and not self._over():
             best, improved = self._best(), False
             for policy in self._in_reach(self._moves(best)):
                 trial = self._try(policy)
-                improved |= trial is not None and self._rank(trial) > self._rank(best)
+                if trial is not None and self._rank(trial) > self._rank(best):
+                    improved = True  # go on from there
+                    break
         best = self._best()
         self._say(f"best: PSNR {best.psnr:.2f} dB at {best.flop_speedup:.2f}× FLOPs, of {len(self.trials)} trials")
         return best.policy
@@ -151,13 +151,23 @@ class _Search:
     # -- what to try --------------------------------------------------------------------------------------------------
 
     def _grid(self) -> Iterator[Composition]:
-        """Schedules × forecasts, the coarse choices first."""
-        for basis, order in (("newton", 2), ("newton", 3), ("newton", 4), ("taylor", 2), ("newton", 1)):
-            for do in (SkipBlocks(order=order), Forecast(order)):
-                for when in self._schedules():
-                    yield Composition(self.steps, when, (Rule(do),), basis=basis)
-        for when in self._schedules():
-            yield Composition(self.steps, when, (Rule(SkipBlocks(1, order=2)),), basis="newton")
+        """Schedules, of single sites and of the whole stack."""
+        for do in (SkipBlocks(order=2), Forecast(2)):
+            for when in self._schedules():
+                yield Composition(self.steps, when, (Rule(do),), basis="newton")
+
+    def _series(self) -> Iterator[Composition]:
+        """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared."""
+        for kind in (SkipBlocks, Forecast):
+            own = [t for t in self.trials.values() if isinstance(_do(t.policy), kind)]
+            start = max(own, key=self._rank).policy if own else None
+            if not isinstance(start, Composition):
+                continue
+            for basis, order in (("newton", 3), ("newton", 4), ("newton", 1), ("taylor", 2)):
+                yield replace(start, rules=(Rule(replace(_do(start), order=order)),), basis=basis)
+            if kind is SkipBlocks:
+                for first, last in ((1, 0), (0, 1)):
+                    yield replace(start, rules=(Rule(replace(_do(start), first=first, last=last)),))
 
     def _schedules(self) -> Iterator[When]:
         for interval in range(2, 13):
@@ -166,7 +176,7 @@ class _Search:
             for bend in (0.8, 0.9, 1.0, 1.1):
                 yield Spread(interval, bend)
 
-    def _groups(self, best: Trial) -> Iterator[Composition]:
+    def _groups(self) -> Iterator[Composition]:
         """The best schedule of single sites with the most sensitive groups computed at every step, or the least
         sensitive ones at a lower order."""
         sites = [t for t in self.trials.values() if isinstance(_do(t.policy), Forecast)]
