@@ -7,6 +7,7 @@ feed-forward layers that ran.
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class Peer:
         self.call = torch.compile(model, dynamic=False) if compiled else model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+        with _in_context(self.model):
+            return self.call(*args, **kwargs)
 
 
 def peers(model: Any, sampler: Callable[..., Any], steps: int, *, compiled: bool) -> dict[str, Callable[[], Peer]]:
@@ -117,13 +119,18 @@ def _cache_dit(
 
 
 def _reset_hooks(net: Any) -> None:
-    """What a pipeline does between two samplings, and the context that it opens around the model."""
+    """What a pipeline does between two samplings."""
     from diffusers.hooks import HookRegistry
-    from diffusers.hooks.hooks import CacheContext
 
-    registry = HookRegistry.check_if_exists_or_initialize(net)
-    registry.reset_stateful_hooks(recurse=True)
-    registry._set_context(CacheContext(name="run"))
+    HookRegistry.check_if_exists_or_initialize(net).reset_stateful_hooks(recurse=True)
+
+
+def _in_context(net: Any) -> AbstractContextManager[None]:
+    """What a pipeline opens around the model; this model's class has no such method of its own."""
+    from diffusers import CacheMixin
+
+    context: AbstractContextManager[None] = CacheMixin.cache_context(net, "run")
+    return context
 
 
 def _counted(
@@ -141,7 +148,7 @@ def _counted(
             weights += cost
             handles.append(layer.register_forward_hook(lambda *_, cost=cost: ran.__setitem__(0, ran[0] + cost)))
     reset()
-    sampler(net, steps, 7, 4)
+    sampler(Peer(net, 1.0, reset, compiled=False), steps, 7, 4)
     for handle in handles:
         handle.remove()
     return Peer(net, steps * weights / ran[0], reset, compiled=compiled)
@@ -170,7 +177,7 @@ def _mag_ratios(model: Any, sampler: Callable[..., Any], steps: int) -> list[flo
     logger.setLevel(logging.INFO)
     apply_mag_cache(net, MagCacheConfig(calibrate=True, num_inference_steps=steps))
     _reset_hooks(net)
-    sampler(net, steps, 7, 4)
+    sampler(Peer(net, 1.0, lambda: None, compiled=False), steps, 7, 4)
     found = re.search(r"\[[-\d., e]+\]", " ".join(said))
     assert found is not None, said
     return [float(x) for x in found.group()[1:-1].split(",")]
