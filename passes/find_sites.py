@@ -20,7 +20,8 @@ from torch import fx
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
 from toca_compile.ir.types import Attention, AxisTypes, Carry, Occurrence, Site, TokenAxis
-from toca_compile.passes.prove import Blocked, batch_of, prove, prove_queries
+from toca_compile.passes.follow import Blocked
+from toca_compile.passes.prove import batch_of, prove, prove_queries
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten

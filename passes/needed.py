@@ -42,7 +42,7 @@ def needed_nodes(
         if site is not None and Mode.PARTIAL in mode and not dense:
             rows, carry = row_nodes(site, mode), carry_of(site, mode)
             inner = {*rows, *carry.held, *(carry.whole if Mode.KEPT in mode else ())}
-            todo += [i for n in rows for i in n.all_input_nodes if i not in inner]
+            todo += [i for n in rows if n not in carry.joins for i in n.all_input_nodes if i not in inner]
             todo += () if Mode.KEPT in mode else carry.whole
         else:
             todo += node.all_input_nodes

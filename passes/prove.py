@@ -9,30 +9,17 @@ names the op that reads the axis whole. It may also end at values that are *held
 for all tokens, and the rest for the selected ones.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, operand_nodes, source_line
+from toca_compile.ir.graph import ancestors, operand_nodes
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, Carry, Occurrence
+from toca_compile.passes.follow import Blocked, Trace, Walk, follow, label_at, occurrence_of
 from toca_compile.rules.registry import RULES
-
-Trace = dict[fx.Node, Occurrence]  # where one factor lies in each value of a branch
-
-
-@dataclass(frozen=True)
-class Blocked:
-    """Why a factor is not carried: the op, and what it does."""
-
-    node: fx.Node
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.node.target} {self.why} ({source_line(self.node)})"
 
 
 def prove(
@@ -43,17 +30,17 @@ def prove(
     tokens: tuple[Occurrence, ...],
     batch: Mapping[Occurrence, Trace],
     held: tuple[fx.Node, ...] = (),
-    whole: dict[fx.Node, None] | None = None,
+    walk: Walk | None = None,
 ) -> Carry | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
     ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
     the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample; at ``held``
-    values the walk ends. ``whole``: as in ``follow``.
+    values the walk ends. ``walk``: as in ``follow``.
     """
-    traces = []
+    traces, walk = [], walk or Walk()
     for occurrence in tokens:
-        trace = follow(types, source, output, region, occurrence, held, whole)
+        trace = follow(types, source, output, region, occurrence, held, walk)
         if isinstance(trace, Blocked):
             return trace
         traces.append(trace)
@@ -61,11 +48,15 @@ def prove(
     if source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(output, "does not need the tokens of its input")
     carry = Carry(
-        tokens={n: tuple(t[n] for t in traces) for n in nodes},
+        # In a concatenation the factors of a part are one.
+        tokens={n: tuple(dict.fromkeys(t[n] for t in traces)) for n in nodes},
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
-        rows=frozenset(region & ancestors([output], stop=[source, *held, *(whole or ())])),
+        rows=frozenset(walk.visited),
         held=held,
-        whole=tuple(whole or ()),
+        whole=tuple(walk.whole or ()),
+        windows=dict(walk.windows),
+        cuts=frozenset(walk.cuts),
+        joins=dict(walk.joins),
     )
     return _layout(types, source, output, carry) or carry
 
@@ -81,7 +72,7 @@ def prove_queries(
     """The proof that ``output`` may be restricted along ``tokens`` if what the branch reads whole (keys and values) is
     there for all of them. Where those are token-wise too, it says how (``Carry.updates``)."""
     whole: dict[fx.Node, None] = {}
-    carry = prove(types, source, output, region, tokens, batch, whole=whole)
+    carry = prove(types, source, output, region, tokens, batch, walk=Walk(whole))
     if isinstance(carry, Blocked) or not carry.whole:
         return carry
     for reader in carry.rows:
@@ -110,8 +101,9 @@ def batch_like(
     found = {}
     for d, dim in enumerate(types.type_of(node)):
         for occurrence in (Occurrence(d, i) for i in range(len(dim))):
-            trace = follow(types, source, node, region & ancestors([node]), occurrence)
-            if isinstance(trace, dict) and trace.get(source) in carry.batch[source]:
+            walk = Walk()
+            trace = follow(types, source, node, region & ancestors([node]), occurrence, walk=walk)
+            if isinstance(trace, dict) and walk.straight and trace.get(source) in carry.batch[source]:
                 found[occurrence] = trace
     return found
 
@@ -129,8 +121,9 @@ def batch_of(
     found = {}
     for d, dim in enumerate(types.type_of(output)):
         for occurrence in (Occurrence(d, i) for i in range(len(dim))):
-            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence, held)
-            if isinstance(trace, dict):
+            walk = Walk()
+            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence, held, walk)
+            if isinstance(trace, dict) and walk.straight:
                 found[occurrence] = trace
     return found
 
@@ -212,85 +205,3 @@ def _whole(types: AxisTypes, node: fx.Node, places: tuple[Occurrence, ...]) -> b
     first, last = span(places)
     held = [Occurrence(d, i) for d in range(first, last + 1) for i in range(len(types.type_of(node)[d]))]
     return list(places) == held
-
-
-def follow(
-    types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: AbstractSet[fx.Node],
-    start: Occurrence,
-    held: tuple[fx.Node, ...] = (),
-    whole: dict[fx.Node, None] | None = None,
-) -> Trace | Blocked:
-    """Where the factor at ``start`` of ``output`` lies in each value back to ``source`` (or a ``held`` value), or what
-    stops it. ``whole``, where given, takes the values of the branch that an op reads whole, and that stops nothing."""
-    order = {node: i for i, node in enumerate(output.graph.nodes)}
-    place: Trace = {}
-    labels: dict[fx.Node, tuple[str, int]] = {}
-    reason: Blocked | None = None
-
-    def demand(node: fx.Node, at: Occurrence, result: int = 0) -> Blocked | None:
-        if node.target is operator.getitem:
-            if place.setdefault(node, at) != at:
-                return Blocked(node, "is needed along two different axes")
-            return demand(node.args[0], at, node.args[1])  # type: ignore[arg-type]
-        if node is source or node in held:
-            return None if place.setdefault(node, at) == at else Blocked(node, "is needed along two different axes")
-        spec = types.specs.get(node)
-        if spec is None:
-            return Blocked(node, "has no rule" if node.target not in RULES else "regroups the tokens")
-        label = label_at(types, node, spec.results[result], at)
-        if label is None or label[0] not in spec.carried:
-            return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")
-        if labels.setdefault(node, label) != label:
-            return Blocked(node, "is needed along two different axes")
-        if result == 0:
-            place[node] = at
-        return None
-
-    reason = demand(output, start)
-    pending = {output}
-    while pending and reason is None:
-        node = max(pending, key=order.__getitem__)
-        pending.discard(node)
-        if node is source or node in held:
-            continue
-        if node.target is operator.getitem:
-            pending.add(node.args[0])  # type: ignore[arg-type]
-            continue
-        spec = types.specs[node]
-        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
-            if operand not in region and operand is not source:
-                continue
-            at = occurrence_of(types, node, dims, labels[node])
-            if at is None and whole is not None:
-                whole[operand] = None
-                continue
-            reason = Blocked(node, "mixes the tokens") if at is None else demand(operand, at)
-            if reason is not None:
-                break
-            pending.add(operand)
-    return place if reason is None else reason
-
-
-def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: Occurrence) -> tuple[str, int] | None:
-    """The label that an occurrence of a value belongs to, and which of the label's factors it is."""
-    index = at.index
-    for label in dims[at.dim]:
-        count = len(types.label(node, label))
-        if index < count:
-            return label, index
-        index -= count
-    return None
-
-
-def occurrence_of(types: AxisTypes, node: fx.Node, dims: Dims, label: tuple[str, int]) -> Occurrence | None:
-    """Where a label's factor lies among ``dims``, or None where the operand broadcasts along it."""
-    for d, dim in enumerate(dims):
-        index = 0
-        for name in dim:
-            if name == label[0]:
-                return Occurrence(d, index + label[1])
-            index += len(types.label(node, name))
-    return None

@@ -97,6 +97,13 @@ class Restriction:
         return self.emit(aten.linear.default, self.rows[x], *cut)
 
     def _node(self, node: fx.Node) -> fx.Node:
+        if node.target is operator.getitem and node.args[0] in self.carry.cuts:
+            return self.rows[node.args[0]]  # type: ignore[index]
+        if node in self.carry.joins:
+            return self.rows[self.carry.joins[node]]
+        if node in self.carry.cuts:
+            # The rows are of that part already.
+            return self.rows[operand_nodes(node)[0]]
         if node.target is operator.getitem:
             return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
         spec = self.types.specs[node]
@@ -161,6 +168,9 @@ class Restriction:
                 if d == batch_dim or begin <= d <= end:
                     shape[d] = of.shape[d]
             value = self.emit(aten.expand.default, value, shape)
+        if reader in self.carry.windows:
+            begin, size = self.carry.windows[reader]
+            value = self.emit(aten.slice.Tensor, value, first, begin, begin + size)
         merged = (last - first + 1,) if last > first else ()
         return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
 

@@ -133,7 +133,7 @@ def test_flops_of_skipped_blocks() -> None:
         (lambda: Composition(rules=(Rule(SkipBlocks()), Rule(Partial()))), "as a whole"),
         (lambda: Composition(rules=(Rule(SkipBlocks(), kinds=("mlp",)),)), "as a whole"),
         (lambda: Composition(rules=(Rule(SkipBlocks(1)),), alternate=(Rule(SkipBlocks(2)),)), "same"),
-        (lambda: Composition(rules=(Rule(Partial(order=2)),), basis="newton"), "history of its own"),
+        (lambda: Composition(rules=(Rule(Partial(order=2)),), basis="newton"), "history each"),
     ],
 )
 def test_contradictions_are_refused(make: object, why: str) -> None:

@@ -12,9 +12,21 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracles.tokens import interval
 from tests.sampling import noise, sample
-from toca_compile import Fora, FullCompute, PolicyError, TaylorSeer, ToCa, load_policy, preset, save_policy
+from toca_compile import (
+    BlockCache,
+    DuCa,
+    Fora,
+    FullCompute,
+    PolicyError,
+    TaylorSeer,
+    TaylorToCa,
+    ToCa,
+    load_policy,
+    preset,
+    save_policy,
+)
 from toca_compile.ir.types import Action
-from toca_compile.policies import PRESETS
+from toca_compile.policies import PRESETS, ready_made
 from toca_compile.policies.schedules import spread_steps, toca_phases
 
 
@@ -100,6 +112,9 @@ def test_spread_steps(steps: int, interval: int, bend: float, warmup: int) -> No
 POLICIES = [
     FullCompute(), Fora(7, 2), ToCa(), TaylorSeer(20, 5, 3, schedule="spread", bend=0.8, basis="newton"),
     TaylorSeer(20, full=(0, 1, 7), cache_dtype="bfloat16"), *(preset(name) for name in PRESETS),
+    *ready_made().values(), BlockCache(20, 2, 1, threshold=0.2, limit=3, order=1), DuCa(20).composition(),
+    preset("opensora-1.2/rflow-30").composition(), TaylorToCa(9, keys="keep").composition(),
+    BlockCache(20, threshold=0.3).composition(), TaylorSeer(20, full=(0, 1, 7)).composition(),
 ]  # fmt: skip
 
 

@@ -168,3 +168,58 @@ def test_full_compute_is_untouched() -> None:
         x = noise()
         opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
         assert torch.equal(sample(opt, 3, x), sample(model, 3, x))
+
+
+def joint_models() -> dict[str, tuple[Any, Any]]:
+    """Models whose attention runs over text and image together, with what one call is given."""
+    diffusers = pytest.importorskip("diffusers")
+    flux = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=12, axes_dims_rope=[2, 2, 4],
+    )  # fmt: skip
+    sd3 = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=12, out_channels=4,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    video = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
+        num_layers=2, sample_width=8, sample_height=8, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=8,
+    )  # fmt: skip
+    text, pooled = torch.ones(1, 6, 12), torch.ones(1, 12)
+    ids = {"img_ids": torch.rand(16, 3), "txt_ids": torch.zeros(6, 3)}
+    return {
+        "flux": (flux, lambda i: {
+            "hidden_states": noise(1, (8, 8), 1).reshape(1, 16, 4), "encoder_hidden_states": text,
+            "pooled_projections": pooled, "timestep": torch.tensor([0.9 - i * 0.1]), **ids,
+        }),
+        "sd3": (sd3, lambda i: {
+            "hidden_states": noise(1, (8, 8), 4), "encoder_hidden_states": text, "pooled_projections": pooled,
+            "timestep": torch.tensor([900 - i]),
+        }),
+        "video": (video, lambda i: {
+            "hidden_states": noise(1, (3 * 8, 8), 4).reshape(1, 3, 4, 8, 8), "encoder_hidden_states": torch.ones(1, 8, 8),
+            "timestep": torch.tensor([900 - i]),
+        }),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "video"])
+def test_joint_attention_at_one_streams_tokens(name: str) -> None:
+    """Rows of the image, or of the text, out of an attention over both equal those of the whole attention."""
+    model, call = joint_models()[name]
+    randomize(model)
+    rule = Rule(Queries(), kinds=("joint_attention",))
+    policy = Composition(4, Every(4), (rule,), which=Selector("random"), how_many=Share(0.5))
+    runs = {}
+    for lowering in ("eager", "dense"):
+        torch._dynamo.reset()
+        opt = toca_compile.optimize(model, policy, lowering=lowering)
+        with torch.no_grad():
+            runs[lowering] = [opt(**call(i), return_dict=False)[0] for i in range(4)]
+    report = toca_compile.explain(opt)
+    assert any(s.kind == "joint_attention" and "queries" in s.actions for s in report.sites)
+    assert report.schedule == "FPPP"
+    torch.testing.assert_close(runs["eager"], runs["dense"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(runs["eager"][1], runs["eager"][0])

@@ -125,11 +125,12 @@ def evaluate(
     ]
     methods += [Method(name, make, steps, _flops) for name, make in (others or {}).items()]
     _sample_all(methods, sampler, store, seeds, samples // batch, batch, console)
-    results = [_result(m, methods[0], store, seeds, peak, features, real, accuracy) for m in methods]
+    looked = {seed: features(_samples(store, methods[0], seed)) for seed in seeds} if features is not None else {}
+    results = [_result(m, methods[0], store, seeds, peak, features, looked, real, accuracy) for m in methods]
     _drop_kid(results, fewer)
     write(results, out)
     if console is not None:
-        console.print(_markdown(results))
+        _print(results, console)
     return results
 
 
@@ -208,7 +209,8 @@ class _Store:
 
 def _result(
     method: Method, base: Method, store: _Store, seeds: Sequence[int], peak: float,
-    features: Callable[[Tensor], Tensor] | None, real: Tensor | None, accuracy: Callable[[Tensor], float] | None,
+    features: Callable[[Tensor], Tensor] | None, looked: Mapping[int, Tensor], real: Tensor | None,
+    accuracy: Callable[[Tensor], float] | None,
 ) -> Result:  # fmt: skip
     own = {seed: store.all(method, seed) for seed in seeds}
     reference = {seed: store.all(base, seed) for seed in seeds}
@@ -221,18 +223,22 @@ def _result(
         cache_mb=max(b["cache_mb"] for batches in own.values() for b in batches),
     )
     for seed in seeds:
-        mine, theirs = (torch.cat([b["samples"] for b in kept[seed]]) for kept in (own, reference))
+        mine, theirs = _samples(store, method, seed), _samples(store, base, seed)
         if method is not base:
             result.psnr.append(psnr(mine, theirs, peak))
         if features is not None:
-            found = features(mine)
+            found = features(mine) if method is not base else looked[seed]
             if method is not base:
-                result.feature_distance.append(feature_distance(found, features(theirs)))
+                result.feature_distance.append(feature_distance(found, looked[seed]))
             if real is not None:
                 result.kid.append(kid(found, real))
         if accuracy is not None:
             result.accuracy.append(accuracy(mine))
     return result
+
+
+def _samples(store: _Store, method: Method, seed: int) -> Tensor:
+    return torch.cat([batch["samples"] for batch in store.all(method, seed)])
 
 
 def _median(kept: Mapping[int, Sequence[Mapping[str, Any]]]) -> float:
@@ -285,6 +291,18 @@ def _markdown(results: Sequence[Result]) -> str:
     rows = [_cells(r) for r in sorted(results, key=lambda r: (r.flop_speedup, r.mean_psnr))]
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _print(results: Sequence[Result], console: Any) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in _HEAD:
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name == "policy")
+    for result in sorted(results, key=lambda r: (r.flop_speedup, r.mean_psnr)):
+        table.add_row(*_cells(result))
+    console.print(table)
 
 
 def _plot(results: Sequence[Result], path: Path) -> None:

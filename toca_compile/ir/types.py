@@ -107,7 +107,9 @@ class Carry:
     ``held`` are values of the branch that the proof takes from the cache (the attention of a parallel block): the
     branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
     ``whole`` are values of the branch that it reads for all tokens (keys and values of an attention); ``updates`` are,
-    where those are token-wise in the branch's input, the proofs.
+    where those are token-wise in the branch's input, the proofs. In the values of ``windows`` the tokens are a part of
+    a concatenation, from a start on and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations
+    and which of their operands it is.
     """
 
     tokens: Mapping[fx.Node, tuple[Occurrence, ...]]
@@ -116,6 +118,9 @@ class Carry:
     held: tuple[fx.Node, ...] = ()
     whole: tuple[fx.Node, ...] = ()
     updates: "tuple[Carry, ...]" = ()
+    windows: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    cuts: frozenset[fx.Node] = frozenset()
+    joins: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

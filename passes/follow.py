@@ -1,0 +1,198 @@
+"""Follow: where the index space of one dimension of a value lies in the values that it is made from.
+
+The walk goes from a branch's output back to its input, op by op: the label of the dimension in the op's spec says where
+it is in each operand. Cutting a part out of a dimension (an image's tokens out of those of text and image together)
+makes the walk one of that *window*, until it meets the concatenation that the window is an operand of.
+"""
+
+import operator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from toca_compile.ir.graph import operand_nodes, source_line
+from toca_compile.ir.spec import Dims
+from toca_compile.ir.types import AxisTypes, Occurrence
+from toca_compile.rules.registry import RULES
+
+Trace = dict[fx.Node, Occurrence]  # where one factor lies in each value of a branch
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Why a factor is not carried: the op, and what it does."""
+
+    node: fx.Node
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.node.target} {self.why} ({source_line(self.node)})"
+
+
+@dataclass
+class Walk:
+    """What a walk meets beside places.
+
+    Attributes:
+        whole: values of the branch that an op reads whole, where that is allowed; None: it stops the walk.
+        windows: the values in which the factor is a part of a concatenation, and which: start and size.
+        cuts: the ops that cut a window out.
+        joins: the concatenations that end one, and the operand that it is.
+        visited: the ops that the factor passes.
+        seen: for every value asked for, in which window.
+    """
+
+    whole: dict[fx.Node, None] | None = None
+    windows: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    cuts: set[fx.Node] = field(default_factory=set)
+    joins: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    visited: set[fx.Node] = field(default_factory=set)
+    seen: dict[fx.Node, tuple[int, int] | None] = field(default_factory=dict)
+
+    @property
+    def straight(self) -> bool:
+        """Whether the factor is whole all the way."""
+        return not self.cuts and not self.joins
+
+
+def follow(
+    types: AxisTypes,
+    source: fx.Node,
+    output: fx.Node,
+    region: AbstractSet[fx.Node],
+    start: Occurrence,
+    held: tuple[fx.Node, ...] = (),
+    walk: Walk | None = None,
+) -> Trace | Blocked:
+    """Where the factor at ``start`` of ``output`` lies in each value back to ``source`` (or a ``held`` value), or what
+    stops it. ``walk`` takes what else is met."""
+    return _Follow(types, source, region, held, walk or Walk()).run(output, start)
+
+
+class _Follow:
+    def __init__(
+        self, types: AxisTypes, source: fx.Node, region: AbstractSet[fx.Node], held: tuple[fx.Node, ...], walk: Walk
+    ) -> None:  # fmt: skip
+        self.types, self.source, self.region, self.held, self.walk = types, source, region, held, walk
+        self.place: Trace = {}
+        self.labels: dict[fx.Node, tuple[str, int]] = {}
+        self.factor = 0  # which of the factors of a part that was cut out is followed
+
+    def run(self, output: fx.Node, start: Occurrence) -> Trace | Blocked:
+        order = {node: i for i, node in enumerate(output.graph.nodes)}
+        reason = self.demand(output, start, None)
+        pending = {output}
+        while pending and reason is None:
+            node = max(pending, key=order.__getitem__)
+            pending.discard(node)
+            if node is self.source or node in self.held:
+                continue
+            self.walk.visited.add(node)
+            if node.target is operator.getitem:
+                pending.add(node.args[0])  # type: ignore[arg-type]
+                continue
+            reason = self.operands(node, pending)
+        return self.place if reason is None else reason
+
+    def demand(self, node: fx.Node, at: Occurrence, window: tuple[int, int] | None, result: int = 0) -> Blocked | None:
+        """Ask for a value (or one result of an op) along the dimension at ``at``."""
+        twice = Blocked(node, "is needed along two different axes")
+        if node.target is operator.getitem:
+            if self.place.setdefault(node, at) != at or self._windowed(node, window):
+                return twice
+            return self.demand(node.args[0], at, window, node.args[1])  # type: ignore[arg-type]
+        if node is self.source or node in self.held:
+            if window is not None:
+                return Blocked(node, "is needed along a part of its tokens")
+            return None if self.place.setdefault(node, at) == at else twice
+        spec = self.types.specs.get(node)
+        if spec is None:
+            return Blocked(node, "has no rule" if node.target not in RULES else "regroups the tokens")
+        label = label_at(self.types, node, spec.results[result], at)
+        passes = label is not None and (
+            label[0] in spec.carried or label[0] in spec.windows or (label[0] in spec.concat and window is not None)
+        )
+        if label is None or not passes:
+            return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")
+        if self.labels.setdefault(node, label) != label or self._windowed(node, window):
+            return twice
+        if result == 0:
+            self.place[node] = at
+        return None
+
+    def operands(self, node: fx.Node, pending: set[fx.Node]) -> Blocked | None:
+        """Ask an op's operands for what it passes on."""
+        spec, label, window = self.types.specs[node], self.labels[node], self.walk.windows.get(node)
+        if label[0] in spec.windows:
+            cut = spec.windows[label[0]]
+            if cut.step != 1 or len(self.types.label(node, cut.source)) != 1:
+                return Blocked(node, "rearranges the tokens")
+            if window is None:
+                self.factor = label[1]  # of several that the tokens are made of
+            begin = cut.start + (window[0] if window is not None else 0)
+            window, label = (begin, spec.sizes[label[0]]), (cut.source, 0)
+            self.walk.cuts.add(node)
+        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
+            inside = operand in self.region or operand is self.source
+            within = window
+            at = occurrence_of(self.types, node, dims, label)
+            if label[0] in spec.concat:
+                part = self._part(node, label[0], dims, window)
+                if part is None:
+                    continue
+                if not inside:
+                    return Blocked(node, "joins tokens from elsewhere")
+                self.walk.joins[node] = operand
+                at, within = part, None
+            elif not inside:
+                continue
+            if at is None:
+                if self.walk.whole is None:
+                    return Blocked(node, "mixes the tokens")
+                self.walk.whole[operand] = None
+                continue
+            reason = self.demand(operand, at, within)
+            if reason is not None:
+                return reason
+            pending.add(operand)
+        if label[0] in spec.concat and node not in self.walk.joins:
+            return Blocked(node, "joins the tokens with others")
+        return None
+
+    def _part(self, node: fx.Node, label: str, dims: Dims, window: tuple[int, int] | None) -> Occurrence | None:
+        """Where the tokens lie in an operand of a concatenation, if it is the one that the window covers."""
+        spec, begin = self.types.specs[node], 0
+        for name in spec.concat[label]:
+            if window == (begin, spec.sizes[name]) and self.factor < len(self.types.label(node, name)):
+                return occurrence_of(self.types, node, dims, (name, self.factor))
+            begin += spec.sizes[name]
+        return None
+
+    def _windowed(self, node: fx.Node, window: tuple[int, int] | None) -> bool:
+        """Note the window in which a value is needed; whether it was needed in another."""
+        if window is not None:
+            self.walk.windows.setdefault(node, window)
+        return self.walk.seen.setdefault(node, window) != window
+
+
+def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: Occurrence) -> tuple[str, int] | None:
+    """The label that an occurrence of a value belongs to, and which of the label's factors it is."""
+    index = at.index
+    for label in dims[at.dim]:
+        count = len(types.label(node, label))
+        if index < count:
+            return label, index
+        index -= count
+    return None
+
+
+def occurrence_of(types: AxisTypes, node: fx.Node, dims: Dims, label: tuple[str, int]) -> Occurrence | None:
+    """Where a label's factor lies among ``dims``, or None where the operand broadcasts along it."""
+    for d, dim in enumerate(dims):
+        index = 0
+        for name in dim:
+            if name == label[0]:
+                return Occurrence(d, index + label[1])
+            index += len(types.label(node, name))
+    return None
