@@ -16,7 +16,7 @@ from peers import peers
 from rich.console import Console
 
 from toca_compile import demo, fashion, load_policy
-from toca_compile.evaluate import evaluate
+from toca_compile.evaluation import evaluate
 from toca_compile.policies import ready_made
 
 POLICIES = Path(__file__).resolve().parent / "policies"

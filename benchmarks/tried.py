@@ -14,7 +14,7 @@ from common import RESULTS, hardware
 from rich.console import Console
 
 from toca_compile import BlockCache, Composition, DuCa, TaylorSeer, TaylorToCa, demo, preset
-from toca_compile.evaluate import evaluate
+from toca_compile.evaluation import evaluate
 from toca_compile.policies import Every, Rule, SkipBlocks
 
 

@@ -21,8 +21,8 @@ LAYERS = [
     {"diffusion_pipeline"},
     {"api"},
     {"metrics", "fashion"},
-    {"compare", "evaluate"},
-    {"tune"},
+    {"compare", "evaluation"},
+    {"tuning"},
     {"demo"},
     {"cli"},
 ]

@@ -10,6 +10,7 @@ from toca_compile.errors import (
     UnsupportedGraphError,
     VerifyError,
 )
+from toca_compile.evaluation import evaluate
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
@@ -24,6 +25,7 @@ from toca_compile.policies import (
     preset,
     save_policy,
 )
+from toca_compile.tuning import Target, tune
 
 __all__ = [
     "BlockCache",
@@ -36,15 +38,18 @@ __all__ = [
     "OptimizedModel",
     "PassError",
     "PolicyError",
+    "Target",
     "TaylorSeer",
     "TaylorToCa",
     "ToCa",
     "TocaError",
     "UnsupportedGraphError",
     "VerifyError",
+    "evaluate",
     "explain",
     "load_policy",
     "optimize",
     "preset",
     "save_policy",
+    "tune",
 ]

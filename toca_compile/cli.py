@@ -77,7 +77,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     from rich.console import Console
 
     from toca_compile import demo, fashion
-    from toca_compile.evaluate import evaluate
+    from toca_compile.evaluation import evaluate
 
     model, sampler = demo.model_and_sampler(given.model, given.device)
     labels = demo.labels(given.batch).repeat(given.samples // given.batch)
@@ -96,8 +96,9 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _tune(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from toca_compile import demo, save_policy
-    from toca_compile.tune import Target, tune
+    from toca_compile import demo
+    from toca_compile.policies import save_policy
+    from toca_compile.tuning import Target, tune
 
     model, sampler = demo.model_and_sampler(given.model, given.device)
     policy = tune(

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from toca_compile.api import explain, optimize
 from toca_compile.errors import PolicyError, TocaError
-from toca_compile.evaluate import Sampler
+from toca_compile.evaluation import Sampler
 from toca_compile.ir.plan import Policy
 from toca_compile.metrics import psnr
 from toca_compile.model import OptimizedModel
 from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
 from toca_compile.policies.storage import as_data, from_data
-from toca_compile.policies.when import Every, Listed, Spread, When
+from toca_compile.policies.when import Every, Listed, When
 
 _DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 _SLACK = 0.005  # by how much a speed-up may miss its target
@@ -151,10 +151,32 @@ class _Search:
     # -- what to try --------------------------------------------------------------------------------------------------
 
     def _grid(self) -> Iterator[Composition]:
-        """Schedules, of single sites and of the whole stack."""
+        """Schedules, of single sites and of the whole stack: as many full steps as the target allows, and one less; for
+        a PSNR, ever fewer."""
         for do in (SkipBlocks(order=2), Forecast(2)):
-            for when in self._schedules():
-                yield Composition(self.steps, when, (Rule(do),), basis="newton")
+            counts = 0
+            for count in self._counts():
+                rows = [Composition(self.steps, when, (Rule(do),), basis="newton") for when in self._schedules(count)]
+                if self.target.psnr is None and not self._reaches(rows[0]):
+                    continue
+                yield from rows
+                counts += 1
+                if self.target.psnr is None and counts == 2:
+                    break
+
+    def _counts(self) -> list[int]:
+        if self.target.psnr is None:
+            return list(range(self.steps - 1, 1, -1))
+        return sorted({max(self.steps // n, 2) for n in (2, 3, 4, 5, 6, 8)}, reverse=True)
+
+    def _schedules(self, count: int) -> list[When]:
+        """``count`` full steps: evenly, with what is left at the end; or up to the last but one, evenly or denser
+        towards the end."""
+        even = tuple(round(i * self.steps / count) for i in range(count))
+        found = [even]
+        for bend in (1.0, 0.9, 0.8):
+            found.append(tuple(sorted({round((self.steps - 2) * (i / (count - 1)) ** bend) for i in range(count)})))
+        return [Listed(full) for full in dict.fromkeys(found)]
 
     def _series(self) -> Iterator[Composition]:
         """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared."""
@@ -169,13 +191,6 @@ class _Search:
                 for first, last in ((1, 0), (0, 1)):
                     yield replace(start, rules=(Rule(replace(_do(start), first=first, last=last)),))
 
-    def _schedules(self) -> Iterator[When]:
-        for interval in range(2, 13):
-            for warmup in (1, 2, 3):
-                yield Every(interval, warmup)
-            for bend in (0.8, 0.9, 1.0, 1.1):
-                yield Spread(interval, bend)
-
     def _groups(self) -> Iterator[Composition]:
         """The best schedule of single sites with the most sensitive groups computed at every step, or the least
         sensitive ones at a lower order."""
@@ -188,9 +203,15 @@ class _Search:
         order = _order(start)
         for count in (1, 2):
             spared = tuple(Rule(Compute(), (kind,), depths) for (kind, depths), _ in ranked[:count])
-            # The computing costs, so the full steps may come less often.
-            for interval in range(2, 13):
-                yield replace(start, when=Every(interval), rules=(*spared, Rule(Forecast(order))))
+            # The computing costs, so there are fewer full steps; the most that the target allows.
+            for number in self._counts():
+                rows = [
+                    replace(start, when=when, rules=(*spared, Rule(Forecast(order))))
+                    for when in self._schedules(number)
+                ]
+                if self.target.psnr is None and self._reaches(rows[0]):
+                    yield from rows
+                    break
         for (kind, depths), _ in ranked[::-1][:2]:
             yield replace(start, rules=(Rule(Forecast(max(order - 1, 0)), (kind,), depths), Rule(Forecast(order))))
 
@@ -212,21 +233,24 @@ class _Search:
     # -- trying it ----------------------------------------------------------------------------------------------------
 
     def _in_reach(self, policies: Iterator[Composition]) -> Iterator[Composition]:
-        """Those worth a sampling: legal, not too slow for the target, and not much faster than it asks for."""
+        """Those worth a sampling, while there is time."""
         for policy in policies:
             if self._over():
                 return
-            try:
-                flops = self._price(policy)
-            except PolicyError:
-                continue
-            wanted = self.target.flops or self.target.latency
-            if wanted is not None:
-                # FLOPs fall at least as much as the clock.
-                most = wanted * (1.15 if self.target.flops else 1.4)
-                if not wanted - _SLACK <= flops <= most:
-                    continue
-            yield policy
+            if self._reaches(policy):
+                yield policy
+
+    def _reaches(self, policy: Composition) -> bool:
+        """Whether a policy is legal, and by its FLOPs neither too slow for the target nor much faster than it asks
+        for."""
+        try:
+            flops = self._price(policy)
+        except PolicyError:
+            return False
+        wanted = self.target.flops or self.target.latency
+        # FLOPs fall at least as much as the clock.
+        most = 1.5 if self.target.flops else 2.0
+        return wanted is None or wanted - _SLACK <= flops <= most * wanted
 
     def _price(self, policy: Policy) -> float:
         """FLOP speed-up, without running anything."""
