@@ -22,17 +22,19 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
     """Segments in execution order, and the sites with their place in a stack of blocks."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     blocks: list[Segment] = []
+    loose: list[Site] = []
     placed = list(sites)
     for group in _periods(sites):
         matched = _match_blocks(group, sites, order, len(blocks)) if len(group) > 1 else None
         if matched is None:
-            for members in group:
-                blocks.extend(_alone(members, blocks, order))
+            loose.extend(site for members in group for site in members)
         else:
             blocks.extend(matched)
         for depth, members in enumerate(group):
             for site in members:
                 placed[site.index] = replace(site, depth=depth, depths=len(group))
+    for together in _overlapping(loose):
+        blocks.append(_alone(together, blocks, order))
     segments = _with_glue(graph, blocks, order)
     if segments is None:
         segments = _whole(graph, sites, order)
@@ -169,23 +171,30 @@ def _convex(nodes: set[fx.Node], inputs: Iterable[fx.Node]) -> bool:
     return not (ancestors(inputs) & nodes)
 
 
-def _alone(members: Sequence[Site], blocks: list[Segment], order: dict[fx.Node, int]) -> list[Segment]:
-    """Each site as a segment of its own: everything between its source and its addition."""
-    segments: list[Segment] = []
-    for site in members:
-        taken = {n for s in (*blocks, *segments) for n in s.nodes}
-        below = ancestors([site.add], stop=[site.source])
-        nodes = [n for n in below if n.op == "call_function" and n not in taken and _reaches(n, site.source, below)]
-        segments.append(_segment(nodes, order, len(blocks) + len(segments), (site.index,)))
-    return segments
+def _overlapping(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites that share nodes (two streams in one attention) together, others each for itself."""
+    groups: list[list[Site]] = []
+    for site in sites:
+        joined = [g for g in groups if any(site.region & other.region for other in g)]
+        groups = [g for g in groups if g not in joined] + [[*(s for g in joined for s in g), site]]
+    return groups
 
 
-def _reaches(node: fx.Node, source: fx.Node, within: set[fx.Node]) -> bool:
+def _alone(sites: Sequence[Site], blocks: Sequence[Segment], order: dict[fx.Node, int]) -> Segment:
+    """Some sites as a segment of their own: everything between their sources and their additions."""
+    taken = {n for s in blocks for n in s.nodes}
+    sources = {s.source for s in sites}
+    below = ancestors([s.add for s in sites], stop=sources)
+    nodes = [n for n in below if n.op == "call_function" and n not in taken and _reaches(n, sources, below)]
+    return _segment(nodes, order, len(blocks), tuple(s.index for s in sites))
+
+
+def _reaches(node: fx.Node, sources: set[fx.Node], within: set[fx.Node]) -> bool:
     todo, seen = [node], set()
     while todo:
         n = todo.pop()
         for parent in n.all_input_nodes:
-            if parent is source:
+            if parent in sources:
                 return True
             if parent in within and parent not in seen:
                 seen.add(parent)
@@ -203,7 +212,10 @@ def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int,
 def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:
     """Blocks in graph order with the rest of the nodes in between, each as early as it can be. None where blocks are
     entangled, so that no order of whole segments exists."""
-    blocks = sorted(blocks, key=lambda s: order[s.nodes[-1]])
+    in_order = _sorted(blocks, order)
+    if in_order is None:
+        return None
+    blocks = in_order
     level: dict[fx.Node, int] = {n: i + 1 for i, block in enumerate(blocks) for n in block.nodes}
     inside = set(level)
     glue: list[list[fx.Node]] = [[] for _ in range(len(blocks) + 1)]
@@ -227,6 +239,20 @@ def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]
             count += 1
             segments.append(part)
     return _renumbered(segments)
+
+
+def _sorted(blocks: Sequence[Segment], order: dict[fx.Node, int]) -> list[Segment] | None:
+    """The blocks so that each follows those that it needs, else as the graph has them; None where two need each
+    other."""
+    owner = {n: i for i, block in enumerate(blocks) for n in block.nodes}
+    needs = [{owner[n] for n in ancestors(block.inputs) if n in owner} for block in blocks]
+    found: list[int] = []
+    while len(found) < len(blocks):
+        ready = [i for i in range(len(blocks)) if i not in found and needs[i] <= set(found)]
+        if not ready:
+            return None
+        found.append(min(ready, key=lambda i: order[blocks[i].nodes[-1]]))
+    return [blocks[i] for i in found]
 
 
 def _renumbered(segments: list[Segment]) -> tuple[Segment, ...]:

@@ -9,7 +9,8 @@ import torch
 import toca_compile
 from tests.models import diffusers_dit
 from tests.pipelines import NAMES, build, run
-from toca_compile import Fora, FullCompute, ToCa, TocaError, preset
+from toca_compile import BlockCache, DuCa, Fora, FullCompute, TaylorToCa, ToCa, TocaError, preset
+from toca_compile.ir.plan import Policy
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -216,3 +217,23 @@ def test_the_report_of_a_pipeline() -> None:
     toca_compile.optimize(pipe, POLICY, lowering="eager")
     run(pipe, call, 3)
     assert {s.kind for s in toca_compile.explain(pipe).sites} == {"self_attention", "cross_attention", "mlp"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "policy",
+    [BlockCache(50, 1, threshold=0.5, order=1), DuCa(schedule="counter"), TaylorToCa(keys="keep")],
+    ids=lambda p: type(p).__name__,
+)
+def test_every_kind_of_policy(name: str, policy: Policy) -> None:
+    """Blocks skipped by a test at run time, in turn with partial steps, and partial attention: each call its own run."""
+    pipe, call = build(name)
+    plain = run(pipe, call, 8)
+    toca_compile.optimize(pipe, policy, lowering="eager")
+    first = run(pipe, call, 8)
+    seen = kinds(pipe)
+    assert seen[0] == "f"
+    assert set(seen[1:]) - {"f"} or not torch.equal(first, plain) or isinstance(policy, BlockCache)
+    assert torch.equal(run(pipe, call, 8), first)
+    assert kinds(pipe) == seen
+    assert pipe.transformer.cache_bytes == 0

@@ -200,8 +200,8 @@ class Composition:
         orders = [max((_order(r.do) for r in (*self.rules, *self.alternate) if r.matches(s)), default=0) for s in sites]
         made = [0] * len(sites)
         blocks = _blocks(sites)
+        count = max(blocks, default=-1) + 1
         for rule in (*self.rules, *self.alternate):
-            count = blocks[-1] + 1 if blocks else 0
             if isinstance(rule.do, SkipBlocks) and rule.do.first + rule.do.last >= count:
                 raise PolicyError(
                     f"the model has {count} blocks: first={rule.do.first} and last={rule.do.last} leave none to skip"
@@ -211,7 +211,7 @@ class Composition:
             row = []
             for site, block in zip(sites, blocks, strict=True):
                 phase = phases[site.kind][call]
-                todo = self._site(site, call, phase, (block, blocks[-1] + 1), made[site.index])
+                todo = self._site(site, call, phase, (block, count), made[site.index])
                 if todo.action is Action.COMPUTE:
                     early = call < self.differences_from
                     made[site.index] = 0 if early else min(orders[site.index], made[site.index] + 1)
@@ -263,16 +263,14 @@ def _order(do: What) -> int:
 
 
 def _blocks(sites: tuple[Site, ...]) -> list[int]:
-    """The number of each site's block. Sites in a row with one place in one stack are one block, though they may be
-    compiled apart."""
-    numbers: list[int] = []
-    for before, site in zip((None, *sites), sites, strict=False):
-        place = (site.depth, site.depths)
-        same = before is not None and (
-            before.block == site.block or (site.depths > 1 and (before.depth, before.depths) == place)
-        )
-        numbers.append(numbers[-1] + (0 if same else 1) if numbers else 0)
-    return numbers
+    """The number of each site's block. What is compiled apart but has one place in one stack is one block."""
+    places = {s.block: (s.depth, s.depths) for s in reversed(sites)}
+    numbers: dict[int, int] = {}
+    before, number = None, -1
+    for block in sorted(places):
+        number += places[block] != before or places[block][1] == 1
+        numbers[block], before = number, places[block]
+    return [numbers[s.block] for s in sites]
 
 
 def check_order(order: int) -> None:
