@@ -1,7 +1,7 @@
 """CPU benchmark: does the clock fall as much as the FLOPs do, against a baseline compiled by the same Inductor?
 
     python benchmarks/cpu.py                     # all parts, about 40 minutes on 2 cores
-    python benchmarks/cpu.py --parts partial     # one of: partial, scores, runs, cold, dispatch
+    python benchmarks/cpu.py --parts partial     # some of: partial, scores, queries, runs, forecasts, …
 
 All ratios come from one process with interleaved repeats (``cold`` starts processes with empty caches). Results go to
 ``benchmarks/results/cpu.{json,md}``.
@@ -20,7 +20,8 @@ import torch
 from common import arguments, dit, interleaved, save
 
 import toca_compile
-from toca_compile import Fora, FullCompute, ToCa, preset
+from toca_compile import BlockCache, Composition, Fora, FullCompute, TaylorSeer, ToCa, preset
+from toca_compile.policies import Every, Queries, Rule, Selector, Share
 
 LONG = 10**6  # steps of a run that a benchmark never finishes: every call after the first is the same cached step
 Rows = list[dict[str, Any]]
@@ -103,13 +104,61 @@ def scores(repeats: int) -> Rows:
     return rows
 
 
+def queries(repeats: int) -> Rows:
+    """A step whose attention is partial and whose MLPs are reused, over a full one, for each way to have the keys."""
+    rows: Rows = []
+    for size in (32, 64):
+        torch._dynamo.reset()
+        model, inputs = dit(1152, 4, size), arguments(2, size)
+        baseline = torch.compile(model, dynamic=False)
+        baseline(**inputs)
+        opts = {}
+        for keys in ("fresh", "update", "keep"):
+            for share in (1 / 8, 1 / 2):
+                rule = Rule(Queries(keys), kinds=("self_attention",))
+                which = Selector("random")
+                policy = Composition(64, Every(64), (rule,), which=which, how_many=Share(share))
+                opts[keys, share] = toca_compile.optimize(model, policy)
+                for _ in range(3):
+                    opts[keys, share](**inputs)
+        calls: dict[Any, Any] = {"baseline": bind(baseline, **inputs)}
+        median = interleaved(calls | {name: bind(opt, **inputs) for name, opt in opts.items()}, repeats)
+        for (keys, share), opt in opts.items():
+            report = toca_compile.explain(opt)
+            rows.append(
+                {
+                    "tokens": size * size // 4,
+                    "keys": keys,
+                    "K/n": share,
+                    "FLOP ratio": float(report.flops("partial")) / float(report.flops("full")),
+                    "time ratio": median[keys, share] / median["baseline"],
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def runs(repeats: int) -> Rows:
     """Whole samplings at DiT-XL/2 width and four of its layers, 256 tokens, guidance pair."""
-    rows: Rows = []
     model, inputs = dit(1152, 4, 32), arguments(2, 32)
-    for name in ("dit-xl-2/ddim-50", "dit-xl-2/ddpm-250"):
+    policies: dict[str, Any] = {name: preset(name) for name in ("dit-xl-2/ddim-50", "dit-xl-2/ddpm-250")}
+    return _runs(model, inputs, policies, repeats)
+
+
+def forecasts(repeats: int) -> Rows:
+    """The same with forecasts: of every site, and of the whole stack of blocks."""
+    model, inputs = dit(1152, 4, 32), arguments(2, 32)
+    policies: dict[str, Any] = {}
+    for n in (3, 5):
+        policies[f"TaylorSeer o2 N={n}"] = TaylorSeer(50, n, 2)
+        policies[f"blocks, Newton o2 N={n}"] = BlockCache(50, 0, interval=n, order=2, basis="newton")
+    return _runs(model, inputs, policies, repeats)
+
+
+def _runs(model: Any, inputs: dict[str, Any], policies: dict[str, Any], repeats: int) -> Rows:
+    rows: Rows = []
+    for name, policy in policies.items():
         torch._dynamo.reset()
-        policy = preset(name)
         baseline, opt = torch.compile(model, dynamic=False), toca_compile.optimize(model, policy)
         opt(**inputs)
         report = toca_compile.explain(opt)
@@ -126,7 +175,7 @@ def runs(repeats: int) -> Rows:
         clock, flops = median["baseline"] / median["opt"], report.flop_speedup()
         rows.append(
             {
-                "preset": name,
+                "policy": name,
                 "FLOP speed-up": flops,
                 "latency speed-up": clock,
                 "ratio": clock / flops,
@@ -193,7 +242,10 @@ def dispatch(repeats: int) -> Rows:
     return rows
 
 
-PARTS = {"partial": partial, "scores": scores, "runs": runs, "cold": cold, "dispatch": dispatch}
+PARTS = {
+    "partial": partial, "scores": scores, "queries": queries, "runs": runs, "forecasts": forecasts, "cold": cold,
+    "dispatch": dispatch,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -207,7 +259,7 @@ def main() -> None:
         cold_child(given.cold_child)
         return
     with torch.inference_mode():
-        sections = {name: PARTS[name](3 if name == "runs" else given.repeats) for name in given.parts}
+        sections = {name: PARTS[name](3 if name in ("runs", "forecasts") else given.repeats) for name in given.parts}
     save("cpu", "cpu", sections)
 
 

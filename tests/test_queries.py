@@ -1,5 +1,6 @@
 """Partial attention and tokens with a history of their own, against the literal form."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,10 +13,10 @@ import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
 from tests.sampling import noise, sample
-from toca_compile import Composition, Fora, FullCompute, TaylorToCa
-from toca_compile.ir.plan import Selector
+from toca_compile import Composition, Fora, FullCompute, TaylorToCa, VerifyError
 from toca_compile.lowerings import LOWERINGS
-from toca_compile.policies import Every, Queries, Rule, Share
+from toca_compile.passes.restrict import Restriction
+from toca_compile.policies import Every, Queries, Rule, Selector, Share
 
 
 class WrittenOut(torch.fx.Interpreter):
@@ -223,3 +224,25 @@ def test_joint_attention_at_one_streams_tokens(name: str) -> None:
     assert report.schedule == "FPPP"
     torch.testing.assert_close(runs["eager"], runs["dense"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(runs["eager"][1], runs["eager"][0])
+
+
+def test_a_restriction_that_forgets_the_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary tables run over text and image; read at the image's places from the front, they are the text's."""
+    right = Restriction._leaf
+
+    def wrong(self: Restriction, *args: Any) -> Any:
+        carry, self.carry = self.carry, replace(self.carry, windows={})
+        try:
+            return right(self, *args)
+        finally:
+            self.carry = carry
+
+    monkeypatch.setattr(Restriction, "_leaf", wrong)
+    model, call = joint_models()["flux"]
+    rule = Rule(Queries(), kinds=("joint_attention",))
+    policy = Composition(4, Every(4), (rule,), which=Selector("random"), how_many=Share(0.5))
+    opt = toca_compile.optimize(randomize(model), policy, lowering="eager")
+    with torch.no_grad():
+        opt(**call(0))
+        with pytest.raises(VerifyError, match="dense meaning"):
+            opt(**call(1))

@@ -1,5 +1,6 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
+from toca_compile.ir.plan import Selector
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.composition import (
     Composition,
@@ -37,6 +38,7 @@ __all__ = [
     "Queries",
     "Reuse",
     "Rule",
+    "Selector",
     "Share",
     "SkipBlocks",
     "Spread",
