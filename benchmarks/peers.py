@@ -95,7 +95,7 @@ def _cache_dit(
     def row(threshold: float, order: int) -> Callable[[], Peer]:
         def make() -> Peer:
             net = copy.deepcopy(model)
-            # Four in a row at most, and one first block, as its documentation recommends for small models.
+            # One first block, and at most four cached steps in a row.
             config = cache_dit.DBCacheConfig(
                 Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=4,
                 max_continuous_cached_steps=4, num_inference_steps=steps,

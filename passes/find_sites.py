@@ -60,6 +60,7 @@ def find_sites(
         inside = tuple(a for a in attentions if a.node in region)
         proofs = [_prove(types, branch.source, output, region, tokens, inside) for tokens in choices]
         tokens, proof, batch = next((p for p in proofs if isinstance(p[1], Carry)), proofs[0])
+        queries = _queries(types, branch.source, output, region, tokens, proof)
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
             axes[factors] = _axis(graph, types, factors, len(axes), grid)
@@ -77,7 +78,8 @@ def find_sites(
                 attention=inside,
                 carry=None if isinstance(proof, Blocked) else proof,
                 reason=str(proof) if isinstance(proof, Blocked) else None,
-                queries=_queries(types, branch.source, output, region, tokens, proof),
+                queries=queries if isinstance(queries, Carry) else None,
+                no_queries=str(queries) if isinstance(queries, Blocked) else None,
             )
         )
     counts = Counter(s.name for s in sites)
@@ -137,12 +139,12 @@ def _queries(
     region: frozenset[fx.Node],
     tokens: tuple[Occurrence, ...],
     proof: Carry | Blocked,
-) -> Carry | None:
+) -> Carry | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens."""
     if isinstance(proof, Carry) and not proof.held:
         return None
     found = prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
-    return found if isinstance(found, Carry) and found.whole else None
+    return found if isinstance(found, Blocked) or found.whole else None
 
 
 def _computes(carry: Carry, source: fx.Node, region: frozenset[fx.Node]) -> bool:

@@ -55,7 +55,9 @@ def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
     for node in outputs:
         if not any(f in tokens for dim in unit.types.type_of(node) for f in dim):
             raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
-    entries = tuple(_entry(unit.types, node, candidates, tokens) for node in outputs)
+    entries = tuple(
+        _entry(unit.types, node, candidates, tokens) if skip.residual else None for node in outputs
+    )  # fmt: skip
     probe = None
     if skip.threshold is not None:
         probe = _probe(unit, first, sources)
@@ -115,7 +117,7 @@ def keep_range(found: Range, skip: Skip) -> Variant:
     graph, given = _begin((*found.inputs, *found.outputs))
     for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
         value = given[node]
-        if skip.residual and entry is not None:
+        if entry is not None:
             value = graph.call_function(aten.sub.Tensor, (value, _entered(graph, given, entry, node)))
         fresh, memory = [value], skip.memory
         slots = [_slot(graph, given, Slot("cache", i))]
@@ -137,7 +139,7 @@ def skip_range(found: Range, skip: Skip) -> Variant:
         for order in range(1, skip.memory.order + 1):
             terms = (_slot(graph, given, Slot("diff", i, order)), _slot(graph, given, Slot("power", i, order)))
             value = graph.call_function(toca.forecast.default, (value, *terms, _factorial(skip.memory, order)))
-        if skip.residual and entry is not None:
+        if entry is not None:
             value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry, node), value))
         # A copy: the next step's writes to the cache must not reach what this step hands out.
         value = graph.call_function(aten._to_copy.default, (value,), {"dtype": value_of(node).dtype})

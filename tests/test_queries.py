@@ -13,7 +13,7 @@ import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
 from tests.sampling import noise, sample
-from toca_compile import Composition, Fora, FullCompute, TaylorToCa, VerifyError
+from toca_compile import Composition, Fora, FullCompute, PolicyError, TaylorToCa, VerifyError
 from toca_compile.lowerings import LOWERINGS
 from toca_compile.passes.restrict import Restriction
 from toca_compile.policies import Every, Queries, Rule, Selector, Share
@@ -161,6 +161,9 @@ def test_causal_attention_has_no_partial_queries() -> None:
     sample(opt, 4, noise())
     kinds = {s.kind: s.actions for s in toca_compile.explain(opt).sites}
     assert "queries" not in kinds["self_attention"]
+    opt.policy = Fora(4, 2)
+    with pytest.raises(PolicyError, match=r"queries alone.*scaled_dot_product_attention.*test_queries\.py:\d+"):
+        opt.policy = TaylorToCa(4, keys="fresh")
 
 
 def test_full_compute_is_untouched() -> None:

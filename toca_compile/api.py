@@ -53,7 +53,7 @@ def optimize(
 
     Args:
         model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
-        policy: ``ToCa(...)``, ``Fora(...)``, ``FullCompute()``, or a preset.
+        policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other, or a preset.
         lowering: ``"inductor"`` or ``"eager"``.
         strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.

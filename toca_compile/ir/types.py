@@ -150,6 +150,7 @@ class Site:
     carry: Carry | None
     reason: str | None
     queries: Carry | None = None  # the proof that it may be, given keys and values of all tokens
+    no_queries: str | None = None  # or why not
     by_keys: Scorer | None = None  # an attention that has the tokens as keys
     by_queries: Scorer | None = None  # a cross-attention that has them as queries
     block: int = 0

@@ -206,6 +206,9 @@ class Composition:
                 raise PolicyError(
                     f"the model has {count} blocks: first={rule.do.first} and last={rule.do.last} leave none to skip"
                 )
+            able = [s for s in sites if rule.matches(s) and s.attention] if isinstance(rule.do, Queries) else []
+            if able and all(Action.QUERIES not in s.actions and s.no_queries for s in able):
+                raise PolicyError(f"{able[0].name} cannot be computed for some queries alone: {able[0].no_queries}")
         steps = []
         for call in range(self.num_steps):
             row = []
