@@ -197,8 +197,10 @@ class _Search:
         sites = [t for t in self.trials.values() if isinstance(_do(t.policy), Forecast)]
         if not sites:
             return
-        start = max(sites, key=self._rank).policy
-        assert isinstance(start, Composition)
+        best = max(sites, key=self._rank)
+        start = best.policy
+        if self._rank(best) < self._rank(self._best()) - 1.0 or not isinstance(start, Composition):
+            return  # forecasts of single sites are far behind those of blocks
         ranked = sorted(self.sensitivity(start).items(), key=lambda item: item[1])
         order = _order(start)
         for count in (1, 2):
