@@ -1,95 +1,92 @@
-"""What was tried on the way to the policies that ``policies.md`` recommends: one group of rows, eager, PSNR and FLOPs.
+"""What was tried on the way to the policies that ``policies.md`` recommends, row by row: FLOPs and PSNR, eager.
 
-    python benchmarks/tried.py series spread blocks queries published      # any of these; all take about ten minutes
+    python benchmarks/tried.py series spread blocks queries published     # any of these; all take about 40 minutes
 
-Ten samples of one calibration seed that no result is reported on (spread over seeds: 0.3 to 0.8 dB, see
-``results/quality.md``). Latency is not measured here. Writes ``results/tried-GROUP.md``.
+Ten samples of one calibration seed that no result is reported on. Latency is not measured here. ``results/tried.md``
+has the rows.
 """
 
 import argparse
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from common import RESULTS, hardware
-from rich.console import Console
+import toca_compile
+from toca_compile import BlockCache, DuCa, TaylorSeer, TaylorToCa, demo
+from toca_compile.metrics import psnr
 
-from toca_compile import BlockCache, Composition, DuCa, TaylorSeer, TaylorToCa, demo, preset
-from toca_compile.evaluation import evaluate
-from toca_compile.policies import Every, Rule, SkipBlocks
+Row = tuple[str, Any]
 
 
-def groups() -> dict[str, dict[str, Any]]:
-    """The rows of each group."""
-    series = {
-        f"{basis} o{order} N={n}": TaylorSeer(50, n, order, basis=basis)
-        for n in (2, 3, 5)
-        for basis, orders in (("taylor", (2, 4)), ("newton", (2, 3, 4)))
-        for order in orders
-    }
-    spread = {
-        f"newton o3 N={n} spread, bend {bend}": TaylorSeer(50, n, 3, schedule="spread", bend=bend, basis="newton")
-        for n in (3, 5)
-        for bend in (1.0, 0.8)
-    }
-    blocks: dict[str, Any] = {}
+def series() -> Iterator[Row]:
+    """Forecasts of every site: the published recursion against Newton's polynomial."""
+    for n in (2, 3, 4, 5):
+        for basis, orders in (("taylor", (2, 3, 4)), ("newton", (2, 3, 4))):
+            for order in orders:
+                yield f"every site, {basis} o{order}, N={n}", TaylorSeer(50, n, order, basis=basis)
+
+
+def spread() -> Iterator[Row]:
+    """The same with full steps laid up to the last but one."""
+    for n in (2, 3, 4, 5):
+        for basis, order in (("taylor", 2), ("newton", 2), ("newton", 3)):
+            for bend in (1.0, 0.9, 0.8):
+                policy = TaylorSeer(50, n, order, schedule="spread", bend=bend, basis=basis)
+                yield f"every site, {basis} o{order}, N={n}, spread, bend {bend}", policy
+
+
+def blocks() -> Iterator[Row]:
+    """What all blocks add to the stream, as one."""
+    for n in (2, 3, 4, 5):
+        for order in (2, 3):
+            yield f"blocks, newton o{order}, N={n}", BlockCache(50, 0, interval=n, order=order, basis="newton")
+        yield f"all but the first block, reused, N={n}", BlockCache(50, 1, interval=n)
+        policy = BlockCache(50, 1, interval=n, order=2, basis="newton", bend=0.9)
+        yield f"all but the first block, newton o2, N={n}, spread, bend 0.9", policy
+    for bend in (1.0, 0.9, 0.8, 1.1):
+        policy = BlockCache(50, 0, interval=5, order=3, basis="newton", bend=bend)
+        yield f"blocks, newton o3, N=5, spread, bend {bend}", policy
+
+
+def queries() -> Iterator[Row]:
+    """Tokens recomputed between full steps, Taylor o2, N=5; their new values kept or not."""
+    yield "no token", TaylorSeer(50, 5, 2)
+    for update in (False, True):
+        for keys, mlp in (("fresh", False), ("fresh", True), ("update", False), (None, True)):
+            for share in (0.1, 0.3, 0.6):
+                for score in ("error", "random"):
+                    policy = TaylorToCa(50, 5, 2, share, score=score, keys=keys, mlp=mlp, update=update)
+                    what = f"queries with keys {keys}" * (keys is not None) + " and " * bool(keys and mlp) + "MLP" * mlp
+                    yield f"{what}, {share:.0%} by {score}{', kept' if update else ''}", policy
+
+
+def published() -> Iterator[Row]:
+    """DuCa, and block caches that a test at run time drives."""
     for n in (3, 5):
-        blocks[f"blocks N={n} newton o2"] = BlockCache(50, 0, interval=n, order=2, basis="newton")
-        blocks[f"blocks N={n} reused"] = BlockCache(50, 0, interval=n)
-        blocks[f"blocks N={n} newton o2, first block computed"] = BlockCache(
-            50, 1, interval=n, order=2, basis="newton"
-        )  # fmt: skip
-        blocks[f"blocks N={n} newton o2, spread, bend 0.9"] = BlockCache(
-            50, 0, interval=n, order=2, basis="newton", bend=0.9
-        )  # fmt: skip
-        state = Rule(SkipBlocks(residual=False, order=2))
-        blocks[f"blocks N={n} newton o2, of the stream itself"] = Composition(50, Every(n), (state,), basis="newton")
-    queries: dict[str, Any] = {"taylor o2 N=5": TaylorSeer(50, 5, 2)}
-    cases: tuple[tuple[str, dict[str, Any], float], ...] = (
-        ("mlp", {}, 0.1),
-        ("queries, fresh keys", {"keys": "fresh", "mlp": False}, 0.3),
-        ("queries, fresh keys", {"keys": "fresh", "mlp": False}, 0.6),
-        ("queries, keys updated", {"keys": "update", "mlp": False}, 0.3),
-        ("queries, keys kept", {"keys": "keep", "mlp": False}, 0.3),
-        ("queries and mlp, fresh keys", {"keys": "fresh"}, 0.3),
-    )
-    for what, settings, share in cases:
-        for score in ("error", "random"):
-            policy = TaylorToCa(50, 5, 2, share, score=score, update=False, **settings)
-            queries[f"{what}, {share:.0%} by {score}"] = policy
-    for what, settings, share in cases[:2]:
-        policy = TaylorToCa(50, 5, 2, share, score="random", **settings)
-        queries[f"{what}, {share:.0%} by random, differences updated"] = policy
-    published: dict[str, Any] = {
-        "ToCa": preset("dit-xl-2/ddim-50"),
-        "ToCa random": preset("dit-xl-2/ddim-50", score="random"),
-    }
-    published |= {f"DuCa N={n}": DuCa(50, n) for n in (3, 5)}
-    published |= {
-        f"first block {t}, {'newton o2' if o else 'reused'}": BlockCache(
-            50, 1, threshold=t, order=o, basis="newton", warmup=2
-        )
-        for t in (0.03, 0.1)
-        for o in (0, 2)
-    }
-    return {"series": series, "spread": spread, "blocks": blocks, "queries": queries, "published": published}
+        yield f"DuCa N={n}", DuCa(50, n)
+    for threshold in (0.03, 0.06, 0.1, 0.2):
+        for order in (0, 2):
+            policy = BlockCache(50, 1, threshold=threshold, order=order, basis="newton", warmup=2)
+            yield f"first block {threshold}, {'newton o2' if order else 'reused'}", policy
+
+
+GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published)}
 
 
 def main() -> None:
-    """Evaluate the groups asked for."""
+    """Sample with every row of the groups asked for, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=list(groups()))
-    parser.add_argument("--out", type=Path, default=Path("toca-tried"))
+    parser.add_argument("groups", nargs="+", choices=list(GROUPS))
     given = parser.parse_args()
     model, sampler = demo.model_and_sampler()
+    reference = sampler(model, 50, 100, 10)
+    opt = toca_compile.optimize(model, TaylorSeer(50, 2, 2), lowering="eager")
     for name in given.groups:
-        results = evaluate(
-            model, sampler, groups()[name], fewer=(), seeds=(100,), samples=10, batch=10, out=given.out,
-            lowering="eager", console=Console(),
-        )  # fmt: skip
-        rows = sorted(results[1:], key=lambda r: (round(r.flop_speedup, 1), r.mean_psnr))
-        lines = [f"| {r.name} | {r.flop_speedup:.2f} | {r.mean_psnr:.2f} |" for r in rows]
-        text = "\n".join(["| policy | FLOPs × | PSNR dB |", "| --- | --- | --- |", *lines])
-        (RESULTS / f"tried-{name}.md").write_text(f"# tried: {name}\n\n{hardware()}, eager.\n\n{text}\n")
+        print(f"\n## {name}\n\n| policy | FLOPs × | PSNR dB |\n| --- | --- | --- |")
+        for row, policy in GROUPS[name]():
+            opt.policy = policy
+            samples = sampler(opt, 50, 100, 10)
+            speedup = toca_compile.explain(opt).flop_speedup()
+            print(f"| {row} | {speedup:.2f} | {psnr(samples, reference):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_kid_against_its_definition() -> None:
 def test_tuned_for_flops(tmp_path: Path) -> None:
     model = randomize(PlainDiT(SIZE, depth=2))
     sampler = Counting()
-    settings: dict[str, Any] = {"steps": 12, "samples": 2, "seconds": 25.0, "out": tmp_path}
+    settings: dict[str, Any] = {"steps": 12, "samples": 2, "trials": 24, "out": tmp_path}
     policy = tune(model, sampler, target=Target(flops=2.9), **settings)
     torch._dynamo.reset()
     opt = toca_compile.optimize(model, policy, lowering="eager")
@@ -131,7 +131,7 @@ def test_tuned_for_flops(tmp_path: Path) -> None:
     # A second search knows all trials of the first.
     torch._dynamo.reset()
     again = Counting()
-    settings["seconds"] = 4.0
+    settings["trials"] = 3
     later = tune(model, again, target=Target(flops=2.9), **settings)
     assert again.calls < sampler.calls
     torch._dynamo.reset()
@@ -141,7 +141,7 @@ def test_tuned_for_flops(tmp_path: Path) -> None:
 
 def test_tuned_for_psnr() -> None:
     model = randomize(PlainDiT(SIZE, depth=2))
-    policy = tune(model, Counting(), target=Target(psnr=20.0), steps=8, samples=2, seconds=15.0)
+    policy = tune(model, Counting(), target=Target(psnr=20.0), steps=8, samples=2, trials=30)
     torch._dynamo.reset()
     opt = toca_compile.optimize(model, policy, lowering="eager")
     sampler = Counting()
@@ -158,7 +158,7 @@ def test_a_target_is_one_number(wrong: dict[str, float]) -> None:
 def test_a_target_out_of_reach() -> None:
     model = randomize(PlainDiT(SIZE, depth=2))
     with pytest.raises(TocaError, match="reach"):
-        tune(model, Counting(), target=Target(flops=40.0), steps=8, samples=1, seconds=2.0)
+        tune(model, Counting(), target=Target(flops=40.0), steps=8, samples=1, trials=2)
 
 
 def test_the_command_evaluates_presets_files_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

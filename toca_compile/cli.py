@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         target.add_argument(f"--{name}", type=float)
     tune.add_argument("--out", type=Path, default=Path("toca-tune"), help="policy.json and the trials")
     tune.add_argument("--seconds", type=float, default=1200.0)
+    tune.add_argument("--trials", type=int, help="at most so many samplings")
     tune.add_argument("--seeds", type=int, nargs="+", default=[100])
     tune.add_argument("--samples", type=int, default=8)
     tune.add_argument("--lowering", default="eager")
@@ -103,7 +104,8 @@ def _tune(given: argparse.Namespace) -> None:
     model, sampler = demo.model_and_sampler(given.model, given.device)
     policy = tune(
         model, sampler, target=Target(given.flops, given.latency, given.psnr), steps=given.steps,
-        seeds=tuple(given.seeds), samples=given.samples, seconds=given.seconds, out=given.out, lowering=given.lowering,
+        seeds=tuple(given.seeds), samples=given.samples, seconds=given.seconds, trials=given.trials, out=given.out,
+        lowering=given.lowering,
         console=Console(),
     )  # fmt: skip
     save_policy(policy, given.out / "policy.json")

@@ -64,6 +64,7 @@ def tune(
     seeds: tuple[int, ...] = (100,),
     samples: int = 8,
     seconds: float = 1200.0,
+    trials: int | None = None,
     out: Path | None = None,
     lowering: str = "eager",
     peak: float = 2.0,
@@ -77,7 +78,7 @@ def tune(
         target: what to reach.
         steps: model calls of one run.
         seeds, samples: what trials are judged on; judge the result on others.
-        seconds: when to stop searching.
+        seconds, trials: when to stop searching: after so long, or so many samplings that were not known yet.
         out: folder for ``trials.jsonl``, which a later call goes on from; None: nothing is kept.
         lowering: as in ``optimize``; a latency target needs ``"inductor"``.
         peak: of a sample's values.
@@ -89,17 +90,17 @@ def tune(
     Raises:
         TocaError: nothing that was tried reaches the target.
     """
-    return _Search(model, sampler, target, steps, seeds, samples, seconds, out, lowering, peak, console).run()
+    return _Search(model, sampler, target, steps, seeds, samples, seconds, trials, out, lowering, peak, console).run()
 
 
 class _Search:
     def __init__(
         self, model: nn.Module, sampler: Sampler, target: Target, steps: int, seeds: tuple[int, ...], samples: int,
-        seconds: float, out: Path | None, lowering: str, peak: float, console: Any,
+        seconds: float, trials: int | None, out: Path | None, lowering: str, peak: float, console: Any,
     ) -> None:  # fmt: skip
         self.sampler, self.target, self.steps, self.peak, self.console = sampler, target, steps, peak, console
         self.seeds, self.samples = seeds, samples
-        self.end = time.monotonic() + seconds
+        self.end, self.left = time.monotonic() + seconds, trials
         self.trials: dict[str, Trial] = {}
         self.log = out / "trials.jsonl" if out is not None else None
         self.plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
@@ -263,6 +264,8 @@ class _Search:
         key = _key(policy)
         if key in self.trials or self._over():
             return self.trials.get(key)
+        if self.left is not None:
+            self.left -= 1
         flops = self._price(policy)
         seconds, found = self._sampled(self.opt)
         latency = float("nan")
@@ -304,7 +307,7 @@ class _Search:
         return best
 
     def _over(self) -> bool:
-        return time.monotonic() > self.end
+        return time.monotonic() > self.end or self.left == 0
 
     def _say(self, text: str) -> None:
         if self.console is not None:
