@@ -60,7 +60,7 @@ def test_equal_to_a_static_block_cache(
     assert [r.kind.value for r in opt.steps] == oracle.kinds
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     first=st.integers(1, 3), last=st.integers(0, 1), order=st.integers(0, 2), warmup=st.integers(1, 3),
     threshold=st.sampled_from([0.1, 0.3, 0.5, 0.8]), limit=st.none() | st.integers(1, 4), seed=st.integers(0, 99),
