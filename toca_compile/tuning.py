@@ -153,7 +153,7 @@ class _Search:
 
     def _grid(self) -> Iterator[Composition]:
         """Schedules, of single sites and of the whole stack: as many full steps as the target allows, and one less; for
-        a PSNR, ever fewer."""
+        a latency, some fewer, since the clock may lag behind the FLOPs; for a PSNR, ever fewer."""
         for do in (SkipBlocks(order=2), Forecast(2)):
             counts = 0
             for count in self._counts():
@@ -162,7 +162,7 @@ class _Search:
                     continue
                 yield from rows
                 counts += 1
-                if self.target.psnr is None and counts == 2:
+                if self.target.psnr is None and counts == (2 if self.target.flops else 8):
                     break
 
     def _counts(self) -> list[int]:
