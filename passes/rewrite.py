@@ -137,12 +137,12 @@ class _Rewriter:
             series.keep(self.env[node], differences=Mode.DIFF in mode, age=age)
 
     def _series(self, site: Site, position: int, mode: Mode) -> Series:
-        tokens = self._place(site, mode) if Mode.TOKENS in mode else None
+        tokens = self._place(site) if Mode.TOKENS in mode else None
         return Series(
             self._call, lambda kind, index: self._slot(kind, position, index), self.memories[position], tokens
         )  # fmt: skip
 
-    def _place(self, site: Site, mode: Mode) -> tuple[int, ...]:
+    def _place(self, site: Site) -> tuple[int, ...]:
         carry = site.carry or site.queries
         assert carry is not None
         return place(carry, site.output)
@@ -154,7 +154,7 @@ class _Rewriter:
         series = self._series(site, position, mode)
         expected = series.forecast(series.age() if Mode.TOKENS in mode else None)
         missed = self._call(aten.sub.Tensor, self.env[site.output], expected)
-        return self._call(toca.token_norm.default, missed, *self._place(site, mode))
+        return self._call(toca.token_norm.default, missed, *self._place(site))
 
     def _as(self, node: fx.Node, value: fx.Node, position: int, *, always: bool = False) -> fx.Node:
         """A kept value in the dtype of the one that it stands for."""

@@ -21,6 +21,7 @@ from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Memory, Skip
 from toca_compile.ir.program import Entry, Range, Slot, Unit, Variant
 from toca_compile.ir.types import AxisTypes, Type
+from toca_compile.passes.series import Series
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -119,14 +120,7 @@ def keep_range(found: Range, skip: Skip) -> Variant:
         value = given[node]
         if entry is not None:
             value = graph.call_function(aten.sub.Tensor, (value, _entered(graph, given, entry, node)))
-        fresh, memory = [value], skip.memory
-        slots = [_slot(graph, given, Slot("cache", i))]
-        slots += [_slot(graph, given, Slot("diff", i, order)) for order in range(1, memory.order + 1)]
-        for order, old in enumerate(slots[:-1], 1):
-            spacing = _slot(graph, given, Slot("spacing", i, order))
-            fresh.append(graph.call_function(toca.difference.default, (fresh[-1], old, spacing)))
-        for slot, new in zip(slots, fresh, strict=True):
-            graph.call_function(toca.store_.default, (slot, new))
+        _series(graph, given, i, skip.memory).keep(value, differences=True)
     return _end(graph, given, (*found.inputs, *found.outputs), ())
 
 
@@ -135,10 +129,7 @@ def skip_range(found: Range, skip: Skip) -> Variant:
     graph, given = _begin(found.inputs)
     results = []
     for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
-        value = _slot(graph, given, Slot("cache", i))
-        for order in range(1, skip.memory.order + 1):
-            terms = (_slot(graph, given, Slot("diff", i, order)), _slot(graph, given, Slot("power", i, order)))
-            value = graph.call_function(toca.forecast.default, (value, *terms, _factorial(skip.memory, order)))
+        value = _series(graph, given, i, skip.memory).forecast()
         if entry is not None:
             value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry, node), value))
         # A copy: the next step's writes to the cache must not reach what this step hands out.
@@ -160,8 +151,13 @@ def probe_range(found: Range, *, keep: bool) -> Variant:
     return _end(graph, given, found.probe, [graph.call_function(toca.relative_change.default, (change, kept))])
 
 
-def _factorial(memory: Memory, order: int) -> int:
-    return order if memory.basis == "taylor" else 0
+def _series(graph: fx.Graph, given: dict[fx.Node | Slot, fx.Node], position: int, memory: Memory) -> Series:
+    """The history of one output."""
+    return Series(
+        lambda target, *args: graph.call_function(target, args),
+        lambda kind, index: _slot(graph, given, Slot(kind, position, index)),
+        memory,
+    )
 
 
 def _begin(values: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node | Slot, fx.Node]]:

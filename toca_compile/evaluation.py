@@ -125,8 +125,9 @@ def evaluate(
     ]
     methods += [Method(name, make, steps, _flops) for name, make in (others or {}).items()]
     _sample_all(methods, sampler, store, seeds, samples // batch, batch, console)
-    looked = {seed: features(_samples(store, methods[0], seed)) for seed in seeds} if features is not None else {}
-    results = [_result(m, methods[0], store, seeds, peak, features, looked, real, accuracy) for m in methods]
+    reference = {seed: store.all(methods[0], seed) for seed in seeds}
+    looked = {seed: features(_samples(kept)) for seed, kept in reference.items()} if features is not None else {}
+    results = [_result(m, m is methods[0], store, reference, peak, features, looked, real, accuracy) for m in methods]
     _drop_kid(results, fewer)
     write(results, out)
     if console is not None:
@@ -208,12 +209,11 @@ class _Store:
 
 
 def _result(
-    method: Method, base: Method, store: _Store, seeds: Sequence[int], peak: float,
+    method: Method, uncached: bool, store: _Store, reference: Mapping[int, list[dict[str, Any]]], peak: float,
     features: Callable[[Tensor], Tensor] | None, looked: Mapping[int, Tensor], real: Tensor | None,
     accuracy: Callable[[Tensor], float] | None,
 ) -> Result:  # fmt: skip
-    own = {seed: store.all(method, seed) for seed in seeds}
-    reference = {seed: store.all(base, seed) for seed in seeds}
+    own = {seed: store.all(method, seed) for seed in reference}
     seconds = [_median(kept) for kept in (own, reference)]
     result = Result(
         method.name,
@@ -222,13 +222,13 @@ def _result(
         [],
         cache_mb=max(b["cache_mb"] for batches in own.values() for b in batches),
     )
-    for seed in seeds:
-        mine, theirs = _samples(store, method, seed), _samples(store, base, seed)
-        if method is not base:
+    for seed in reference:
+        mine, theirs = _samples(own[seed]), _samples(reference[seed])
+        if not uncached:
             result.psnr.append(psnr(mine, theirs, peak))
         if features is not None:
-            found = features(mine) if method is not base else looked[seed]
-            if method is not base:
+            found = looked[seed] if uncached else features(mine)
+            if not uncached:
                 result.feature_distance.append(feature_distance(found, looked[seed]))
             if real is not None:
                 result.kid.append(kid(found, real))
@@ -237,8 +237,8 @@ def _result(
     return result
 
 
-def _samples(store: _Store, method: Method, seed: int) -> Tensor:
-    return torch.cat([batch["samples"] for batch in store.all(method, seed)])
+def _samples(batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.cat([batch["samples"] for batch in batches])
 
 
 def _median(kept: Mapping[int, Sequence[Mapping[str, Any]]]) -> float:
