@@ -149,9 +149,13 @@ class Plan:
 
 
 def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
+    """The kind of a step in which the sites do this."""
+    return kind_of(frozenset(s.action for s in sites))
+
+
+def kind_of(actions: frozenset[Action]) -> StepKind:
     """A step is full where every site computes all, and skips where any range of blocks is skipped; partial where some
     compute something; else forecast or reuse."""
-    actions = {s.action for s in sites}
     if Action.SKIP in actions:
         return StepKind.SKIP
     if actions <= {Action.COMPUTE}:
