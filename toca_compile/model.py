@@ -16,8 +16,9 @@ from torch._dynamo.eval_frame import OptimizedModule, reset_code
 from torch._dynamo.exc import BackendCompilerFailed
 
 from toca_compile.backend import Session, dynamo_backend
-from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, TocaError
+from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, LoweringError, NoSiteError, TocaError
 from toca_compile.ir.plan import Policy
+from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
@@ -99,7 +100,12 @@ class OptimizedModel(OptimizedModule):
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, TocaError):
                 raise error.inner_exception from None
-            raise
+            raise machine_trouble(error) or error from error
+        except LoweringError as error:
+            if session.strict:
+                raise
+            session.warn_once(f"{error} The model runs uncached.")
+            return self._orig_mod(*args, **kwargs)
         finally:
             reached = control.end_call(failed, shapes)
         if not reached:

@@ -108,6 +108,7 @@ class Run:
     kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # steps that did not skip, the last ones
     bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
+    spent: bool = False  # its buffers were freed
 
     @property
     def is_over(self) -> bool:
@@ -118,6 +119,7 @@ class Run:
         """Free what a graph keeps in this run (of all graphs), but for the marks of fresh tokens."""
         for name in [n for n in self.buffers if n[: len(key)] == key and "stamp" not in n]:
             del self.buffers[name]
+        self.spent |= self.steps is not None and self.step >= self.steps - 1
         for kept in (self.kept, self.computed, self.bound):
             for name in [n for n in kept if n[: len(key)] == key]:
                 del kept[name]  # type: ignore[attr-defined]
@@ -252,7 +254,7 @@ class StepControl:
     def runs(self) -> list[Run]:
         """The runs that are not over."""
         streams = [s for streams in list(self._streams.values()) for s in streams.values()]
-        return [run for stream in streams for run in stream.runs.values() if not run.is_over]
+        return [run for stream in streams for run in stream.runs.values() if not run.spent]
 
     @property
     def time_is_visible(self) -> bool:
@@ -347,14 +349,17 @@ class StepControl:
         stream = self._call.stream = streams[key]
         told = next((e.told for e in reversed(_ENTERED.get()) if e.control() is self and e.told), None)
         watch = stream.watch
+        had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
+        verdict = watch.judge(sight)
         first = stream.runs.get((0, place[0]))
-        if first is not None and first.is_over:
+        if verdict is Verdict.NEXT and first is not None and first.is_over:
+            had = 0  # as it should be
             watch.restart()
-        had = watch.steps
-        verdict = watch.judge(Sight.of(place[0], clock, inputs, told))
+            verdict = watch.judge(sight)
         if verdict is Verdict.NEW:
             self._restarted(stream, had)
             stream.runs.clear()
+            self._begin_records(owner, name)
         if verdict is not Verdict.PASS:
             stream.before, stream.now = stream.now if verdict is Verdict.NEXT else set(), set()
         which = (len(watch.group) - 1, place[0])
@@ -371,7 +376,6 @@ class StepControl:
             passed = f"pass {which[0] + 1}" if which[0] else ""
             context = passed if passed and name == "default" else f"{name} {passed}".rstrip()
             run = stream.runs[which] = Run(context, steps)
-            self._begin_records(owner, context)
         elif not watch.time_is_visible and run.step == 1:
             self._warn(
                 "the timestep is no host value here, so an abandoned sampling cannot be told from its continuation: "
@@ -393,7 +397,7 @@ class StepControl:
             )
 
     def _begin_records(self, owner: Any, context: str) -> None:
-        """A run begins: what is recorded is its sampling, not an earlier one of the same thread."""
+        """A sampling begins: what is recorded is this one, not an earlier one of the same thread."""
         mine = [r for o, r in self._records if o() is owner]
         if self._void or any(r.context == context for r in mine):
             kept = [] if self._void else [(o, r) for o, r in self._records if o() is not owner]
