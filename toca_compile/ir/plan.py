@@ -3,15 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 
+from toca_compile.ir.fields import (
+    Basis,
+    Checked,
+    Count,
+    Dtype,
+    OneOf,
+    Order,
+    Seed,
+    Threshold,
+    Tokens,
+    Weight,
+)
 from toca_compile.ir.types import Action, Site, StepKind
 
 SCORES = ("attention", "entropy", "v_norm", "k_norm", "error", "random", "none")
 SELECTING = (Action.PARTIAL, Action.QUERIES)
 KEYS = ("fresh", "update", "keep")
+Score = Annotated[str, OneOf(SCORES)]
+Keys = Annotated[str, OneOf(KEYS)]
 
 
 @dataclass(frozen=True)
@@ -23,9 +37,9 @@ class SiteStep:
     the selected tokens' new values are kept (each token then has a history of its own), or serve this step alone."""
 
     action: Action
-    tokens: int = 0
-    order: int = 0
-    keys: str = "fresh"
+    tokens: Tokens = 0
+    order: Order = 0
+    keys: Keys = "fresh"
     update: bool = True
 
 
@@ -38,17 +52,17 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Selector:
+class Selector(Checked):
     """How tokens are ranked (toca-compile's ``select_tokens``): base score, weight of one missed step, and the bonus
     of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
     attention score. ``shared_pair``: the two halves of the batch select the same tokens."""
 
-    score: str = "attention"
-    weight: float = 0.0
-    cell: int = 1
-    bonus: float = 0.0
-    stride: int = 1
-    seed: int = 0
+    score: Score = "attention"
+    weight: Weight = 0.0
+    cell: Count = 1
+    bonus: Weight = 0.0
+    stride: Count = 1
+    seed: Seed = 0
     shared_pair: bool = False
 
     @property
@@ -65,9 +79,9 @@ class Memory:
     differences of ``"newton"``'s polynomial through the full steps.
     """
 
-    order: int = 0
-    dtype: torch.dtype | None = None
-    basis: str = "taylor"
+    order: Order = 0
+    dtype: Annotated[torch.dtype, Dtype()] | None = None
+    basis: Basis = "taylor"
 
     def spacing(self, full: Sequence[int], order: int) -> int:
         """What a difference is divided by at the last of the full steps."""
@@ -100,8 +114,8 @@ class Skip:
 
     residual: bool = True
     memory: Memory = OUTPUT_ONLY
-    threshold: float | None = None
-    limit: int | None = None
+    threshold: Threshold | None = None
+    limit: Count | None = None
 
 
 @dataclass(frozen=True)
