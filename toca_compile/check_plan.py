@@ -109,10 +109,9 @@ def _cannot(site: Site, todo: SiteStep, made: int | None) -> str | None:
         return "would read a cache that no earlier step of the run wrote"
     if action in SELECTING and not 1 <= todo.tokens <= size:
         return f"has {size} tokens, not {todo.tokens} to compute"
-    if action not in SELECTING and todo.tokens not in (0, size if action is Action.COMPUTE else 0):
-        return (
-            f"computes {size if action is Action.COMPUTE else 0} tokens at a step of {action.value}, not {todo.tokens}"
-        )
+    own = size if action is Action.COMPUTE else 0
+    if action not in SELECTING and todo.tokens not in (0, own):
+        return f"computes {own} tokens where it is {action.value}, not {todo.tokens}"
     if action is Action.QUERIES and todo.keys == "update" and site.queries is not None and not site.queries.updates:
         return "cannot update its keys: they are not token-wise in its input; take keys='fresh' or 'keep'"
     most = made or 0

@@ -24,7 +24,7 @@ MAX_STEPS = 10_000
 """Steps of a run at most: laying a plan out takes time and memory for each. The longest published runs have 1000."""
 MAX_ORDER = 4
 KINDS = ("self_attention", "joint_attention", "cross_attention", "parallel", "mlp", "mixer")
-"""The kinds of sites."""
+"""The kinds of sites, as ``passes/find_sites.py`` names them."""
 
 _REFUSED = object()
 _SHORT = reprlib.Repr()

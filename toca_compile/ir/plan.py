@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Annotated, Protocol
 
@@ -131,35 +132,42 @@ class Plan:
 
     def reads(self, site: int) -> bool:
         """Whether any step reads the site's cache; without, nothing is stored."""
-        return any(step.sites[site].action not in (Action.COMPUTE, Action.SKIP) for step in self.steps)
+        return self.ever(site, *SELECTING, Action.REUSE, Action.FORECAST)
 
     def memory_of(self, site: int) -> Memory:
         """What a site keeps: as many differences as its steps ask for."""
-        return replace(self.memory, order=max(step.sites[site].order for step in self.steps))
+        return replace(self.memory, order=max(s.order for s in self._does[site]))
 
-    @property
+    @cached_property
     def skipped(self) -> frozenset[int]:
         """The sites that some step skips."""
-        return frozenset(i for step in self.steps for i, s in enumerate(step.sites) if s.action is Action.SKIP)
+        return frozenset(i for i, does in enumerate(self._does) if any(s.action is Action.SKIP for s in does))
 
     @property
     def adaptive(self) -> bool:
         """Whether what a step does is decided while it runs."""
         return self.skip.threshold is not None and bool(self.skipped)
 
+    def ever(self, site: int, *actions: Action) -> bool:
+        """Whether the site does one of these at any step."""
+        return any(s.action in actions for s in self._does[site])
+
     def partial(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
-        return any(step.sites[site].action in SELECTING for step in self.steps)
+        return self.ever(site, *SELECTING)
 
     def tokenwise(self, site: int) -> bool:
         """Whether each token of the site has a history of its own."""
-        rows = (step.sites[site] for step in self.steps)
-        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in rows)
+        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in self._does[site])
 
     def keeps_keys(self, site: int) -> bool:
         """Whether any step takes the site's keys and values from the cache."""
-        rows = (step.sites[site] for step in self.steps)
-        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in rows)
+        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in self._does[site])
+
+    @cached_property
+    def _does(self) -> tuple[frozenset[SiteStep], ...]:
+        """The different things that each site does. Asked for at every step of a layout, which stays linear by it."""
+        return tuple(frozenset(column) for column in zip(*(step.sites for step in self.steps), strict=True))
 
 
 def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
