@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -205,9 +205,12 @@ def test_a_policy_of_the_users_own_may_have_fields_of_its_own() -> None:
     @dataclasses.dataclass(frozen=True)
     class Mine(ToCa):
         note: str = ""
+        way: Literal["a", "b"] = "a"
+        found: Annotated[list[int], "of its own"] = dataclasses.field(default_factory=list)
+        more: dict[str, int] | list[int] | None = None
         table: "NotToBeFound" = None  # type: ignore[name-defined]  # noqa: F821
 
-    assert Mine(note="mine").note == "mine"
+    assert Mine(note="mine", found=[1], more={"x": 1}) != Mine(note="mine", found=[1], more=[1])
     with pytest.raises(PolicyError, match="cell"):
         Mine(cell=0)
 

@@ -62,6 +62,7 @@ class Session:
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
+        self.refused = False  # a graph runs uncached, and why was said
         self.seen = 0  # graphs that Dynamo handed over
         self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
         self.changes: dict[Any, int] = {}
@@ -106,6 +107,7 @@ class Session:
             if self.strict:
                 return _raising(error)
             self.warn_once(f"{error} The graph runs uncached.")
+            self.refused = True
             return self._plain(gm, inputs)
         self.executors.append(executor)
         return executor

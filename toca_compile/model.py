@@ -142,6 +142,8 @@ class OptimizedModel(OptimizedModule):
     def _uncached(self) -> None:
         """No graph with sites ran in a call: say why, and once."""
         session = self._session
+        if session.refused:
+            return
         name = type(self._orig_mod).__name__
         if session.seen and not session.executors:
             error: TocaError = NoSiteError(f"no site was found in {name}: it {NO_SITE} (strict=False runs it uncached)")

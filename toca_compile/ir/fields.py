@@ -10,11 +10,11 @@ import inspect
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import EnumMeta
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import torch
 
@@ -34,17 +34,13 @@ T = TypeVar("T")
 Reader = Callable[[tuple[type, ...], Any, str], Any]
 
 
-class _Limit(Protocol):
-    """What a number or a name may be: ``str`` of it completes the sentence "x must be …"."""
-
-    def take(self, value: Any) -> Any:
-        """The value as Python's own type, or ``_REFUSED``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Whole:
-    """A whole number from ``least`` to ``most``; NumPy's integers count, True and 2.0 do not."""
+    """A whole number from ``least`` to ``most``; NumPy's integers count, True and 2.0 do not.
+
+    As of the other limits, its text completes the sentence "x must be …", and ``take`` returns a value as Python's own
+    type, or ``_REFUSED``.
+    """
 
     least: int
     most: int
@@ -122,6 +118,8 @@ def _holds_activations(dtype: torch.dtype) -> bool:
         return False
 
 
+_LIMITS = (Whole, Number, OneOf, Dtype)
+
 Steps = Annotated[int, Whole(1, MAX_STEPS)]
 Count = Annotated[int, Whole(1, MAX_STEPS)]
 Natural = Annotated[int, Whole(0, MAX_STEPS)]
@@ -188,20 +186,19 @@ def accept(kind: Any, value: Any, path: str, part: Reader | None = None) -> Any:
     if all(dataclasses.is_dataclass(k) for k in options):
         return (part or _given)(options, value, path)
     taken: Any = _REFUSED
-    if origin is Annotated:
-        limit: _Limit = inner.__metadata__[0]
-        taken = limit.take(value)
+    if origin is Annotated and isinstance(inner.__metadata__[0], _LIMITS):
+        taken = inner.__metadata__[0].take(value)
     elif origin is tuple:
         items = get_args(inner)
         if isinstance(value, tuple | list) and (items[1:] == (...,) or len(items) == len(value)):
             each = (items[0],) * len(value) if items[1:] == (...,) else items
             taken = tuple(accept(k, v, f"{path}[{i}]", part) for i, (k, v) in enumerate(zip(each, value, strict=True)))
-    elif origin is not None and issubclass(origin, Mapping):
+    elif origin is Mapping:
         key, item = get_args(inner)
         if isinstance(value, Mapping):
             keys = [accept(key, k, f"a key of {path}") for k in value]
             taken = {k: accept(item, value[k], f"{path}[{told(k)}]", part) for k in keys}
-    elif not isinstance(inner, type) or not (inner is bool or issubclass(inner, Enum)) or isinstance(value, inner):
+    elif not (inner is bool or isinstance(inner, EnumMeta)) or isinstance(value, inner):
         taken = value
     if taken is _REFUSED:
         raise refused(path, kind, value)
