@@ -14,12 +14,13 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile import numeric_check
+from toca_compile.check_plan import check_plan
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Memory, Plan, Policy
 from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
@@ -27,6 +28,7 @@ from toca_compile.passes.measure_scores import check_score
 from toca_compile.passes.rewrite import rewrite
 from toca_compile.passes.skip_range import find_range, keep_range, probe_range, skip_range
 from toca_compile.pipeline import PIPELINE
+from toca_compile.policies.storage import checked_policy
 from toca_compile.runtime.executor import Compiled, Executor, example_buffer
 from toca_compile.runtime.skipping import Skipping, range_buffer
 from toca_compile.runtime.step_control import StepControl
@@ -54,8 +56,7 @@ class Session:
         grid: tuple[int, int] | None = None,
         hoist: bool = True,
     ) -> None:
-        if not callable(getattr(policy, "plan", None)):
-            raise PolicyError(f"policy must be a caching policy such as toca_compile.ToCa(...), not {policy!r}")
+        policy = checked_policy(policy)
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
         self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
@@ -66,6 +67,7 @@ class Session:
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
+        self.refused = False  # a graph runs uncached, and why was said
         self.seen = 0  # graphs that Dynamo handed over
         self.refused: dict[str, TocaError] = {}  # why graphs of the signature that is being traced run uncached
         self.checked: dict[tuple[Any, ...], float] = {}  # variants held against their dense meaning, and the seconds
@@ -87,7 +89,7 @@ class Session:
     def set_policy(self, policy: Policy) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
-        self.follow(policy)
+        self.follow(checked_policy(policy))
         self.policy = policy
         self.control.reset()
 
@@ -95,7 +97,7 @@ class Session:
         """Let the next run follow ``policy`` (the user's own, with the numbers of that run)."""
         if policy is self.applied or policy == self.applied:
             return
-        plans = [_checked(policy, executor.unit) for executor in self.executors]
+        plans = [check_plan(policy, executor.unit, self.warn_once) for executor in self.executors]
         for executor, plan in zip(self.executors, plans, strict=True):
             self._explain_choices(executor.unit, plan)
         for executor, plan in zip(self.executors, plans, strict=True):
@@ -124,6 +126,7 @@ class Session:
                 return _raising(error)
             self.refused.setdefault(str(error), error)
             self.warn_once(f"{error} The graph runs uncached.")
+            self.refused = True
             return self._plain(gm, inputs)
         self.executors.append(executor)
         return _Graph(executor, None if self.bounded else self)
@@ -151,7 +154,7 @@ class Session:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not unit.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
-        plan = _checked(self.applied, unit)
+        plan = check_plan(self.applied, unit, self.warn_once)
         self._explain_choices(unit, plan)
         executor = Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
         self.managers.append(manager)
@@ -343,46 +346,6 @@ def _raising(error: TocaError) -> Callable[..., Any]:
         raise error
 
     return fail
-
-
-def _checked(policy: Policy, unit: Unit) -> Plan:
-    """The policy's plan, held against what the sites can do.
-
-    Raises:
-        PolicyError: an action that a site does not have, or a cache read before it was written.
-    """
-    plan = policy.plan(unit.sites)
-    if not plan.steps:
-        raise PolicyError("the policy plans no step")
-    written: set[int] = set()
-    for i, step in enumerate(plan.steps):
-        if len(step.sites) != len(unit.sites):
-            raise PolicyError(f"step {i} of the plan names {len(step.sites)} sites; the model has {len(unit.sites)}")
-        for site, todo in zip(unit.sites, step.sites, strict=True):
-            if todo.action not in site.actions:
-                raise PolicyError(f"step {i}: {site.name} cannot be {todo.action.value}: {site.reason}")
-            if (
-                todo.action is not Action.SKIP
-                and plan.adaptive
-                and site.index in plan.skipped
-                and plan.reads(site.index)
-            ):
-                raise PolicyError(
-                    f"{site.name} lies among blocks that are skipped or computed as a test at run time decides; "
-                    "it cannot also be reused, forecast or partial, which needs to know before"
-                )
-            if todo.action is Action.COMPUTE:
-                written.add(site.index)
-            elif site.index not in written and (todo.action is not Action.SKIP or i == 0):
-                raise PolicyError(f"step {i}: {site.name} would read a cache that no earlier step of the run wrote")
-            if todo.action is Action.PARTIAL and not 1 <= todo.tokens <= site.axis.size:
-                raise PolicyError(f"step {i}: {site.name} has {site.axis.size} tokens, not {todo.tokens} to compute")
-    if any({j for j, s in enumerate(step.sites) if s.action is Action.SKIP} not in (set(), plan.skipped)
-           for step in plan.steps):  # fmt: skip
-        raise PolicyError("all steps that skip blocks must skip the same ones")
-    if plan.skipped:
-        find_range(unit, plan.skipped, plan.skip)
-    return plan
 
 
 def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...]:

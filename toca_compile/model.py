@@ -257,6 +257,8 @@ class OptimizedModel(OptimizedModule):
     def _uncached(self) -> None:
         """No graph with sites ran in a call: say why, and once."""
         session = self._session
+        if session.refused:
+            return
         name = type(self._orig_mod).__name__
         why = next(iter(session.refused.values()), None)
         if isinstance(why, NoSiteError):

@@ -313,7 +313,7 @@ class Executor:
 
     def _holds(self, site: Site) -> bool:
         """Whether partial steps take values from the cache that full steps must keep."""
-        partial = any(step.sites[site.index].action is Action.PARTIAL for step in self.plan.steps)
+        partial = self.plan.ever(site.index, Action.PARTIAL)
         return partial and site.carry is not None and bool(site.carry.held)
 
     def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
