@@ -304,17 +304,17 @@ class _Graph:
     session (``starting``) in its place."""
 
     def __init__(self, executor: Executor, starting: Session | None) -> None:
-        self._executor, self._starting = weakref.ref(executor), starting
+        # A list, since Dynamo copies our attributes into a wrapper of its own.
+        self._executor, self._starting = weakref.ref(executor), [starting] if starting is not None else []
 
     def __call__(self, *inputs: Any) -> Any:
         executor = self._executor()
         if executor is None:
             raise TocaError("this graph belongs to an optimised model that is gone")
-        if self._starting is not None and executor.parameter(inputs) is not None:
+        if self._starting and executor.parameter(inputs) is not None:
             held = _BY_PARAMETER.setdefault(executor.parameter(inputs), [])
-            if self._starting not in held:
-                held.append(self._starting)
-            self._starting = None
+            held += [s for s in self._starting if s not in held]
+            self._starting.clear()
         return executor(*inputs)
 
 
