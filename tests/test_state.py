@@ -9,7 +9,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -413,7 +413,7 @@ def test_texts_of_two_lengths_take_turns() -> None:
 
 
 def test_a_hook_added_after_the_first_call_runs() -> None:
-    model = randomize(PlainDiT())
+    model: Any = randomize(PlainDiT())
     opt = optimized(model, FullCompute())
     x = noise()
     steps(opt, x, TIMES[:1])
@@ -493,12 +493,12 @@ def test_copies_work_and_share_no_cache(way: Callable[[Any], Any]) -> None:
 
 
 @pytest.fixture
-def watched() -> Iterator[Callable[[], int]]:
+def watched() -> Callable[[], int]:
     """How many executors are alive."""
     from toca_compile.runtime.executor import Executor
 
     gc.collect()
-    yield lambda: (gc.collect(), sum(isinstance(o, Executor) for o in gc.get_objects()))[1]
+    return lambda: (gc.collect(), sum(isinstance(o, Executor) for o in gc.get_objects()))[1]
 
 
 def test_a_run_is_freed_at_its_end() -> None:
@@ -519,7 +519,7 @@ def test_a_run_is_freed_at_its_end() -> None:
 def test_nothing_outlives_the_model(watched: Callable[[], int]) -> None:
     before = watched()
     for entry in ("optimize", "backend"):
-        model = randomize(PlainDiT())
+        model: Any = randomize(PlainDiT())
         opt = optimized(model)
         if entry == "backend":
             opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})

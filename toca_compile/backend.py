@@ -67,9 +67,8 @@ class Session:
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
-        self.refused = False  # a graph runs uncached, and why was said
         self.seen = 0  # graphs that Dynamo handed over
-        self.refused: dict[str, TocaError] = {}  # why graphs of the signature that is being traced run uncached
+        self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
         self.checked: dict[tuple[Any, ...], float] = {}  # variants held against their dense meaning, and the seconds
         self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
         self.changes: dict[Any, int] = {}
@@ -115,18 +114,17 @@ class Session:
                 raise InferenceModeError(GRAD_ENABLED)
             executor = self._compile(gm, inputs)
         except NoSiteError as error:
-            self.refused.setdefault(str(error), error)
+            self.uncached.setdefault(str(error), error)
             if self.strict and not self.bounded and not self._broken and not self.executors:
                 return _raising(error)
             if not self.bounded and not self.executors:
                 self.warn_once(str(error))
             return self._plain(gm, inputs)
         except TocaError as error:
+            self.uncached.setdefault(str(error), error)
             if self.strict:
                 return _raising(error)
-            self.refused.setdefault(str(error), error)
-            self.warn_once(f"{error} The graph runs uncached.")
-            self.refused = True
+            self.warn_once(f"{str(error).rstrip('.')}. The graph runs uncached.")
             return self._plain(gm, inputs)
         self.executors.append(executor)
         return _Graph(executor, None if self.bounded else self)

@@ -49,7 +49,7 @@ def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
 
 
 @functools.cache
-def _with_runs(cls: type) -> type:
+def _with_runs(cls: Any) -> Any:
     """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
     call: Any = cls.__call__
 
@@ -71,9 +71,8 @@ def _with_runs(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-def _blank(cls: type) -> Any:
-    made = _with_runs(cls)
-    return made.__new__(made)
+def _blank(cls: type[Any]) -> Any:
+    return object.__new__(_with_runs(cls))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule, reset_code
+from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed
 
 from toca_compile.backend import Session, dynamo_backend
@@ -39,7 +39,7 @@ class _Entry:
     call: Callable[..., Any]
     code: types.CodeType
     executors: list[Executor] = field(default_factory=list)
-    refused: dict[str, TocaError] = field(default_factory=dict)
+    uncached: dict[str, TocaError] = field(default_factory=dict)
 
 
 def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
@@ -62,7 +62,7 @@ class OptimizedModel(OptimizedModule):
         object.__setattr__(self, "_hook_lists", (-1, []))
         session.bounded = True
         # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
-        context: Any = torch._dynamo.optimize(dynamo_backend(session), dynamic=False)  # type: ignore[arg-type]
+        context: Any = torch._dynamo.optimize(dynamo_backend(session), dynamic=False)
         super().__init__(model, context)
 
     def _initialize(self) -> None:
@@ -121,18 +121,20 @@ class OptimizedModel(OptimizedModule):
         if entry is None:
             entry = entries[key] = self._new_entry()
             if len(entries) > _SIGNATURES:
-                _, oldest = entries.popitem(last=False)
-                reset_code(oldest.code)
-                self._session.forget(oldest.executors)
+                self._forget(entries.popitem(last=False)[1])
         entries.move_to_end(key)
         session = self._session
-        before, session.refused = session.seen, entry.refused
+        before, session.uncached = session.seen, entry.uncached
         known = {id(e) for e in session.executors}
         try:
             return entry.call(self._orig_mod, args, kwargs)
         finally:
             if session.seen != before:
                 entry.executors += [e for e in session.executors if id(e) not in known]
+
+    def _forget(self, entry: _Entry) -> None:
+        remove_from_cache(entry.code)
+        self._session.forget(entry.executors)
 
     def _hooks(self) -> tuple[int, ...]:
         """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
@@ -199,6 +201,8 @@ class OptimizedModel(OptimizedModule):
     def policy(self, policy: Policy) -> None:
         with self._session.control.lock:
             self._session.set_policy(policy)
+            for key in [k for k, entry in self._entries.items() if entry.uncached]:
+                self._forget(self._entries.pop(key))  # perhaps this policy was what it lacked
 
     @property
     def cache_bytes(self) -> int:
@@ -257,16 +261,14 @@ class OptimizedModel(OptimizedModule):
     def _uncached(self) -> None:
         """No graph with sites ran in a call: say why, and once."""
         session = self._session
-        if session.refused:
-            return
         name = type(self._orig_mod).__name__
-        why = next(iter(session.refused.values()), None)
+        why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
             error: TocaError = NoSiteError(
                 f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
             )
         elif why is not None:
-            error = why
+            return  # as was said when it was traced
         else:
             error = TocaError(
                 f"{name} ran uncached, because torch.compile handed over no graph: look for TORCHDYNAMO_DISABLE, "

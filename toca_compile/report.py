@@ -155,8 +155,8 @@ class Report:
             lines.append(f"verified on random values: {len(seconds)} partial variants in {sum(seconds):.2f} s")
         if not self._session.control.time_is_visible:
             lines.append(
-                "the timestep is no host value: an abandoned sampling looks like its continuation; call reset(), or tell "
-                "cache_context(name, step_index=…)"
+                "the timestep is no host value: an abandoned sampling looks like its continuation; call reset(), or "
+                "tell cache_context(name, step_index=…)"
             )
         return "\n".join(lines)
 

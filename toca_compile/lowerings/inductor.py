@@ -60,13 +60,13 @@ def machine_trouble(error: BaseException | None) -> LoweringError | None:
     while error is not None:
         if isinstance(error, InvalidCxxCompiler | CppCompileError):
             return LoweringError(
-                f"Inductor found no C++ compiler that works ({str(error).splitlines()[0]}): install g++ or clang, name it "
-                "in CXX, or take lowering='eager'"
+                f"Inductor found no C++ compiler that works ({str(error).splitlines()[0]}): install g++ or clang, name "
+                "it in CXX, or take lowering='eager'"
             )
         if isinstance(error, OSError):
             return LoweringError(
-                f"Inductor could not write its files ({error}): make room, or set TORCHINDUCTOR_CACHE_DIR (and TMPDIR) to "
-                "a folder that can be written, or take lowering='eager'"
+                f"Inductor could not write its files ({error}): make room, or set TORCHINDUCTOR_CACHE_DIR (and TMPDIR) "
+                "to a folder that can be written, or take lowering='eager'"
             )
         error = getattr(error, "inner_exception", None) or error.__cause__
     return None

@@ -39,7 +39,9 @@ class Told:
     time: float | None = None
 
     @classmethod
-    def of(cls, step_index: Any = None, num_inference_steps: Any = None, timestep: Any = None, sigma: Any = None) -> Any:
+    def of(
+        cls, step_index: Any = None, num_inference_steps: Any = None, timestep: Any = None, sigma: Any = None
+    ) -> Any:
         """Host values among what was told; None where there are none."""
         times = [x for x in (number(timestep), number(sigma)) if x is not None]
         index, steps = number(step_index), number(num_inference_steps)
@@ -73,7 +75,7 @@ class Seen:
             return False
         if self.copy is not None and now.copy is not None:
             return torch.equal(self.copy, now.copy)
-        return self.hollow or self.ref() is not None and self.ref() is now.ref() and self.version == now.version
+        return self.hollow or (self.ref() is not None and self.ref() is now.ref() and self.version == now.version)
 
 
 @dataclass
@@ -159,7 +161,11 @@ class Watch:
             self.why = "the caller said so"
             return told
         latents = self._latents(now)
-        if latents is not None and latents in first.tensors and first.tensors[latents].shape != now.tensors[latents].shape:
+        if (
+            latents is not None
+            and latents in first.tensors
+            and first.tensors[latents].shape != now.tensors[latents].shape
+        ):
             return self._new("the latents have another shape")
         same = any(self._is_same_latents(s, now, latents) for s in self.group[-1:])
         times = self._times(before, now)
@@ -219,7 +225,9 @@ class Watch:
         floating = [k for k, seen in now.tensors.items() if seen.floating]
         for key in floating:
             shape = now.tensors[key].shape
-            if any(len(o) == len(shape) and sum(a != b for a, b in zip(o, shape, strict=True)) <= 1 for o in self.outputs):
+            if any(
+                len(o) == len(shape) and sum(a != b for a, b in zip(o, shape, strict=True)) <= 1 for o in self.outputs
+            ):
                 return key
         return floating[0] if floating else None
 
@@ -245,7 +253,7 @@ class Watch:
         return bool(settled)
 
     def _is_second_order(self, before: Sight, now: Sight, latents: Any) -> bool:
-        """Whether the sampler asks twice at one time (Heun), with latents that it corrected. It never does at the first."""
+        """Whether the sampler asks twice at one time (Heun), with corrected latents. It never does at the first."""
         if self.steps < 2:
             return False
         pair = _copies(before, now, latents)
@@ -295,7 +303,11 @@ def _is_signal(value: torch.Tensor) -> bool:
 
 
 def _on_host(value: torch.Tensor) -> bool:
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu" and value.layout == torch.strided
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+    )
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

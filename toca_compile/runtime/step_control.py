@@ -24,7 +24,7 @@ import torch
 
 from toca_compile.ir.plan import kind_of
 from toca_compile.ir.types import Action, StepKind
-from toca_compile.runtime.sight import Seen, Sight, Told, Verdict, Watch
+from toca_compile.runtime.sight import Sight, Told, Verdict, Watch
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Run:
         self.spent |= self.steps is not None and self.step >= self.steps - 1
         for kept in (self.kept, self.computed, self.bound):
             for name in [n for n in kept if n[: len(key)] == key]:
-                del kept[name]  # type: ignore[attr-defined]
+                del kept[name]
 
 
 class _Stream:
