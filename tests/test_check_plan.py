@@ -148,7 +148,6 @@ def test_a_plan_that_lies_is_refused_before_its_first_step(made: Callable[[], An
 @pytest.mark.parametrize(
     ("policy", "why"),
     [(Broken(), "Broken.plan failed: IndexError"), (OtherSignature(), "OtherSignature.plan failed: TypeError")],
-    ids=str,
 )
 def test_a_policy_that_fails_is_named(policy: Any, why: str) -> None:
     with pytest.raises(PolicyError, match=why):

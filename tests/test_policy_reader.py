@@ -230,7 +230,6 @@ class NoMethod:
     ("given_policy", "why"),
     [(None, "not None"), ("x", r"preset\(name\)"), (ToCa, r"write ToCa\(\.\.\.\)"), ({"policy": ToCa()}, "pass the policy itself"), (NoMethod(), "no method"),
      (NoMethod, r"write NoMethod\(\.\.\.\)"), (3, "not 3"), (len, "built-in")],
-    ids=str,
 )  # fmt: skip
 def test_what_is_no_policy_is_told_what_to_write(given_policy: Any, why: str) -> None:
     model = PlainDiT(depth=1)
