@@ -119,6 +119,8 @@ MIXES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "one written over": ("aten.select_scatter.default", lambda x: written(x, (slice(None), -1))),
     "repeated and cut": ("aten.repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1)[:, :TOKENS]),
     "cut and joined": ("aten.cat.default", lambda x: torch.cat([x[:, -1:], x[:, :-1]], 1)),
+    "joined with nothing": ("aten.cat.default", lambda x: torch.cat([x, x[:, :0]], 1)),
+    "nothing in another shape": ("aten.add.Tensor", lambda x: x + x[:, :0].reshape(2, 4, 0, 3).sum()),
     "convolution": ("aten.conv1d.default", lambda x: by_rows(x, lambda y: F.conv1d(y, y.new_ones(12, 1, 3), padding=1, groups=12))),
     "pooling": ("aten.avg_pool2d.default", lambda x: F.avg_pool2d(x, 3, 1, 1)),
     "index": ("aten.index_select.default", lambda x: x.index_select(1, torch.arange(TOKENS - 1, -1, -1))),

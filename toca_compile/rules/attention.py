@@ -1,11 +1,11 @@
 """Fused attention."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import torch
 
-from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call
 from toca_compile.ir.spec import AxisSpec, einsum
 from toca_compile.rules.registry import Args, Work, register
@@ -41,9 +41,8 @@ def attention(call: Call) -> AxisSpec:
 
     A causal mask ties a query to its place among the keys, so its axis is then mixed. With grouped heads
     (``enable_gqa``) the heads of keys and values are a coarser index space, and a query's head has its place in it.
+    Where weights are dropped at random, what is drawn depends on all sizes.
     """
-    if call.arg(4, "dropout_p", 0.0):
-        raise RuleError("weights are dropped at random")
     heads, heads_of_keys = (s[-3] if len(s) > 2 else 1 for s in call.operands[:2])
     grouped = call.kwargs.get("enable_gqa", False) and heads_of_keys not in (1, heads)
     q, h, g = "q!" if call.arg(5, "is_causal", False) else "q", "h!" if grouped else "h", "g" if grouped else "h"
@@ -52,4 +51,5 @@ def attention(call: Call) -> AxisSpec:
     if mask is not None:
         rank = len(mask.shape)
         terms.append("... h q k" if rank > 3 else " ".join(["h", "q", "k"][3 - rank :]))
-    return einsum(",".join(terms) + "-> ... h q e", call.operands, call.results)
+    spec = einsum(",".join(terms) + "-> ... h q e", call.operands, call.results)
+    return replace(spec, mixed=frozenset(spec.sizes)) if call.arg(4, "dropout_p", 0.0) else spec
