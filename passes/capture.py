@@ -24,6 +24,8 @@ aten = torch.ops.aten
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
+_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """The canonical graph of ``gm``, with one placeholder per input in the same order.
@@ -67,10 +69,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 def _canonical(node: fx.Node) -> None:
     """Rewrite ops whose meaning depends on more than their operands' values."""
     source: Any = node.args[0] if node.args else None
-    if node.target is aten.squeeze.default:
-        # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
-        node.args = (source, [d for d, s in enumerate(source.meta["val"].shape) if s == 1])
-        node.target = aten.squeeze.dims
+    if node.target in _SQUEEZES:
+        _name_what_goes(node, source.meta["val"].shape)
     elif node.target in (aten.view.default, aten._unsafe_view.default):
         # A cached value need not lie in memory as the computed one did; reshape copies where it must.
         node.target = aten.reshape.default
@@ -81,6 +81,15 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _name_what_goes(squeeze: fx.Node, shape: Sequence[int]) -> None:
+    """Which dimensions are dropped depends on sizes, and a partial step has other sizes: name those of size 1."""
+    named: Any = squeeze.args[1] if len(squeeze.args) > 1 else range(len(shape))
+    listed = [named] if isinstance(named, int) else list(named)
+    go = [d for d in listed if shape and shape[d] == 1]
+    if squeeze.target is aten.squeeze.default or go != listed:
+        squeeze.target, squeeze.args = aten.squeeze.dims, (squeeze.args[0], go)
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

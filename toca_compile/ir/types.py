@@ -53,7 +53,8 @@ class AxisTypes:
 
     factors: Factors
     results: dict[fx.Node, tuple[Type, ...]] = field(default_factory=dict)
-    specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)  # missing: the op has no rule
+    specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)
+    unknown: dict[fx.Node, str] = field(default_factory=dict)  # why a call has no spec
     labels: dict[fx.Node, dict[str, Product]] = field(default_factory=dict)
 
     def type_of(self, node: fx.Node, result: int = 0) -> Type:
