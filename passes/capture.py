@@ -21,6 +21,12 @@ from toca_compile.errors import UnsupportedGraphError
 
 aten = torch.ops.aten
 
+higher_order = torch.ops.higher_order
+
+# What runs a graph inside the graph, and where among its arguments those of that graph begin. Without gradients a
+# checkpoint means nothing else.
+_INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgraph: 2}
+
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
@@ -38,7 +44,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mutated: list[int] = []
 
     def run(*args: Any) -> Any:
-        out = fx.Interpreter(gm).run(*args)
+        out = _Inlining(gm).run(*args)
         for i, arg in enumerate(args):
             changed = torch._functionalize_has_data_mutation  # type: ignore[attr-defined]
             if isinstance(arg, FunctionalTensor) and changed(arg.elem):
@@ -62,6 +68,15 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     captured.graph.eliminate_dead_code()
     captured.recompile()
     return captured
+
+
+class _Inlining(fx.Interpreter):
+    """Runs graphs inside the graph as if they stood in it."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _INNER:
+            return _Inlining(args[0]).run(*args[_INNER[target] :])
+        return super().call_function(target, args, kwargs)
 
 
 def _canonical(node: fx.Node) -> None:
