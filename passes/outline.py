@@ -36,7 +36,7 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
     for together in _overlapping(loose):
         blocks.append(_alone(together, blocks, order))
     segments = _with_glue(graph, blocks, order)
-    if segments is None:
+    if segments is None or not all(_holds(segment, sites) for segment in segments):
         segments = _whole(graph, sites, order)
     number = {i: b for b, s in enumerate(s for s in segments if s.sites) for i in s.sites}
     return segments, tuple(replace(s, block=number[s.index]) for s in placed)
@@ -44,7 +44,7 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
 
 def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
     """The sites as runs of equal periods: ``A M A M A M`` is three blocks of two."""
-    shape = [(s.kind, s.axis, tuple(value_of(s.output).shape), len(s.region)) for s in sites]
+    shape = [(s.kind, s.axis, tuple(value_of(s.output).shape), _ops(s)) for s in sites]
     groups: list[list[tuple[Site, ...]]] = []
     at = 0
     while at < len(sites):
@@ -60,6 +60,17 @@ def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
         groups.append([sites[at + i * period : at + (i + 1) * period] for i in range(count)])
         at += period * count
     return groups
+
+
+def _ops(site: Site) -> tuple[str, ...]:
+    """What the branch is made of, constants and all: windows that shift in every second block make a period of two."""
+    return tuple(sorted(str(signature(node)) for node in site.region))
+
+
+def _holds(segment: Segment, sites: Sequence[Site]) -> bool:
+    """Whether a segment makes all of its sites' branches: a variant can keep, and leave out, only what it makes."""
+    made = set(segment.nodes)
+    return all(sites[i].region <= made for i in segment.sites)
 
 
 def _match_blocks(
@@ -91,9 +102,10 @@ def _match_blocks(
         inputs = tuple(mapping[n] for n in leaves)
         if not _convex(set(nodes), inputs):
             return None
-        blocks.append(
-            Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members))
-        )
+        numbers = tuple(s.index for s in members)
+        blocks.append(Segment(template, inputs, nodes, tuple(mapping[n] for n in live), numbers))
+        if not _holds(blocks[-1], sites):
+            return None
     claimed: set[fx.Node] = set()
     for block in blocks:
         if claimed & set(block.nodes):
