@@ -24,6 +24,7 @@ from toca_compile import (
     PassError,
     TaylorToCa,
     ToCa,
+    UnsupportedGraphError,
     VerifyError,
 )
 from toca_compile.passes import rewrite
@@ -378,3 +379,33 @@ def test_checkpoints_are_seen_through(how: str) -> None:
 
     opt = check(randomize(Net(block())), [OTHERS["toca"]])
     assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"]
+
+
+class Autocast(nn.Module):
+    """A branch in bfloat16, with a part of it in float32 again."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.inner(x, c)
+            assert y.dtype == torch.bfloat16
+            with torch.autocast("cpu", enabled=False):
+                z = self.out(y.float())
+        return z.type_as(x)
+
+
+def test_autocast_within_the_model() -> None:
+    check(randomize(Net(Block(Autocast(Attention()), Autocast(Mlp())))), [QUERIES["update"]])
+
+
+def test_autocast_around_a_model_that_switches_it_off() -> None:
+    opt = toca_compile.optimize(randomize(Net(Block(Autocast(Attention()), Mlp()))), Fora(2, 2), lowering="eager")
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UnsupportedGraphError, match="off or to"),
+    ):
+        opt(*inputs(0))
