@@ -191,6 +191,8 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, carry: Carry) ->
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
+            if not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
+                return Blocked(node, "reads a value with samples in one dimension with something else")
     return None
 
 

@@ -22,13 +22,14 @@ from toca_compile import (
     Fora,
     FullCompute,
     PassError,
+    PolicyError,
     TaylorToCa,
     ToCa,
     UnsupportedGraphError,
     VerifyError,
 )
 from toca_compile.passes import rewrite
-from toca_compile.policies import Every, Queries, Rule, Selector, Share
+from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
 
 WIDTH, HEADS, TOKENS, STEPS = 8, 2, 16, 3
 Inputs = Callable[[int], tuple[Tensor, ...]]
@@ -80,6 +81,11 @@ class Attention(nn.Module):
         """On ``[batch, tokens, width]``."""
         out = F.scaled_dot_product_attention(*self.heads(x).unbind(0), is_causal=self.causal)
         return self.out(out.transpose(1, 2).reshape(x.shape))
+
+    def across(self, x: Tensor, y: Tensor) -> Tensor:
+        """The queries of ``x`` on keys and values of ``y``."""
+        q, (_, k, v) = self.heads(x)[0], self.heads(y).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.attend(self.norm(x) + c)
@@ -327,6 +333,66 @@ class OwnStatistics(nn.Module):
 @pytest.mark.parametrize("score", ["attention", "none"])
 def test_statistics_over_tokens(score: str) -> None:
     check(randomize(Net(Block(Attention(), OwnStatistics()))), [queries(keys, score) for keys in ("fresh", "keep")])
+
+
+class TokensFirst(Net):
+    """``[tokens, batch, width]`` within the model."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, c = (self.embed(x) + self.positions).transpose(0, 1), self.time(timestep_features(t, 8))
+        for block in self.blocks:
+            attention, mlp = cast(Any, block).branches
+            h = h + attention.attend((attention.norm(h) + c).transpose(0, 1)).transpose(0, 1)
+            h = h + mlp(h, c)
+        return self.head((h + c).transpose(0, 1))
+
+
+def test_tokens_before_samples() -> None:
+    policy = Composition(STEPS, Every(3), (Rule(Partial()),), which=Selector("random"), how_many=Share(0.4))
+    check(randomize(TokensFirst(Block(Attention(), Mlp()))), [policy, QUERIES["update"]])
+
+
+class Learned(Net):
+    """A few learned queries read the text, and the picture reads them."""
+
+    def __init__(self) -> None:
+        super().__init__(Block(Attention(), Mlp()))
+        self.words, self.learned = nn.Linear(4, WIDTH), nn.Parameter(torch.randn(1, 3, WIDTH))
+        self.reads, self.mlps = nn.ModuleList([Attention(), Attention()]), nn.ModuleList([Mlp(), Mlp()])
+        self.picture = Attention()
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
+        assert text is not None
+        z, y, c = self.learned.expand(x.shape[0], -1, -1), self.words(text), self.time(timestep_features(t, 8))
+        for read, mlp in zip(self.reads, self.mlps, strict=True):
+            z = z + cast(Any, read).across(z, y)
+            z = z + mlp(z, torch.zeros(WIDTH))
+        h = self.embed(x) + self.positions
+        h = h + self.picture.across(h, z)
+        return self.head(self.blocks[0](h, c[:, None]))
+
+
+def test_learned_queries_of_the_text() -> None:
+    opt = check(randomize(Learned()), [OTHERS["toca"]], with_text)
+    assert len(toca_compile.explain(opt).sites) == 7
+
+
+class Unfused(Attention):
+    """Heads beside samples in one dimension, and a table of that shape that all logits are added to."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x).flatten(1, 2).unbind(0)
+        table = torch.zeros(q.shape[0], q.shape[1], k.shape[1])
+        weights = torch.baddbmm(table, q, k.transpose(1, 2), beta=0, alpha=0.5).softmax(-1)
+        return self.out((weights @ v).reshape(x.shape[0], HEADS, TOKENS, -1).transpose(1, 2).reshape(x.shape))
+
+
+def test_a_table_with_samples_beside_heads() -> None:
+    model = randomize(Net(Block(Unfused(), Mlp())))
+    check(model, [OTHERS["toca"]])
+    opt = toca_compile.optimize(model, QUERIES["fresh"], lowering="eager")
+    with torch.no_grad(), pytest.raises(PolicyError, match=r"baddbmm.*samples.*test_hard_models\.py:\d+"):
+        opt(*inputs(0))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
