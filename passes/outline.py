@@ -8,7 +8,7 @@ parameter each, or the residual stream. No module path or class name is asked. W
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -44,7 +44,9 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
 
 def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
     """The sites as runs of equal periods: ``A M A M A M`` is three blocks of two."""
-    shape = [(s.kind, s.axis, tuple(value_of(s.output).shape), _ops(s)) for s in sites]
+    shape = [
+        (s.kind, s.axis, tuple(value_of(s.output).shape), s.source in s.add.all_input_nodes, _ops(s)) for s in sites
+    ]
     groups: list[list[tuple[Site, ...]]] = []
     at = 0
     while at < len(sites):
@@ -100,7 +102,8 @@ def _match_blocks(
     for members, mapping in zip(group, maps, strict=True):
         nodes = tuple(sorted((mapping[n] for n in exemplar), key=order.__getitem__))
         inputs = tuple(mapping[n] for n in leaves)
-        if not _convex(set(nodes), inputs):
+        if not _convex(set(nodes), inputs) or not _alike(mapping, b, members) or len(set(inputs)) < len(inputs):
+            # One value where the template has two: a branch beside another is no branch after it.
             return None
         numbers = tuple(s.index for s in members)
         blocks.append(Segment(template, inputs, nodes, tuple(mapping[n] for n in live), numbers))
@@ -112,6 +115,15 @@ def _match_blocks(
             return None
         claimed |= set(block.nodes)
     return blocks
+
+
+def _alike(mapping: Mapping[fx.Node, fx.Node], ours: Sequence[Site], theirs: Sequence[Site]) -> bool:
+    """Whether the sites of two blocks correspond: what is proven of those of one then holds of the other's."""
+    return all(
+        (mapping.get(a.source), mapping.get(a.output)) == (b.source, b.output)
+        and {mapping.get(n) for n in a.region} == b.region
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _lockstep(

@@ -95,6 +95,7 @@ def _segments(unit: Unit) -> None:
     for segment in unit.segments:
         _require(set(segment.inputs) <= ready, f"segment {segment.template} runs before its inputs are there")
         _require(not done & set(segment.nodes), f"segment {segment.template} repeats nodes of another")
+        _require(len(set(segment.inputs)) == len(segment.inputs), f"segment {segment.template} has an input twice")
         done |= set(segment.nodes)
         ready |= set(segment.nodes)
         exemplar = first.setdefault(segment.template, segment)
