@@ -264,15 +264,17 @@ class OptimizedModel(OptimizedModule):
         name = type(self._orig_mod).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
+            split = ", ".join(session.breaks)
             error: TocaError = NoSiteError(
                 f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
+                + (f" torch.compile split it into several graphs: {split}" if split else "")
             )
         elif why is not None:
             return  # as was said when it was traced
         else:
             error = TocaError(
-                f"{name} ran uncached, because torch.compile handed over no graph: look for TORCHDYNAMO_DISABLE, "
-                "torch.compiler.disable, an active TorchDispatchMode, or more than "
+                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
+                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
                 f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
             )
         if session.strict:
