@@ -195,6 +195,8 @@ class Watch:
         for key, (a, b) in moved.items():
             step, way = b - a, self.directions.get(key, 0.0)
             if way and step * way < 0:
+                if self.steps == 1:
+                    del self.directions[key]  # learnt from earlier samplings, and perhaps another way round now
                 if abs(step) > _BACK * self.last.get(key, 0.0):
                     return self._new("the timestep jumped back")
             elif key in self.longest and abs(step) > _GAP * self.longest[key]:
