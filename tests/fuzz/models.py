@@ -5,8 +5,8 @@ the identity; in its twin, which runs eagerly, it blends by a mask what is new w
 ``[batch, tokens, 1]`` into the layout of the value.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -603,6 +603,10 @@ class Transformer(nn.Module):
             "frame": F.pad(frame, (0, 0, front, 0)), "input": F.pad(given, (0, 0, front, 0)),
         }, text  # fmt: skip
 
+    def run_block(self, i: int, block: Any, h: Tensor, s: Tensor | None, given: Any) -> tuple[Tensor, Tensor | None]:
+        """The streams behind one block: a twin puts something else in its place."""
+        return block(h, s, *given)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """``[batch, n, 4]``."""
         spec = self.spec
@@ -623,15 +627,24 @@ class Transformer(nn.Module):
         streams: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             streams.append(h)
-            h, s = block(h, s, streams[max(0, len(self.blocks) - 1 - i - 1)] if i else h, c, text)
+            earlier = streams[max(0, len(self.blocks) - 2 - i)] if i else h
+            h, s = self.run_block(i, block, h, s, (earlier, c, text))
         h = self.place.flat(h)
         h = h[:, : spec.tokens] if spec.text == "after" else h[:, self.place.extra :]
         return self.head(self.norm(h))
 
 
+Made = TypeVar("Made", bound=Transformer)
+
+
 def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model, with weights large enough that every branch matters; eval mode."""
-    model = Transformer(spec)
+    """The model of a description, in eval mode."""
+    return made(Transformer(spec), dtype)
+
+
+def made(model: Made, dtype: torch.dtype = torch.float32) -> Made:
+    """The model with weights large enough that every branch matters; eval mode."""
+    spec = model.spec
     generator = torch.Generator().manual_seed(spec.seed)
     for name, parameter in model.named_parameters():
         fan = parameter.shape[-1] if parameter.dim() > 1 else 4
@@ -655,8 +668,3 @@ def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype = torch.fl
         if not constant:
             x = 0.8 * x + 0.6 * torch.randn(shape, generator=generator)
     return calls
-
-
-def seen(model: nn.Module) -> Sequence[Any]:
-    """The modules that hand their values to ``keep``."""
-    return [m for m in model.modules() if hasattr(m, "keep")]

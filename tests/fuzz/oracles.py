@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import toca_compile
+from tests.fuzz.blended import Ambiguous, Blended, Twin, actions
 from tests.fuzz.grammar import Spec, written
-from tests.fuzz.models import Place, Transformer, as_it_is, build, inputs, seen
+from tests.fuzz.models import build, inputs, made
 from toca_compile import FullCompute, NoSiteError, PolicyError, TocaError, UnsupportedGraphError, VerifyError
-from toca_compile.policies import Composition, Forecast, Queries, SkipBlocks
 
 # What a plain run may say: choices that the user should know of, none of them a fault.
 HARMLESS = ("ranked by age alone", "the token grid is not visible", "no stream like")
@@ -70,12 +70,18 @@ class Tally:
         return "\n".join(lines)
 
 
+class _Off(Exception):
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
 class Subject:
     """One model under test: traced once, then run under one policy after another."""
 
     def __init__(self, spec: Spec, tally: Tally, dtype: torch.dtype = torch.float32, lowering: str = "eager") -> None:
         self.spec, self.tally, self.dtype, self.lowering = spec, tally, dtype, lowering
-        self.model, self.twin = build(spec, dtype), build(spec, dtype)
+        self.model, self.twin = build(spec, dtype), made(Twin(spec), dtype)
         self.opt: Any = None
         self._plain: dict[tuple[bool, int], Tensor] = {}
         self.noise = self._rounding()
@@ -201,50 +207,29 @@ class Subject:
         ))  # fmt: skip
         self.tally.applied["replay"] += 1
 
-    # -- the dense model, blended ------------------------------------------------------------------------------------
-
     def _blend(self, policy: Any) -> Callable[[int, Tensor], None] | None:
-        reason = _no_blend(policy)
-        if reason:
+        """What holds each step of a run against the blended model; None where the policy is more than a blend."""
+        try:
+            blended = Blended(self.twin, policy, toca_compile.explain(self.opt).sites)
+        except Ambiguous as reason:
             self.tally.not_applied[f"blend: {reason}"] += 1
             return None
-        stored: dict[str, Tensor] = {}
-        sites = toca_compile.explain(self.opt).sites
-        update = _updates(policy)
-        off: list[str] = []
+        over: list[str] = []
 
         def look(i: int, out: Tensor) -> None:
-            if off:
-                return
-            fresh = self.opt.fresh_tokens()
+            kind = str(self.opt.steps[-1].kind)
             try:
-                masks = masks_of(self.twin, sites, fresh)
-            except _Ambiguous as error:
-                off.append(str(error))
-                self.tally.not_applied[f"blend: {error}"] += 1
-                return
-
-            def keep(path: str, value: Tensor, lay: Callable[[Tensor], Tensor]) -> Tensor:
-                mask = masks.get(path)
-                if mask is None:
-                    return value
-                if path not in stored:
-                    stored[path] = value
-                new = torch.where(lay(mask[..., None]), value, stored[path])
-                if update or bool(mask.all()):
-                    stored[path] = new
-                return new
-
-            for part in seen(self.twin):
-                part.keep = keep
-            try:
-                wanted = self.twin(*self._calls[i])
-            finally:
-                for part in seen(self.twin):
-                    part.keep = as_it_is
-            self._compare("blend", out, wanted, f"step {i} ({self.opt.steps[-1].kind}) against the blended model", 4.0)
-            if i == len(self._calls) - 1:
-                self.tally.applied["blend"] += 1
+                wanted = None if over else blended(i, self._calls[i], self.opt.fresh_tokens(), kind)
+            except Ambiguous as reason:
+                over.append(str(reason))
+                self.tally.not_applied[f"blend: {reason}"] += 1
+            if not over and wanted is not None:
+                swell = 4.0 if not blended.orders else _swell(policy)
+                self._compare("blend", out, wanted, f"step {i} ({kind}) against the blended model", swell)
+                if i == len(self._calls) - 1:
+                    self.tally.applied[
+                        f"blend{' with forecasts' if blended.orders else ''}{' with skips' if blended.skips else ''}"
+                    ] += 1
 
         return look
 
@@ -274,124 +259,9 @@ def examine(
             torch._dynamo.reset()
 
 
-# -- which mask belongs to which branch --------------------------------------------------------------------------------
-
-
-class _Ambiguous(Exception):
-    """It cannot be told what a site keeps; the message says why."""
-
-
-class _Off(Exception):
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
-
-
-def masks_of(twin: Transformer, sites: Sequence[Any], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For each branch that is a site, by the path under which it keeps: bool ``[batch, tokens]``."""
-    branches = _branches(twin)
-    masks: dict[str, Tensor] = {}
-    if len({s.name for s in sites}) < len(sites):
-        raise _Ambiguous("several sites of one name")
-    for site in sites:
-        mask = fresh[site.name]
-        name = site.name.split("[")[0]
-        owners = [
-            path for path in branches
-            if (name == path[:-1] if path.endswith("!") else f"{name}.".startswith(f"{path.split('#')[0]}."))
-        ]  # fmt: skip
-        if len(owners) > 1:
-            owners = [path for path in owners if branches[path].tokens == site.tokens]
-        if len(owners) != 1:
-            raise _Ambiguous("a site that is no single branch of the model")
-        if owners[0] in masks:
-            raise _Ambiguous("several sites in one branch")
-        uniform = bool(mask.all()) or not bool(mask.any())
-        if site.kind == "parallel" and not uniform:
-            raise _Ambiguous("a partial site that holds its attention")
-        masks[owners[0]] = _laid(mask, branches[owners[0]], twin)
-    return masks
-
-
-def _branches(twin: Transformer) -> dict[str, Place]:
-    """The places of all branches, by the path under which they keep."""
-    found: dict[str, Place] = {}
-    stage: Any
-    for stage in twin.blocks:
-        if stage.spec.skip == "add":
-            found[f"{stage.path}.skip"] = stage.place
-        if stage.joint is not None:
-            found[f"{stage.joint.path}#picture"], found[f"{stage.joint.path}#words"] = stage.place, stage.joint.words
-            found[stage.joint.mlp.path], found[stage.joint.mlp_words.path] = stage.place, stage.joint.words
-        elif stage.spec.style == "sum":
-            found[f"{stage.path}.branches!"] = stage.place
-        elif stage.spec.style != "encoder":
-            found |= {branch.path: branch.place for branch in stage.branches}
-    return found
-
-
-def _laid(mask: Tensor, place: Place, twin: Transformer) -> Tensor:
-    """A site's mask as ``[batch, tokens]`` of the stream: sites may number frames, places or windows as samples."""
-    b, n = twin.spec.batch, place.tokens
-    if bool(mask.all()) or not bool(mask.any()):
-        return torch.full((b, n), bool(mask.all()))
-    f, s = place.frames, place.spots
-    candidates: list[Tensor] = []
-    if place.layout in ("bsfc", "fbsc"):
-        order = {"bsfc": (b, s, f), "fbsc": (f, b, s)}[place.layout]
-        back = {"bsfc": (0, 2, 1), "fbsc": (1, 0, 2)}[place.layout]
-        if mask.shape == (order[0] * order[1], order[2]) or (mask.shape == (b, n) and place.layout == "bsfc"):
-            candidates.append(mask.reshape(order).permute(back).reshape(b, n))
-        inner = {"bsfc": (b, f, s), "fbsc": (b, s, f)}[place.layout]
-        if mask.shape == (inner[0] * inner[1], inner[2]):
-            laid = mask.reshape(inner)
-            candidates.append((laid if place.layout == "bsfc" else laid.transpose(1, 2)).reshape(b, n))
-    else:
-        if mask.shape in ((b, n), (1, n)):
-            candidates.append(mask.expand(b, n))
-        splits = {(f, s), (f * place.height, place.width)}
-        splits |= {(w, n // w) for w in (2, 3, 5) if n % w == 0 and "scope='window'" in repr(twin.spec)}
-        for outer, inside in splits:
-            if 1 in (outer, inside) or outer * inside != n:
-                continue
-            if mask.shape == (b * outer, inside):
-                candidates.append(mask.reshape(b, n))
-            if mask.shape == (b * inside, outer):
-                candidates.append(mask.reshape(b, inside, outer).transpose(1, 2).reshape(b, n))
-    if not candidates or any(not torch.equal(candidates[0], c) for c in candidates[1:]):
-        raise _Ambiguous("a mask whose places are not told by its shape")
-    return candidates[0]
-
-
-# -- policies -----------------------------------------------------------------------------------------------------------
-
-
-def _actions(policy: Any) -> list[Any]:
-    parts = policy if isinstance(policy, Composition) else policy.composition()
-    return [rule.do for rule in (*parts.rules, *parts.alternate)]
-
-
-def _no_blend(policy: Any) -> str | None:
-    """Why a policy is more than a blend of outputs; None where it is one."""
-    actions = _actions(policy)
-    if any(isinstance(a, SkipBlocks) for a in actions):
-        return "blocks are skipped"
-    if any((isinstance(a, Forecast) and a.order) or getattr(a, "order", 0) for a in actions):
-        return "forecasts"
-    if any(isinstance(a, Queries) and a.keys != "fresh" for a in actions):
-        return "cached keys"
-    if len({getattr(a, "update", True) for a in actions}) > 1:
-        return "tokens kept by some rules and not by others"
-    return None
-
-
-def _updates(policy: Any) -> bool:
-    return all(getattr(a, "update", True) for a in _actions(policy))
-
-
 def _swell(policy: Any) -> float:
     """By how much a series may swell what rounding leaves in its differences: Σ 2ⁱ·xⁱ/i! over its orders."""
-    order = max((getattr(a, "order", 0) for a in _actions(policy)), default=0)
+    order = max((getattr(a, "order", 0) for a in actions(policy)), default=0)
     return sum(2.0**i * policy.num_steps**i / math.factorial(i) for i in range(order + 1)) * 4
 
 

@@ -142,6 +142,7 @@ def test_oracles_are_applied() -> None:
     assert tally.applied["bits"] == 1
     assert tally.applied["constant"] == 4
     assert tally.applied["blend"] == 3
+    assert tally.applied["blend with forecasts"] == 1
 
 
 def test_a_failure_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
