@@ -72,5 +72,5 @@ def simpler(value: Any) -> Iterator[Any]:
             for other in others:
                 try:
                     yield dataclasses.replace(value, **{f.name: other})
-                except TocaError:
-                    continue
+                except (TocaError, IndexError, TypeError):
+                    continue  # a part that cannot be

@@ -153,7 +153,7 @@ def test_a_failure_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = Branch("swiglu", norm="rms", gate="token", inside="roll", add="reversed")
     spec = Spec((Block((attention, mlp)),), height=4, words=7)
     (failure,) = examine(spec, [SOME])
-    small, failure = minimise(spec, failure, 20)
+    small, failure = minimise(spec, failure)
     assert "roll" in written(small)
     assert "rope" not in written(small)
     assert "gate" not in written(small)
