@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.grammar import Spec
-from tests.fuzz.models import Place, Transformer, as_it_is
-from toca_compile.policies import Composition, Compute, Forecast, Queries, SkipBlocks
+from tests.fuzz.models import Attend, Place, Transformer, as_it_is, both_as_they_are
+from toca_compile.policies import Composition, Compute, Queries, SkipBlocks
 
 
 class Ambiguous(Exception):
@@ -54,37 +54,60 @@ class Twin(Transformer):
 
 @dataclass
 class Series:
-    """A value kept at some steps, with its differences as TaylorSeer defines them, or all values for a polynomial."""
+    """A value kept at some steps with its differences as TaylorSeer defines them, each token's of its own age; or, for
+    a polynomial, all values."""
 
     basis: str
     order: int = 0
     steps: list[int] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
+    when: Tensor | None = None  # the step at which each token was last computed, laid as the value
     made: int = 0
 
     def keep(self, value: Tensor, step: int, early: bool) -> None:
         """The whole value, computed at this step."""
-        self.made = 0 if early else min(self.order, self.made + 1, len(self.steps))
-        new = [value.double()]
-        for old in self.differences[: self.made]:
-            new.append((new[-1] - old) / (step - self.steps[-1]))
-        self.differences = new[: self.made + 1]
+        new = self._differences(value, step)
+        if early or not self.steps:
+            new = [new[0], *(self.differences[1:] or [torch.zeros_like(new[0])] * self.order)]
+        self.made = 0 if early or not self.steps else min(self.order, self.made + 1)
+        self.differences, self.when = new, torch.full((1,) * value.dim(), float(step))
         self.steps.append(step)
         self.values.append(value)
 
+    def blend(self, value: Tensor, mask: Tensor, step: int, update: bool) -> Tensor:
+        """The value at the masked tokens, and the forecast at the others."""
+        expected = self.at(step)
+        if not bool(mask.any()):
+            return expected
+        if update:
+            new = self._differences(value, step)
+            self.differences = [torch.where(mask, a, b) for a, b in zip(new, self.differences, strict=True)]
+            assert self.when is not None
+            self.when = torch.where(mask, float(step), self.when)
+        return torch.where(mask, value, expected)
+
     def at(self, step: int) -> Tensor:
         """The forecast at a later step."""
+        assert self.when is not None
         if self.basis == "taylor":
-            terms = [
-                d * float((step - self.steps[-1]) ** i) / math.factorial(i) for i, d in enumerate(self.differences)
-            ]
+            age = step - self.when
+            terms = [d * age**i / math.factorial(i) for i, d in enumerate(self.differences[: self.made + 1])]
             return sum(terms[1:], terms[0]).to(self.values[-1].dtype)
         steps, values = self.steps[-self.made - 1 :], self.values[-self.made - 1 :]
+        if self.made == 0:
+            return self.differences[0].to(values[0].dtype)
         total = torch.zeros_like(values[0], dtype=torch.float64)
         for at, value in zip(steps, values, strict=True):  # Lagrange: through the last full steps
             total += value.double() * math.prod((step - other) / (at - other) for other in steps if other != at)
         return total.to(values[0].dtype)
+
+    def _differences(self, value: Tensor, step: int) -> list[Tensor]:
+        new = [value.double()]
+        assert self.when is not None or not self.differences
+        for old in self.differences[: self.order]:
+            new.append((new[-1] - old) / (step - self.when))
+        return new
 
 
 class Blended:
@@ -105,26 +128,31 @@ class Blended:
         self.basis = self.parts.basis
         self.kept: dict[str, Series] = {}
         self.range: list[Series] = []
+        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self.step = 0
 
+    @property
+    def label(self) -> str:
+        """What the form told beside a blend, for the counts."""
+        done = actions(self.parts)
+        told = [" with skips"] if self.skips is not None else []
+        told += [" with forecasts"] if self.orders else []
+        told += [" with cached keys"] if self.keys else []
+        told += [" of tokens kept once"] if not all(getattr(a, "update", True) for a in done) else []
+        return ",".join(told)
+
     def _check(self, done: Sequence[Any]) -> None:
-        if any(isinstance(a, Queries) and a.keys != "fresh" for a in done):
-            raise Ambiguous("cached keys")
-        if any(getattr(a, "order", 0) and not isinstance(a, Forecast | SkipBlocks) for a in done):
-            raise Ambiguous("tokens with a series each")
         if len({getattr(a, "update", True) for a in done}) > 1:
             raise Ambiguous("tokens kept by some rules and not by others")
-        if (
-            self.orders
-            and self.skips is None
-            and (self.parts.alternate or any(r.depths != (0.0, 1.0) for r in self.parts.rules))
-        ):
-            raise Ambiguous("forecasts by depth or in turns")
+        cached = any(isinstance(a, Queries) and a.keys != "fresh" for a in done)
+        if (self.orders or cached) and self.skips is None:
+            if self.parts.alternate or any(r.depths != (0.0, 1.0) for r in self.parts.rules):
+                raise Ambiguous("forecasts or cached keys by depth or in turns")
         if self.skips is not None:
             if self.twin.spec.text == "joint" or self.twin.spec.shared_weights:
                 raise Ambiguous("several streams through skipped blocks")
-            if self.skips.order:
-                raise Ambiguous("forecasts of skipped blocks")
+            if self.orders or cached:
+                raise Ambiguous("forecasts or cached keys beside skipped blocks")
 
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""
@@ -132,41 +160,66 @@ class Blended:
         self.step = step
         kinds = {owner_of(self.twin, s): s.kind for s in self.sites}
         keepers: list[Any] = [m for m in self.twin.modules() if hasattr(m, "keep")]
-        for part in keepers:
-            part.keep = lambda path, value, lay: self._keep(path, value, lay, masks.get(path), kinds.get(path))
-        skipped = self._skipped(masks, kind) if self.skips is not None else frozenset()
-        if self.skips is not None:
-            self.twin.around = lambda i, h, s, run: self._around(i, h, s, run, skipped, kind == "skip")
         try:
+            for part in keepers:
+                part.keep = lambda path, value, lay: self._keep(path, value, lay, masks.get(path), kinds.get(path))
+                self._watch_keys(part, masks, kinds)
+            skipped = self._skipped(masks, kind) if self.skips is not None else frozenset()
+            if self.skips is not None:
+                self.twin.around = lambda i, h, s, run: self._around(i, h, s, run, skipped, kind == "skip")
             return self.twin(*given)
         finally:
             self.twin.around = None
             for part in keepers:
                 part.keep = as_it_is
+                if isinstance(getattr(part, "body", None), Attend):
+                    part.body.keep_keys = both_as_they_are
 
     def _keep(
         self, path: str, value: Tensor, lay: Callable[[Tensor], Tensor], mask: Tensor | None, kind: str | None
     ) -> Tensor:  # fmt: skip
         if mask is None:
             return value
-        series = self.kept.setdefault(path, Series(self.basis, self._order(kind)))
+        series = self.kept.setdefault(path, Series(self.basis, getattr(self._does(kind), "order", 0)))
         if bool(mask.all()):
             series.keep(value, self.step, self.step < self.parts.differences_from)
             return value
-        if not series.values:
+        if series.when is None:
             raise Ambiguous("a site that computed nothing at step 0")
-        if series.order and bool(mask.any()):
-            raise Ambiguous("tokens with a series each")
-        new = torch.where(lay(mask[..., None]), value, series.at(self.step))
-        if self.update and not series.order:
-            series.values[-1] = new
-            series.differences = [new.double()]
-        return new
+        return series.blend(value, lay(mask[..., None]), self.step, self.update)
 
-    def _order(self, kind: str | None) -> int:
-        does = (rule.do for rule in self.parts.rules if not rule.kinds or kind in rule.kinds)
-        found = next(does, None)
-        return found.order if isinstance(found, Forecast) else 0
+    def _does(self, kind: str | None) -> Any:
+        """What sites of that kind do between full steps."""
+        return next((rule.do for rule in self.parts.rules if not rule.kinds or kind in rule.kinds), None)
+
+    def _watch_keys(self, part: Any, masks: dict[str, Tensor], kinds: dict[str, str]) -> None:
+        """Keys and values of an attention that takes them from the cache."""
+        path = getattr(part, "path", "")
+        does = self._does(kinds.get(path))
+        if not isinstance(does, Queries) or does.keys == "fresh" or path not in masks:
+            return
+        mask = masks[path]
+        partial = bool(mask.any()) and not bool(mask.all())
+        body = getattr(part, "body", None)
+        if not isinstance(body, Attend) or body.cross or body.spec.core == "mha" or not _plain_keys(part):
+            if partial:
+                raise Ambiguous("cached keys that are more than an attention's own")
+            return
+        phase = self.parts.when.phases(self.parts.num_steps, kinds[path])[self.step]
+        fresh = not partial or (does.refresh and phase % does.refresh == 0)
+        chosen = mask[:, None, :, None]
+
+        def keep_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if not bool(mask.any()):
+                return k, v
+            if fresh:
+                self.keys[path] = (k, v)
+            elif does.keys == "update":
+                old = self.keys[path]
+                self.keys[path] = torch.where(chosen, k, old[0]), torch.where(chosen, v, old[1])
+            return self.keys[path]
+
+        body.keep_keys = keep_keys
 
     # -- ranges of blocks ---------------------------------------------------------------------------------------------
 
@@ -204,6 +257,14 @@ class Blended:
             self.range = [Series(self.basis)]
             self.range[0].keep(h - self.entered if self.skips.residual else h, self.step, True)
         return h, s
+
+
+def _plain_keys(part: Any) -> bool:
+    """Whether a branch's keys and values are made token by token, and read by one attention of all tokens."""
+    spec, attention = part.spec, part.spec.attention
+    mixed = spec.before or (spec.inside and spec.on != "q") or spec.norm == "tokens"
+    whole = attention.scope == "all" and attention.keys in ("own", "single") and attention.core != "linear"
+    return not mixed and whole
 
 
 def actions(policy: Any) -> list[Any]:

@@ -25,6 +25,11 @@ def as_it_is(path: str, value: Tensor, lay: Callable[[Tensor], Tensor]) -> Tenso
     return value
 
 
+def both_as_they_are(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model under test does with an attention's keys and values."""
+    return k, v
+
+
 class Place(nn.Module):
     """Where a stream's tokens lie: between ``[batch, tokens, channels]`` and a layout."""
 
@@ -151,7 +156,7 @@ class Attend(nn.Module):
         self, spec: Attention, channels: int, place: Place, cross: bool, inside: str, on: str, seed: int
     ) -> None:
         super().__init__()
-        self.spec, self.place, self.cross, self.on = spec, place, cross, on
+        self.spec, self.place, self.cross, self.on, self.keep_keys = spec, place, cross, on, both_as_they_are
         self.heads, self.d = 2, channels // 2
         self.kv_heads = 1 if spec.keys in ("single", "grouped") else 2
         self.fused = spec.fused and not cross and self.kv_heads == 2
@@ -194,6 +199,7 @@ class Attend(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if self.spec.rope and not self.cross:
             q, k = self._turned(q), self._turned(k)
+        k, v = self.keep_keys(k, v)
         out = self._scoped(q, k, v)
         return self.out(out) if self.spec.project else out
 
