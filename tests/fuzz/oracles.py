@@ -143,6 +143,10 @@ class Subject:
             except _Off as off:
                 outcome = Failure(off.kind, policy, off.detail)
             except Exception as error:
+                if "ran uncached" in str(error) and "break" in repr(self.spec):
+                    # Dynamo may give up on what is left of a model behind a graph break.
+                    self.tally.refusals["TocaError: ran uncached"] += 1
+                    return "refused"
                 first = str(error).split("\n", 1)[0][:300]
                 outcome = Failure(_kind(error), policy, f"{first}\n{_place(error)}")
         loud = [line for line in heard if not any(h in line for h in HARMLESS)]
