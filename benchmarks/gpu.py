@@ -75,7 +75,7 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> None:
 def at_step(opt: Any, index: int) -> Callable[[], Any]:
     """The compiled graph's own call at one step of the plan, with static inputs."""
     executor = opt._session.executors[0]
-    run = next(iter(opt._session.control._runs.values()))
+    run = next(iter(opt._session.control.runs))
     key = next(iter(run.last))
     inputs = opt._captured_inputs
 

@@ -6,7 +6,9 @@ and no aliasing ops; every node keeps the user's source line and module path. Al
     hidden.add_(block(hidden))                    →    add = torch.ops.aten.add.Tensor(hidden, linear_7)
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,15 +16,26 @@ from torch import fx
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 
 from toca_compile.errors import UnsupportedGraphError
+from toca_compile.ir.calls import tensors
 
 aten = torch.ops.aten
 
+higher_order = torch.ops.higher_order
+
+# What runs a graph inside the graph, and where among its arguments those of that graph begin. Without gradients a
+# checkpoint means nothing else.
+_INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgraph: 2}
+
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+
+_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -38,7 +51,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mutated: list[int] = []
 
     def run(*args: Any) -> Any:
-        out = fx.Interpreter(gm).run(*args)
+        out = _Inlining(gm).run(*args)
         for i, arg in enumerate(args):
             changed = torch._functionalize_has_data_mutation  # type: ignore[attr-defined]
             if isinstance(arg, FunctionalTensor) and changed(arg.elem):
@@ -64,13 +77,82 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     return captured
 
 
+class _Inlining(fx.Interpreter):
+    """Runs graphs inside the graph as if they stood in it, and spells out what ``torch.autocast`` in it casts: an op
+    whose result Dynamo saw in another dtype than its operands give had them cast to that one."""
+
+    def __init__(self, module: fx.GraphModule, casting: Sequence[bool] = ()) -> None:
+        super().__init__(module)
+        self.casting = list(casting)  # whether each autocast that is open, the innermost last, casts
+        self.dtype: torch.dtype | None = None  # what operands are cast to
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is _enter_autocast:
+            self.casting.append(_casts(n.args))
+            return None
+        if n.target is _exit_autocast:
+            return self.casting.pop() and None
+        seen = next(iter(tensors(n.meta.get("example_value"))), None)
+        if not any(self.casting[-1:]) or n.op not in ("call_function", "call_method") or seen is None:
+            return super().run_node(n)
+        try:
+            with _quiet():
+                result = super().run_node(n)
+            if next(iter(tensors(result))).dtype == seen.dtype:
+                return result
+        except RuntimeError:  # the operands' dtypes do not go together
+            pass
+        self.dtype = seen.dtype
+        try:
+            return super().run_node(n)
+        finally:
+            self.dtype = None
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def cast(value: Any) -> Any:
+            return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        found = super().fetch_args_kwargs_from_env(n)
+        return found if self.dtype is None else pytree.tree_map(cast, found)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _INNER:
+            return _Inlining(args[0], self.casting).run(*args[_INNER[target] :])
+        return super().call_function(target, args, kwargs)
+
+
+def _casts(arguments: Any) -> bool:
+    """Whether an autocast in the graph casts, by its device, dtype and switch.
+
+    Raises:
+        UnsupportedGraphError: the call itself stands under another one, which would cast all the same.
+    """
+    device, dtype, enabled, *_ = arguments
+    around = torch.is_autocast_enabled(device)
+    if around and not (enabled and dtype in (None, torch.get_autocast_dtype(device))):
+        raise UnsupportedGraphError(
+            "the model is called under torch.autocast and switches it off or to another dtype for a part of it, which "
+            "cannot be traced: open torch.autocast inside forward alone, or call the model without"
+        )
+    return bool(enabled)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own report of an op that fails: the operands may be about to be cast."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _canonical(node: fx.Node) -> None:
     """Rewrite ops whose meaning depends on more than their operands' values."""
     source: Any = node.args[0] if node.args else None
-    if node.target is aten.squeeze.default:
-        # Which dimensions it drops depends on sizes, and a partial step has other sizes: name them.
-        node.args = (source, [d for d, s in enumerate(source.meta["val"].shape) if s == 1])
-        node.target = aten.squeeze.dims
+    if node.target in _SQUEEZES:
+        _name_what_goes(node, source.meta["val"].shape)
     elif node.target in (aten.view.default, aten._unsafe_view.default):
         # A cached value need not lie in memory as the computed one did; reshape copies where it must.
         node.target = aten.reshape.default
@@ -81,6 +163,15 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _name_what_goes(squeeze: fx.Node, shape: Sequence[int]) -> None:
+    """Which dimensions are dropped depends on sizes, and a partial step has other sizes: name those of size 1."""
+    named: Any = squeeze.args[1] if len(squeeze.args) > 1 else range(len(shape))
+    listed = [named] if isinstance(named, int) else list(named)
+    go = [d for d in listed if shape and shape[d] == 1]
+    if squeeze.target is aten.squeeze.default or go != listed:
+        squeeze.target, squeeze.args = aten.squeeze.dims, (squeeze.args[0], go)
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

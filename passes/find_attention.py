@@ -60,8 +60,9 @@ def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
                 if label is None:
                     continue
                 if work_of(user) is Work.CONTRACT and not _in_results(use.results[0], label[0]):
-                    found.append(_product(softmax, user, i, label[0], types))
-                elif label[0] in use.carried:
+                    found.append(_product(softmax, user, i, types.label(softmax, over), types))
+                elif label[0] in use.carried and work_of(user) is Work.NONE:
+                    # Past another product the weights are weights no more.
                     moved = occurrence_of(types, user, use.results[0], label)
                     if moved is not None:
                         todo.append((user, moved))
@@ -72,20 +73,22 @@ def _in_results(dims: tuple[tuple[str, ...], ...], label: str) -> bool:
     return any(label in dim for dim in dims)
 
 
-def _product(softmax: fx.Node, product: fx.Node, position: int, keys: str, types: AxisTypes) -> Attention:
-    """The attention that ``product`` completes: its rows are the queries, its shared labels batch and heads."""
+def _product(softmax: fx.Node, product: fx.Node, position: int, over: Product, types: AxisTypes) -> Attention:
+    """The attention that ``product`` completes: its rows are the queries, its shared labels batch and heads, and the
+    keys those that it contracts of what the softmax ran ``over`` (frames and patches may lie apart by then)."""
     spec = types.specs[product]
     weights = spec.operands[position]
     other = 1 - position if len(spec.operands) == 2 else len(spec.operands) - 1
     value_labels = {label for dim in spec.operands[other] for label in dim}
     axis: Product = ()
+    keys: Product = ()
     lead: Product = ()
     for label in (label for dim in weights for label in dim):
-        if label == keys:
-            continue
-        if label in value_labels:
+        if not _in_results(spec.results[0], label) and set(types.label(product, label)) <= set(over):
+            keys += types.label(product, label)
+        elif label in value_labels:
             lead += types.label(product, label)
         else:
             axis += types.label(product, label)
     value = operand_nodes(product)[other]
-    return Attention(product, axis, types.label(product, keys), lead, (), map=softmax, value=value)
+    return Attention(product, axis, keys, lead, (), map=softmax, value=value)

@@ -1,7 +1,7 @@
 """FindClock: the inputs that tell the denoising time.
 
 They are those that reach a sine before any token axis: the timestep embedding. Pictures do not, and positions are not
-inputs of one dimension.
+inputs of one dimension (nor of one beside others of size 1).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def find_clock(inputs: Sequence[fx.Node], types: AxisTypes, sites: Sequence[Site
 
 def _is_small(node: fx.Node) -> bool:
     value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.dim() <= 1
+    return not isinstance(value, torch.Tensor) or sum(s != 1 for s in value.shape) <= 1
 
 
 def _reaches_sine(node: fx.Node, stop: Callable[[fx.Node], bool]) -> bool:

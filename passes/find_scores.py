@@ -25,8 +25,12 @@ def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site
             continue
         attention = other.attention[-1]
         seen.add(attention.node)
-        # Scores are [batch, tokens]: the attention must number its samples as the site does.
-        if tuple(f for f in types.factors.resolve(attention.lead) if f in site.batch) != site.batch:
+        # Scores are [batch, tokens]: the attention and its own site must number the samples as this site does.
+        lead = tuple(f for f in types.factors.resolve(attention.lead) if f in site.batch)
+        if other.batch != site.batch or lead != site.batch:
+            continue
+        # A map that the site does not make itself (weights that are learned, say) is out of its graph's reach.
+        if attention.map is not None and attention.map not in other.region:
             continue
         place = _place(types, attention.key_axis, site)
         if place is not None:

@@ -125,7 +125,7 @@ def _prove(
         batch = batch_of(types, source, output, region, tokens, held)
         proof = prove(types, source, output, region, tokens, batch, held)
         numbers = tuple(types.type_of(output)[o.dim][o.index] for o in batch)
-        if isinstance(proof, Carry) and (not held or _computes(proof, source, region)):
+        if isinstance(proof, Carry) and (not held or _computes(proof, source, output, region)):
             return tokens, proof, numbers
         first = first or (proof, numbers)
     assert first is not None
@@ -143,14 +143,15 @@ def _queries(
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens."""
     if isinstance(proof, Carry) and not proof.held:
         return None
-    found = prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
-    return found if isinstance(found, Blocked) or found.whole else None
+    return prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
 
 
-def _computes(carry: Carry, source: fx.Node, region: frozenset[fx.Node]) -> bool:
-    """Whether a partial step would do arithmetic on the branch's input, and needs the held values here alone."""
+def _computes(carry: Carry, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
+    """Whether a partial step would do arithmetic on the branch's input, and what follows from the held values is needed
+    here alone."""
     own = _users_within(source, carry.rows)
-    apart = all(user in region for node in carry.held for user in node.users)
+    after = {n for node in carry.held for n in (node, *_users_within(node, region))} - {output}
+    apart = all(user in region for node in after for user in node.users)
     return apart and any(work_of(n) in _ARITHMETIC for n in own)
 
 

@@ -14,7 +14,6 @@ from torch import fx
 from toca_compile.ir.graph import operand_nodes, source_line
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, Occurrence
-from toca_compile.rules.registry import RULES
 
 Trace = dict[fx.Node, Occurrence]  # where one factor lies in each value of a branch
 
@@ -108,7 +107,7 @@ class _Follow:
             return None if self.place.setdefault(node, at) == at else twice
         spec = self.types.specs.get(node)
         if spec is None:
-            return Blocked(node, "has no rule" if node.target not in RULES else "regroups the tokens")
+            return Blocked(node, self.types.unknown.get(node, "has no rule"))
         label = label_at(self.types, node, spec.results[result], at)
         passes = label is not None and (
             label[0] in spec.carried or label[0] in spec.windows or (label[0] in spec.concat and window is not None)

@@ -85,7 +85,11 @@ def _constants(
     after_sites = {s.add for s in sites}
     roots = [s.source for s in sites if not ancestors([s.source]) & after_sites]
     moving = set(clock).union(*(reads[r] for r in roots)) if roots else set(clock)
-    constant = {n for n in graph.nodes if n.op == "call_function" and reads[n] and not reads[n] & moving}
+    # What a site computes is the site's, though it may follow from the text alone (learned queries that read it).
+    cached = {n for s in sites for n in s.region} | after_sites
+    for node in graph.nodes:
+        cached |= {node} if not cached.isdisjoint(node.all_input_nodes) else set()
+    constant = {n for n in graph.nodes if n.op == "call_function" and reads[n] and not reads[n] & moving} - cached
     # Only what a branch reads is worth it, and only where a contraction is saved.
     branches = {n for s in sites for n in s.region}
     exported = [n for n in constant if any(u in branches and u not in constant for u in n.users)]

@@ -1,22 +1,26 @@
 """InferAxes: the type of every value, as products of factors.
 
 Each op's rule gives a spec over labels; labels are bound to the factors of the operands, factors bound to one label are
-unified, and the result's type is read off. An op without a rule gets fresh factors for its result: nothing is known to
-pass through it, so no proof can.
+unified, and the result's type is read off. An op without a rule, or called in a way that its rule does not cover, gets
+fresh factors for its result: nothing is known to pass through it, so no proof can.
 """
 
+import logging
 import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call, shape, tensors
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import operand_nodes, value_of
+from toca_compile.ir.graph import operand_nodes, source_line, value_of
 from toca_compile.ir.spec import AxisSpec, Dim
 from toca_compile.ir.types import AxisTypes, Type
 from toca_compile.rules.registry import RULES
+
+log = logging.getLogger(__name__)
 
 
 def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:
@@ -29,11 +33,10 @@ def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:
             types.results[node] = tuple(_fresh(types, v) for v in values)
         elif node.target is operator.getitem:
             source, item = node.args
-            types.results[node] = (types.results[source][item],) if values else ()
-        elif node.target in RULES:
-            _apply(node, types)
+            position = len(tensors(value_of(source)[:item]))  # not every result need be a tensor
+            types.results[node] = (types.results[source][position],) if values else ()
         else:
-            types.results[node] = tuple(_fresh(types, v) for v in values)
+            _apply(node, types)
     return types
 
 
@@ -42,15 +45,20 @@ def _fresh(types: AxisTypes, value: torch.Tensor) -> Type:
 
 
 def _apply(node: fx.Node, types: AxisTypes) -> None:
-    spec = RULES[node.target].axes(call_of(node))  # type: ignore[index]
+    rule = RULES.get(node.target)  # type: ignore[call-overload]
+    if rule is None:
+        return _give_up(node, types, "has no rule")
+    try:
+        spec = rule.spec(call_of(node))
+    except RuleError as error:
+        log.debug("%s: %s", source_line(node), error)
+        return _give_up(node, types, "has a rule that does not cover this call")
     bound: dict[str, Product] = {}
     for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
         for dim, product in zip(dims, types.results[operand][0], strict=True):
             if not _bind(types, spec, bound, dim, product):
                 # The operands cannot be taken apart as the op does it (a boundary inside a concatenation, say).
-                # Nothing is known to pass through: the result is new, and the call has no spec to prove with.
-                types.results[node] = tuple(_fresh(types, v) for v in tensors(value_of(node)))
-                return
+                return _give_up(node, types, "regroups the tokens")
     factors = types.factors
     for label, window in spec.windows.items():
         size = spec.sizes[label]
@@ -65,6 +73,12 @@ def _apply(node: fx.Node, types: AxisTypes) -> None:
     types.results[node] = tuple(
         tuple(tuple(f for label in dim for f in bound[label]) for dim in dims) for dims in spec.results
     )
+
+
+def _give_up(node: fx.Node, types: AxisTypes, why: str) -> None:
+    """Nothing is known to pass through: the result is new, and the call has no spec to prove with."""
+    types.unknown[node] = why
+    types.results[node] = tuple(_fresh(types, v) for v in tensors(value_of(node)))
 
 
 def _bind(types: AxisTypes, spec: AxisSpec, bound: dict[str, Product], dim: Dim, product: Product) -> bool:

@@ -8,7 +8,7 @@ parameter each, or the residual stream. No module path or class name is asked. W
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -36,7 +36,7 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
     for together in _overlapping(loose):
         blocks.append(_alone(together, blocks, order))
     segments = _with_glue(graph, blocks, order)
-    if segments is None:
+    if segments is None or not all(_holds(segment, sites) for segment in segments):
         segments = _whole(graph, sites, order)
     number = {i: b for b, s in enumerate(s for s in segments if s.sites) for i in s.sites}
     return segments, tuple(replace(s, block=number[s.index]) for s in placed)
@@ -44,7 +44,9 @@ def outline(graph: fx.Graph, sites: tuple[Site, ...]) -> tuple[tuple[Segment, ..
 
 def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
     """The sites as runs of equal periods: ``A M A M A M`` is three blocks of two."""
-    shape = [(s.kind, s.axis, tuple(value_of(s.output).shape), len(s.region)) for s in sites]
+    shape = [
+        (s.kind, s.axis, tuple(value_of(s.output).shape), s.source in s.add.all_input_nodes, _ops(s)) for s in sites
+    ]
     groups: list[list[tuple[Site, ...]]] = []
     at = 0
     while at < len(sites):
@@ -60,6 +62,17 @@ def _periods(sites: tuple[Site, ...]) -> list[list[tuple[Site, ...]]]:
         groups.append([sites[at + i * period : at + (i + 1) * period] for i in range(count)])
         at += period * count
     return groups
+
+
+def _ops(site: Site) -> tuple[str, ...]:
+    """What the branch is made of, constants and all: windows that shift in every second block make a period of two."""
+    return tuple(sorted(str(signature(node)) for node in site.region))
+
+
+def _holds(segment: Segment, sites: Sequence[Site]) -> bool:
+    """Whether a segment makes all of its sites' branches: a variant can keep, and leave out, only what it makes."""
+    made = set(segment.nodes)
+    return all(sites[i].region <= made for i in segment.sites)
 
 
 def _match_blocks(
@@ -89,17 +102,28 @@ def _match_blocks(
     for members, mapping in zip(group, maps, strict=True):
         nodes = tuple(sorted((mapping[n] for n in exemplar), key=order.__getitem__))
         inputs = tuple(mapping[n] for n in leaves)
-        if not _convex(set(nodes), inputs):
+        if not _convex(set(nodes), inputs) or not _alike(mapping, b, members) or len(set(inputs)) < len(inputs):
+            # One value where the template has two: a branch beside another is no branch after it.
             return None
-        blocks.append(
-            Segment(template, inputs, nodes, tuple(mapping[n] for n in live), tuple(s.index for s in members))
-        )
+        numbers = tuple(s.index for s in members)
+        blocks.append(Segment(template, inputs, nodes, tuple(mapping[n] for n in live), numbers))
+        if not _holds(blocks[-1], sites):
+            return None
     claimed: set[fx.Node] = set()
     for block in blocks:
         if claimed & set(block.nodes):
             return None
         claimed |= set(block.nodes)
     return blocks
+
+
+def _alike(mapping: Mapping[fx.Node, fx.Node], ours: Sequence[Site], theirs: Sequence[Site]) -> bool:
+    """Whether the sites of two blocks correspond: what is proven of those of one then holds of the other's."""
+    return all(
+        (mapping.get(a.source), mapping.get(a.output)) == (b.source, b.output)
+        and {mapping.get(n) for n in a.region} == b.region
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _lockstep(

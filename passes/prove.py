@@ -53,7 +53,7 @@ def prove(
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
         rows=frozenset(walk.visited),
         held=held,
-        whole=tuple(walk.whole or ()),
+        whole=tuple(n for n in walk.whole or () if n is not source),
         windows=dict(walk.windows),
         cuts=frozenset(walk.cuts),
         joins=dict(walk.joins),
@@ -73,18 +73,17 @@ def prove_queries(
     there for all of them. Where those are token-wise too, it says how (``Carry.updates``)."""
     whole: dict[fx.Node, None] = {}
     carry = prove(types, source, output, region, tokens, batch, walk=Walk(whole))
-    if isinstance(carry, Blocked) or not carry.whole:
+    if isinstance(carry, Blocked):
         return carry
     for reader in carry.rows:
-        both = [o for o in operand_nodes(reader) if o in whole and operand_nodes(reader).count(o) > 1]
-        if both or (set(operand_nodes(reader)) & set(whole) and reader not in carry.tokens):
+        if set(operand_nodes(reader)) & set(whole) and reader not in carry.tokens:
             return Blocked(reader, "reads one value both by its rows and whole")
     factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
     updates = []
     for node in carry.whole:
-        dims = types.type_of(node) if node in region else ()
+        dims = types.type_of(node)
         places = [next((Occurrence(d, dim.index(f)) for d, dim in enumerate(dims) if f in dim), None) for f in factors]
-        if None in places or node is source:
+        if None in places:
             return carry
         at = tuple(p for p in places if p is not None)
         own = prove(types, source, node, region & ancestors([node]), at, batch_like(types, source, node, region, carry))
@@ -126,6 +125,14 @@ def batch_of(
             if isinstance(trace, dict) and walk.straight:
                 found[occurrence] = trace
     return found
+
+
+def reads_whole(types: AxisTypes, node: fx.Node, carry: Carry) -> list[bool]:
+    """For each operand of an op of the branch, whether the op reads it for all tokens and not by its rows. One op may
+    read one value both ways: an attention of a value with itself."""
+    if node not in carry.tokens:  # an op with several results, of which the first is not needed
+        return [False] * len(operand_nodes(node))
+    return [not any(leaf_places(types, node, carry, dims)[0]) for dims in types.specs[node].operands]
 
 
 def leaf_places(
@@ -184,6 +191,8 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, carry: Carry) ->
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
+            if not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
+                return Blocked(node, "reads a value with samples in one dimension with something else")
     return None
 
 

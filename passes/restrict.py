@@ -17,7 +17,7 @@ import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.types import AxisTypes, Carry, Occurrence
 from toca_compile.passes.narrow import Piece, pieces
-from toca_compile.passes.prove import leaf_places, span
+from toca_compile.passes.prove import leaf_places, reads_whole, span
 from toca_compile.rules.registry import RULES
 
 toca = torch.ops.toca
@@ -39,7 +39,7 @@ class Restriction:
         values: where the graph holds the values from outside, for all tokens.
         index: the selected tokens, int64 ``[batch, k]``.
         k: their number.
-        whole: what the branch reads whole, for all tokens, where that is not among ``values`` as it should be read.
+        whole: what the branch reads whole, for all tokens, where that is not to be read from ``values``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Restriction:
     ) -> None:
         self.emit, self.copy, self.values = emit, copy, values
         self.carry, self.types, self.index, self.k = carry, types, index, k
-        self.whole = {**{n: values[n] for n in carry.whole if n in values}, **(whole or {})}
+        self.whole = whole or {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
 
@@ -107,24 +107,22 @@ class Restriction:
         if node.target is operator.getitem:
             return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
         spec = self.types.specs[node]
-        leaves: dict[fx.Node, fx.Node] = {}
-        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
-            if operand in self.whole and not any(leaf_places(self.types, node, self.carry, dims)[0]):
-                leaves[operand] = self.whole[operand]
-            elif operand not in self.rows and operand not in leaves:
-                tokens, batch = leaf_places(self.types, node, self.carry, dims)
-                leaves[operand] = self._leaf(operand, node, tokens, batch)
-                if any(tokens):
-                    self.gathered[operand] = leaves[operand]
-
-        def argument(operand: fx.Node) -> fx.Node:
-            return leaves.get(operand) or self.rows.get(operand) or self.values[operand]
-
-        copy = self.copy(node, argument)
-        copy.meta.pop("val", None)  # it has other sizes now
+        whole = reads_whole(self.types, node, self.carry)
+        operands: list[fx.Node] = []
+        for operand, dims, all_of_it in zip(operand_nodes(node), spec.operands, whole, strict=True):
+            if operand in self.rows and not all_of_it:
+                operands.append(self.rows[operand])
+                continue
+            tokens, batch = leaf_places(self.types, node, self.carry, dims)
+            operands.append(self._leaf(operand, node, tokens, batch))
+            if any(tokens):
+                self.gathered[operand] = operands[-1]
         size_arg = RULES[node.target].size_arg  # type: ignore[index]
+        shape = self._shape(node) if size_arg is not None else []  # before the op that reads it
+        copy = self.copy(node, in_turn(operands))
+        copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
-            copy.args = (*copy.args[:size_arg], self._shape(node), *copy.args[size_arg + 1 :])
+            copy.args = (*copy.args[:size_arg], shape, *copy.args[size_arg + 1 :])
         return copy
 
     def _shape(self, node: fx.Node) -> list[Any]:
@@ -152,7 +150,7 @@ class Restriction:
         What it broadcasts along is first expanded as far as needed: a batch, for a table that all samples share, and
         the other tokens, for a value that each frame has one of.
         """
-        value = self.values[operand]
+        value = self.whole.get(operand) or self.values[operand]
         (first, last), (begin, end) = span(tokens), span(self.carry.tokens.get(reader, ()))
         pointwise, of = RULES[reader.target].pointwise, value_of(reader)  # type: ignore[index]
         if not any(tokens):
@@ -173,6 +171,13 @@ class Restriction:
             value = self.emit(aten.slice.Tensor, value, first, begin, begin + size)
         merged = (last - first + 1,) if last > first else ()
         return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
+
+
+def in_turn(operands: Sequence[fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    """The mapping by which a copied op gets these operands, by position: one value may stand for another twice, and
+    differently."""
+    given = iter(operands)
+    return lambda _: next(given)
 
 
 def _dim(places: Sequence[Occurrence | None]) -> int:

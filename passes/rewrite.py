@@ -23,13 +23,16 @@ import torch
 from torch import fx
 
 import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
-from toca_compile.ir.graph import value_of
+from toca_compile.errors import PassError, VerifyError
+from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.plan import OUTPUT_ONLY, Memory, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
 from toca_compile.ir.types import AxisTypes, Carry, Site
+from toca_compile.ir.verify import verify_kept
 from toca_compile.passes.measure_scores import entropy, measure
 from toca_compile.passes.needed import carry_of, needed_nodes
-from toca_compile.passes.restrict import Restriction, place
+from toca_compile.passes.prove import reads_whole
+from toca_compile.passes.restrict import Restriction, in_turn, place
 from toca_compile.passes.series import Series
 
 toca = torch.ops.toca
@@ -52,7 +55,27 @@ def rewrite(
     compute a partial branch for all tokens and blend by mask, the plain meaning of the restriction.
     """
     memories = memories or [OUTPUT_ONLY] * len(sites)
-    return _Rewriter(segment, sites, modes, types, selector, memories, dense).run()
+    try:
+        variant = _Rewriter(segment, sites, modes, types, selector, memories, dense).run()
+        verify_kept(variant, kept_slots(sites, modes, memories))
+    except (VerifyError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        told = ", ".join(f"{site.name} ({mode!r})" for site, mode in zip(sites, modes, strict=True))
+        raise PassError(f"the rewriting of {told} failed: {error}") from error
+    return variant
+
+
+def kept_slots(sites: Sequence[Site], modes: Sequence[Mode], memories: Sequence[Memory]) -> set[Slot]:
+    """The buffers that a variant must write, by its modes: what it does not, later steps would read as it was."""
+    kept: set[Slot] = set()
+    for i, (site, mode, memory) in enumerate(zip(sites, modes, memories, strict=True)):
+        updated = Mode.PARTIAL in mode and Mode.FORECAST not in mode
+        held = site.carry.held if site.carry is not None and Mode.HOLD in mode else ()
+        keys = site.queries.whole if site.queries is not None and mode & (Mode.KEYS | Mode.UPDATE) else ()
+        kept |= {Slot("cache", i)} if updated or Mode.STORE in mode else set()
+        kept |= {Slot("diff", i, order) for order in range(1, memory.order + 1) if Mode.DIFF in mode}
+        kept |= {Slot("score", i)} if Mode.SCORE in mode else set()
+        kept |= {Slot("held", i, j) for j in range(len(held))} | {Slot("keys", i, j) for j in range(len(keys))}
+    return kept
 
 
 class _Rewriter:
@@ -78,11 +101,11 @@ class _Rewriter:
             for j, node in enumerate(site.carry.held if site.carry else ())
             if Mode.QUERIES not in mode
         }
-        self.keys = {
-            node: (i, j)
+        self.keys = [
+            (node, Slot("keys", i, j))  # one value may be the keys of several sites (streams that attend jointly)
             for i, (site, mode) in enumerate(zip(sites, modes, strict=True))
             for j, node in enumerate(site.queries.whole if site.queries and Mode.KEYS in mode else ())
-        }
+        ]
 
     def run(self) -> Variant:
         inputs = {node: self._placeholder(node, f"in{i}_{node.name}") for i, node in enumerate(self.segment.inputs)}
@@ -125,8 +148,8 @@ class _Rewriter:
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
         if Mode.HOLD in holder:
             self._call(toca.store_.default, self._slot("held", at, index), self.env[node])
-        if node in self.keys:
-            self._call(toca.store_.default, self._slot("keys", *self.keys[node]), self.env[node])
+        for _, slot in (kept for kept in self.keys if kept[0] is node):
+            self._call(toca.store_.default, self._slot(slot.kind, slot.position, slot.index), self.env[node])
         if site is None:
             return
         if Mode.SCORE in mode:
@@ -174,11 +197,10 @@ class _Rewriter:
         out = place(carry, site.output)
         whole, parts = self._whole(site, position, mode, index)
         if self.dense:
-            values = {**self.env, **whole}
-            redone = carry.rows if whole else {site.output}
+            values = dict(self.env)
             for node in self.segment.nodes:
-                if node in redone:
-                    values[node] = self.graph.node_copy(node, lambda n: values[n])
+                if node in (carry.rows if whole else {site.output}):
+                    values[node] = self._with_whole(node, carry, values, whole)
             made = values[site.output]
         else:
             given = {site.source: self.env[site.source]}
@@ -192,11 +214,22 @@ class _Rewriter:
                 series.keep_rows(rows, index, age)
         else:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
-        if self.selector.score == "entropy" and site.by_queries is not None and site.by_queries.site == site.index:
+        own = site.by_queries is not None and site.by_queries.site == site.index
+        if self.selector.score == "entropy" and own and site.attention[-1].node in carry.rows:
             # The rows of the map that this step makes anew tell their tokens' scores anew.
             scores = entropy(self._call, {**self.env, **values}, site, self.selector, self.types)
             self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
+
+    def _with_whole(
+        self, node: fx.Node, carry: Carry, values: Mapping[fx.Node, fx.Node], whole: Mapping[fx.Node, fx.Node]
+    ) -> fx.Node:  # fmt: skip
+        """An op of a branch for all tokens, given what it reads ``whole`` as a step on some of them is given it."""
+        if node not in self.types.specs:
+            return self.graph.node_copy(node, lambda n: values[n])
+        reads = zip(operand_nodes(node), reads_whole(self.types, node, carry), strict=True)
+        operands = [whole.get(o, values[o]) if all_of_it else values[o] for o, all_of_it in reads]
+        return self.graph.node_copy(node, in_turn(operands))
 
     @property
     def _update(self) -> Any:

@@ -131,6 +131,8 @@ def skip_range(found: Range, skip: Skip) -> Variant:
     for i, (node, entry) in enumerate(zip(found.outputs, found.entries, strict=True)):
         value = _series(graph, given, i, skip.memory).forecast()
         if entry is not None:
+            if skip.memory.dtype is not None:  # torch adds no float8 to another dtype
+                value = graph.call_function(aten._to_copy.default, (value,), {"dtype": value_of(node).dtype})
             value = graph.call_function(aten.add.Tensor, (_entered(graph, given, entry, node), value))
         # A copy: the next step's writes to the cache must not reach what this step hands out.
         value = graph.call_function(aten._to_copy.default, (value,), {"dtype": value_of(node).dtype})

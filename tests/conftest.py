@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-os.environ["TOCA_VERIFY"] = "1"  # every partial variant is held against its dense meaning
+os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 
 
 @pytest.fixture(autouse=True)

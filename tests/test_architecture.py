@@ -15,7 +15,7 @@ LAYERS = [
     {"ir"},
     {"rules", "policies", "runtime", "lowerings"},
     {"passes"},
-    {"pipeline", "pass_manager", "numeric_check", "cost"},
+    {"pipeline", "pass_manager", "numeric_check", "cost", "check_plan"},
     {"backend"},
     {"report", "model"},
     {"diffusion_pipeline"},

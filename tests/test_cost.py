@@ -119,7 +119,7 @@ def test_a_partial_step_costs_what_its_variant_does() -> None:
         opt(x, t, y)
         inner = opt._session.executors[0]
         inputs = _inputs(opt)
-        run = next(iter(opt._session.control._runs.values()))
+        run = next(iter(opt._session.control.runs))
         key = next(iter(run.last))
         inner._execute(inputs, run, key)  # builds the variant, which also computes
         run.last[key] = 0

@@ -98,7 +98,7 @@ def test_4_no_map_is_made_or_kept() -> None:
     wide = toca_compile.optimize(pixart(), preset("pixart-alpha/dpm-20"), lowering="eager")
     sample_pixart(wide, 8, 1, (8, 12), False)
     for opt, n in ((wide, 24), (optimized_flux(preset("flux-dev/50-n4"), 8), 42)):
-        for run in opt._session.control._runs.values():
+        for run in opt._session.control.runs:
             assert run.buffers
             for name, buffer in run.buffers.items():
                 assert buffer.dim() == 2 if name[-3] in ("score", "stamp") else buffer.shape[-2:] != (n, n)
@@ -118,7 +118,7 @@ def test_5_text_is_not_packed_over_the_batch() -> None:
 
 def test_6_only_what_is_read_is_scored() -> None:
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"))
-    scored = {name[-2] for run in opt._session.control._runs.values() for name in run.buffers if name[-3] == "score"}
+    scored = {name[-2] for run in opt._session.control.runs for name in run.buffers if name[-3] == "score"}
     kinds = {opt._session.executors[0].unit.sites[i].kind for i in scored}
     assert kinds == {"cross_attention"}
 
@@ -128,7 +128,7 @@ def test_7_no_dead_cache() -> None:
     for policy, held in ((preset("flux-dev/50-n4"), 2), (Fora(50, 3), 0)):
         torch._dynamo.reset()
         opt = optimized_flux(policy)
-        (run,) = opt._session.control._runs.values()
+        (run,) = opt._session.control.runs
         kinds = [name[-3] for name in run.buffers]
         assert (kinds.count("cache"), kinds.count("held")) == (2 * 4 + 2, held)
 
@@ -225,7 +225,7 @@ def test_11_nothing_is_done_for_no_token() -> None:
     unit, plan = opt._session.executors[0].unit, opt._session.executors[0].plan
     cross = [s.index for s in unit.sites if s.kind == "cross_attention"]
     assert {step.sites[i].action for step in plan.steps for i in cross} == {Action.COMPUTE, Action.REUSE}
-    (run,) = opt._session.control._runs.values()
+    (run,) = opt._session.control.runs
     stamps = {name[-2] for name in run.buffers if name[-3] == "stamp"}
     assert not stamps & set(cross)
     text = "\n".join(t for n, t in toca_compile.explain(opt).graphs().items() if "reuse, reuse, partial" in n)

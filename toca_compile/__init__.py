@@ -3,6 +3,7 @@
 from toca_compile.api import explain, optimize
 from toca_compile.errors import (
     InferenceModeError,
+    LoweringError,
     NoSiteError,
     PassError,
     PolicyError,
@@ -34,6 +35,7 @@ __all__ = [
     "Fora",
     "FullCompute",
     "InferenceModeError",
+    "LoweringError",
     "NoSiteError",
     "OptimizedModel",
     "PassError",

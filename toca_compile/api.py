@@ -22,6 +22,7 @@ def optimize(
     lowering: str = "inductor",
     strict: bool = True,
     grid: tuple[int, int] | None = None,
+    hoist: bool = True,
 ) -> OptimizedModel: ...
 @overload
 def optimize(
@@ -31,6 +32,7 @@ def optimize(
     lowering: str = "inductor",
     strict: bool = True,
     grid: tuple[int, int] | None = None,
+    hoist: bool = True,
 ) -> Pipeline: ...
 
 
@@ -41,6 +43,7 @@ def optimize(
     lowering: str = "inductor",
     strict: bool = True,
     grid: tuple[int, int] | None = None,
+    hoist: bool = True,
 ) -> Any:
     """A drop-in replacement of ``model`` that caches as ``policy`` says. ``model`` itself is not changed.
 
@@ -57,6 +60,9 @@ def optimize(
         lowering: ``"inductor"`` or ``"eager"``.
         strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.
+        hoist: compute what follows from the text alone (its keys and values) once a run. Changes of the text or of
+            those weights are seen by value on the CPU; on a GPU by object, version and address, so not those written
+            through ``.data`` into the same memory: ``hoist=False`` for a loop that does that.
 
     Raises:
         TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering is unknown.
@@ -66,13 +72,13 @@ def optimize(
         found = transformers_of(model)
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
-        options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid}
+        options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
         return attach(model, {name: optimize(part, policy, **options) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
     if isinstance(model, OptimizedModel):
         model = model._orig_mod
-    return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid))
+    return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
 
 
 def explain(model: Any) -> Report:
@@ -93,7 +99,7 @@ def explain(model: Any) -> Report:
         callback: Any = getattr(context, "callback", None)
         while hasattr(callback, "_torchdynamo_orig_backend"):
             callback = callback._torchdynamo_orig_backend
-        session = getattr(callback, "_toca_session", None)
+        session = getattr(callback, "_toca_session", lambda: None)()
     if not isinstance(session, Session):
         raise TocaError("explain takes a model optimised by toca_compile, after its first call")
     if not session.executors:

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,16 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile import numeric_check
+from toca_compile.check_plan import check_plan
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Memory, Plan, Policy
 from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
 from toca_compile.pass_manager import PassManager
@@ -24,6 +28,7 @@ from toca_compile.passes.measure_scores import check_score
 from toca_compile.passes.rewrite import rewrite
 from toca_compile.passes.skip_range import find_range, keep_range, probe_range, skip_range
 from toca_compile.pipeline import PIPELINE
+from toca_compile.policies.storage import checked_policy
 from toca_compile.runtime.executor import Compiled, Executor, example_buffer
 from toca_compile.runtime.skipping import Skipping, range_buffer
 from toca_compile.runtime.step_control import StepControl
@@ -33,13 +38,14 @@ aten = torch.ops.aten
 
 
 class Session:
-    """Everything that belongs to one optimised model: its policy, its graphs, its runs. Callable as a Dynamo backend.
+    """Everything that belongs to one optimised model: its policy, its graphs, its runs.
+
+    Dynamo keeps its backends and what they return for as long as the process lives, so it is given neither the session
+    nor an executor, but stand-ins that refer to them weakly (``dynamo_backend``, ``_Graph``).
 
     A graph that cannot be compiled with caching gets a callable that raises the typed error when it is called (with
     ``strict``), or runs uncached after one warning: Dynamo wraps what a backend raises, and users should see our error.
     """
-
-    __name__ = "toca"
 
     def __init__(
         self,
@@ -48,29 +54,41 @@ class Session:
         lowering: str = "inductor",
         strict: bool = True,
         grid: tuple[int, int] | None = None,
+        hoist: bool = True,
     ) -> None:
-        if not callable(getattr(policy, "plan", None)):
-            raise PolicyError(f"policy must be a caching policy such as toca_compile.ToCa(...), not {policy!r}")
+        policy = checked_policy(policy)
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
-        self.policy, self.strict, self.grid = policy, strict, grid
+        self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
         self.applied = policy  # what the current run follows
         self.lowering = lowering
         self._lower = find_lowering(lowering)
-        self.control = StepControl()
+        self.control = StepControl(self.warn_once)
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.seen = 0  # graphs that Dynamo handed over
+        self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
+        self.checked: dict[tuple[Any, ...], float] = {}  # variants held against their dense meaning, and the seconds
         self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
         self.changes: dict[Any, int] = {}
         self._broken = False
         self._warned: set[str] = set()
 
+    def fresh(self) -> "Session":
+        """One with the same settings that has seen no graph."""
+        return _made(self.policy, self._settings())
+
+    def __reduce__(self) -> Any:
+        return _made, (self.policy, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
+
     def set_policy(self, policy: Policy) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
-        self.follow(policy)
+        self.follow(checked_policy(policy))
         self.policy = policy
         self.control.reset()
 
@@ -78,7 +96,7 @@ class Session:
         """Let the next run follow ``policy`` (the user's own, with the numbers of that run)."""
         if policy is self.applied or policy == self.applied:
             return
-        plans = [_checked(policy, executor.unit) for executor in self.executors]
+        plans = [check_plan(policy, executor.unit, self.warn_once) for executor in self.executors]
         for executor, plan in zip(self.executors, plans, strict=True):
             self._explain_choices(executor.unit, plan)
         for executor, plan in zip(self.executors, plans, strict=True):
@@ -96,18 +114,27 @@ class Session:
                 raise InferenceModeError(GRAD_ENABLED)
             executor = self._compile(gm, inputs)
         except NoSiteError as error:
+            self.uncached.setdefault(str(error), error)
             if self.strict and not self.bounded and not self._broken and not self.executors:
                 return _raising(error)
             if not self.bounded and not self.executors:
                 self.warn_once(str(error))
             return self._plain(gm, inputs)
         except TocaError as error:
+            self.uncached.setdefault(str(error), error)
             if self.strict:
                 return _raising(error)
-            self.warn_once(f"{error} The graph runs uncached.")
+            self.warn_once(f"{str(error).rstrip('.')}. The graph runs uncached.")
             return self._plain(gm, inputs)
         self.executors.append(executor)
-        return executor
+        return _Graph(executor, None if self.bounded else self)
+
+    def forget(self, executors: Sequence[Executor]) -> None:
+        """Drop graphs that no call will reach again, and their runs."""
+        numbers = {e.number for e in executors}
+        kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
+        self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
+        self.control.forget_graphs(numbers)
 
     def warn_once(self, message: str) -> None:
         """Say it once in this session."""
@@ -117,17 +144,19 @@ class Session:
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Executor:
         unit = Unit(gm, _static_inputs(gm, inputs), tuple(inputs), self.grid)
-        manager = PassManager(PIPELINE)
+        passes = PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"]
+        manager = PassManager(passes)
         unit = manager.run(unit)
         for node in unit.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not unit.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
-        plan = _checked(self.applied, unit)
+        plan = check_plan(self.applied, unit, self.warn_once)
         self._explain_choices(unit, plan)
+        executor = Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
         self.managers.append(manager)
-        return Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
+        return executor
 
     def _skipping(self, unit: Unit) -> Callable[[Plan, dict[fx.Node, int]], Skipping | None]:
         def make(plan: Plan, place: dict[fx.Node, int]) -> Skipping | None:
@@ -173,14 +202,24 @@ class Session:
         variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=dense)
         _propagate(variant, exemplar, unit, plan)
         verify_variant(variant, exemplar)
-        if any(Mode.PARTIAL in m for m in modes) and not dense and numeric_check.enabled():
+        if any(Mode.PARTIAL in m for m in modes) and not dense and self._is_due(unit, segment, modes):
+            began = time.perf_counter()
             meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
                 examples[slot] = _slot_example(slot, sites[slot.position], unit, plan)
             names, shared = [s.name for s in sites], plan.selector.shared_pair
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
+            self.checked[id(unit), segment.template, modes] = time.perf_counter() - began
         return variant
+
+    def _is_due(self, unit: Unit, segment: Segment, modes: tuple[Mode, ...]) -> bool:
+        """Whether a partial variant is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
+        asked = numeric_check.wanted()
+        if asked is numeric_check.Checks.NONE or (id(unit), segment.template, modes) in self.checked:
+            return False
+        first = not any(key[:2] == (id(unit), segment.template) for key in self.checked)
+        return first or asked is numeric_check.Checks.ALL
 
     def _explain_choices(self, unit: Unit, plan: Plan) -> None:
         assert unit.types is not None
@@ -212,45 +251,87 @@ class Session:
         return lookup_backend("inductor")(gm, list(inputs))
 
 
+def _made(policy: Policy, settings: dict[str, Any]) -> Session:
+    return Session(policy, **settings)
+
+
 def toca(gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="toca", options={"policy": policy, …})``.
 
-    Options are the keywords of ``toca_compile.optimize``: ``policy``, ``lowering``, ``strict``, ``grid``.
+    Options are the keywords of ``toca_compile.optimize``: ``policy``, ``lowering``, ``strict``, ``grid``, ``hoist``.
     """
     owner = sys._getframe(1).f_locals.get("self")
     try:
-        return session_of(owner, options)(gm, inputs)
+        session = session_of(owner, options)
+        graph = session(gm, inputs)
+        if isinstance(graph, _Graph) and owner is not None:
+            owner._toca_starting = None  # from here on the graph keeps the session, and later the model
+        return graph
     except TocaError as error:
         return _raising(error)
 
 
 def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
-    """The session of one torch.compile call, kept on the object by which torch represents that call.
+    """The session of one torch.compile call, found by the object by which torch represents that call.
 
     Raises:
         PolicyError: the options have no policy, or an unknown key.
     """
-    session = getattr(owner, "_toca_session", None)
+    session = getattr(owner, "_toca_session", lambda: None)()
     if session is None:
         given = dict(options or {})
         if "policy" not in given:
             raise PolicyError(
                 'backend="toca" needs a policy: torch.compile(model, backend="toca", options={"policy": policy})'
             )
-        unknown = set(given) - {"policy", "lowering", "strict", "grid"}
+        unknown = set(given) - {"policy", "lowering", "strict", "grid", "hoist"}
         if unknown:
             raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
         session = Session(given.pop("policy"), **given)
         if owner is not None:
-            owner._toca_session = session
+            owner._toca_session, owner._toca_starting = weakref.ref(session), session
     return session
+
+
+# Sessions of bare torch.compile calls, by the first parameter of their model: they live as long as it does.
+_BY_PARAMETER = WeakTensorKeyDictionary()
+
+
+class _Graph:
+    """What Dynamo is given for one graph: it refers to the executor weakly, once a parameter of the model holds the
+    session (``starting``) in its place."""
+
+    def __init__(self, executor: Executor, starting: Session | None) -> None:
+        # A list, since Dynamo copies our attributes into a wrapper of its own.
+        self._executor, self._starting = weakref.ref(executor), [starting] if starting is not None else []
+
+    def __call__(self, *inputs: Any) -> Any:
+        executor = self._executor()
+        if executor is None:
+            raise TocaError("this graph belongs to an optimised model that is gone")
+        if self._starting and executor.parameter(inputs) is not None:
+            held = _BY_PARAMETER.setdefault(executor.parameter(inputs), [])
+            held += [s for s in self._starting if s not in held]
+            self._starting.clear()
+        return executor(*inputs)
+
+
+def dynamo_backend(session: Session) -> Callable[..., Any]:
+    """The session as Dynamo's backend, without keeping it alive."""
+    weak = weakref.ref(session)
+
+    def toca_session(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        live = weak()
+        return gm.forward if live is None else live(gm, inputs)
+
+    return toca_session
 
 
 def _is_nested() -> bool:
     """Whether the frame being compiled was called by user code that runs uncompiled: then it is a fragment of the
     model, not the model. Between torch.compile's wrapper and Dynamo there are otherwise torch's own frames only."""
     frame = sys._getframe(1)
-    own = (__file__, str(Path(torch.__file__).parent))
+    own = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
     while frame.f_code.co_name != "compile_wrapper":
         if not frame.f_code.co_filename.startswith(own) or frame.f_back is None:
             return frame.f_back is not None
@@ -263,46 +344,6 @@ def _raising(error: TocaError) -> Callable[..., Any]:
         raise error
 
     return fail
-
-
-def _checked(policy: Policy, unit: Unit) -> Plan:
-    """The policy's plan, held against what the sites can do.
-
-    Raises:
-        PolicyError: an action that a site does not have, or a cache read before it was written.
-    """
-    plan = policy.plan(unit.sites)
-    if not plan.steps:
-        raise PolicyError("the policy plans no step")
-    written: set[int] = set()
-    for i, step in enumerate(plan.steps):
-        if len(step.sites) != len(unit.sites):
-            raise PolicyError(f"step {i} of the plan names {len(step.sites)} sites; the model has {len(unit.sites)}")
-        for site, todo in zip(unit.sites, step.sites, strict=True):
-            if todo.action not in site.actions:
-                raise PolicyError(f"step {i}: {site.name} cannot be {todo.action.value}: {site.reason}")
-            if (
-                todo.action is not Action.SKIP
-                and plan.adaptive
-                and site.index in plan.skipped
-                and plan.reads(site.index)
-            ):
-                raise PolicyError(
-                    f"{site.name} lies among blocks that are skipped or computed as a test at run time decides; "
-                    "it cannot also be reused, forecast or partial, which needs to know before"
-                )
-            if todo.action is Action.COMPUTE:
-                written.add(site.index)
-            elif site.index not in written and (todo.action is not Action.SKIP or i == 0):
-                raise PolicyError(f"step {i}: {site.name} would read a cache that no earlier step of the run wrote")
-            if todo.action is Action.PARTIAL and not 1 <= todo.tokens <= site.axis.size:
-                raise PolicyError(f"step {i}: {site.name} has {site.axis.size} tokens, not {todo.tokens} to compute")
-    if any({j for j, s in enumerate(step.sites) if s.action is Action.SKIP} not in (set(), plan.skipped)
-           for step in plan.steps):  # fmt: skip
-        raise PolicyError("all steps that skip blocks must skip the same ones")
-    if plan.skipped:
-        find_range(unit, plan.skipped, plan.skip)
-    return plan
 
 
 def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from toca_compile.model import OptimizedModel
+from toca_compile.model import AROUND_CALL, OptimizedModel
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
     return pipe
 
 
-def _with_runs(cls: type) -> type:
+@functools.cache
+def _with_runs(cls: Any) -> Any:
     """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
     call: Any = cls.__call__
 
@@ -59,8 +60,19 @@ def _with_runs(cls: type) -> type:
         with _sampling(self, arguments.arguments):
             return call(self, *args, **kwargs)
 
-    body = {"__call__": sampled, "__module__": cls.__module__, "__doc__": cls.__doc__, "_toca_sampling": True}
+    def reduce(self: Any, protocol: Any) -> Any:
+        # By the class that a name finds; what it is made into is made again where it is read.
+        return _blank, (cls,), vars(self)
+
+    body = {
+        "__call__": sampled, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
+        "_toca_sampling": True,
+    }  # fmt: skip
     return type(cls.__name__, (cls,), body)
+
+
+def _blank(cls: type[Any]) -> Any:
+    return object.__new__(_with_runs(cls))
 
 
 @contextlib.contextmanager
@@ -87,7 +99,8 @@ def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
             stack.enter_context(_shadowed(pipe.scheduler, method, on(method, act)))
         for run in runs:
             stack.callback(run.close)
-            object.__setattr__(run.model, "_around_call", run.around_call)
+        around = {**AROUND_CALL.get(), **{id(run.model): run.around_call for run in runs}}
+        stack.callback(AROUND_CALL.reset, AROUND_CALL.set(around))
         yield
 
 
@@ -112,17 +125,16 @@ class _Run:
 
     def restart(self) -> None:
         """The scheduler was given its timesteps: the next model call is the first of a run."""
-        self.begun, self.stepped, self.passes = False, False, 0
-        self.model.reset()
+        self.begun, self.stepped, self.passes, self.index = False, False, 0, 0
+        self.model._session.control.reset(mine=True)
 
     def next_step(self) -> None:
         """The scheduler steps: the next model call is the first pass of the next step."""
-        self.stepped, self.passes = True, 0
+        self.stepped, self.passes, self.index = True, 0, self.index + 1
 
     def close(self) -> None:
         """The call is over, or failed."""
-        object.__setattr__(self.model, "_around_call", contextlib.nullcontext)
-        self.model.reset()
+        self.model._session.control.reset(mine=True)
 
     @contextlib.contextmanager
     def around_call(self) -> Iterator[None]:
@@ -131,12 +143,15 @@ class _Run:
             self.begun = True
             self._plan()
         number, self.passes = self.passes, self.passes + 1
-        if self.model._session.control.in_context or not number or number >= _PASSES:
+        named = self.model._session.control.context
+        if named is None and number >= _PASSES:
             if number == _PASSES and not self.stepped:
                 log.warning("the scheduler does not step between model calls: all count as steps of one run")
             yield
         else:
-            with self.model.cache_context(f"pass {number + 1}"):
+            with self.model.cache_context(
+                named or (f"pass {number + 1}" if number else "default"), step_index=self.index
+            ):  # fmt: skip
                 yield
 
     def _plan(self) -> None:

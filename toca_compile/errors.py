@@ -21,6 +21,10 @@ class UnsupportedGraphError(TocaError):
     """The traced graph holds something that cannot be compiled at all, such as a graph without tensors."""
 
 
+class LoweringError(TocaError, RuntimeError):
+    """The machine cannot compile: no C++ compiler, no room, or no place for Inductor's files."""
+
+
 class PassError(TocaError):
     """A compiler pass failed; the message names it and the passes that ran before."""
 

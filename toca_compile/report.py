@@ -150,6 +150,14 @@ class Report:
             f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full; "
             f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
+        seconds = self._session.checked.values()
+        if seconds:
+            lines.append(f"verified on random values: {len(seconds)} partial variants in {sum(seconds):.2f} s")
+        if not self._session.control.time_is_visible:
+            lines.append(
+                "the timestep is no host value: an abandoned sampling looks like its continuation; call reset(), or "
+                "tell cache_context(name, step_index=…)"
+            )
         return "\n".join(lines)
 
 

@@ -46,6 +46,7 @@ def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_d
     flat, batch_dim = _merged(cache, dim, batch_dim, span)
     chosen = torch.zeros(index.shape[0], flat.shape[dim], dtype=torch.bool, device=cache.device)
     chosen = chosen.scatter(1, index, True)
+    chosen = chosen if batch_dim < dim else chosen.t()
     shape = [1] * flat.dim()
     shape[dim] = flat.shape[dim]
     if batch_dim >= 0:

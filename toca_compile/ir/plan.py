@@ -2,16 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 
+from toca_compile.ir.fields import (
+    Basis,
+    Checked,
+    Count,
+    Dtype,
+    OneOf,
+    Order,
+    Seed,
+    Threshold,
+    Tokens,
+    Weight,
+)
 from toca_compile.ir.types import Action, Site, StepKind
 
 SCORES = ("attention", "entropy", "v_norm", "k_norm", "error", "random", "none")
 SELECTING = (Action.PARTIAL, Action.QUERIES)
 KEYS = ("fresh", "update", "keep")
+Score = Annotated[str, OneOf(SCORES)]
+Keys = Annotated[str, OneOf(KEYS)]
 
 
 @dataclass(frozen=True)
@@ -23,9 +38,9 @@ class SiteStep:
     the selected tokens' new values are kept (each token then has a history of its own), or serve this step alone."""
 
     action: Action
-    tokens: int = 0
-    order: int = 0
-    keys: str = "fresh"
+    tokens: Tokens = 0
+    order: Order = 0
+    keys: Keys = "fresh"
     update: bool = True
 
 
@@ -38,17 +53,17 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Selector:
+class Selector(Checked):
     """How tokens are ranked (toca-compile's ``select_tokens``): base score, weight of one missed step, and the bonus
     of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
     attention score. ``shared_pair``: the two halves of the batch select the same tokens."""
 
-    score: str = "attention"
-    weight: float = 0.0
-    cell: int = 1
-    bonus: float = 0.0
-    stride: int = 1
-    seed: int = 0
+    score: Score = "attention"
+    weight: Weight = 0.0
+    cell: Count = 1
+    bonus: Weight = 0.0
+    stride: Count = 1
+    seed: Seed = 0
     shared_pair: bool = False
 
     @property
@@ -65,9 +80,9 @@ class Memory:
     differences of ``"newton"``'s polynomial through the full steps.
     """
 
-    order: int = 0
-    dtype: torch.dtype | None = None
-    basis: str = "taylor"
+    order: Order = 0
+    dtype: Annotated[torch.dtype, Dtype()] | None = None
+    basis: Basis = "taylor"
 
     def spacing(self, full: Sequence[int], order: int) -> int:
         """What a difference is divided by at the last of the full steps."""
@@ -100,8 +115,8 @@ class Skip:
 
     residual: bool = True
     memory: Memory = OUTPUT_ONLY
-    threshold: float | None = None
-    limit: int | None = None
+    threshold: Threshold | None = None
+    limit: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -117,41 +132,52 @@ class Plan:
 
     def reads(self, site: int) -> bool:
         """Whether any step reads the site's cache; without, nothing is stored."""
-        return any(step.sites[site].action not in (Action.COMPUTE, Action.SKIP) for step in self.steps)
+        return self.ever(site, *SELECTING, Action.REUSE, Action.FORECAST)
 
     def memory_of(self, site: int) -> Memory:
         """What a site keeps: as many differences as its steps ask for."""
-        return replace(self.memory, order=max(step.sites[site].order for step in self.steps))
+        return replace(self.memory, order=max(s.order for s in self._does[site]))
 
-    @property
+    @cached_property
     def skipped(self) -> frozenset[int]:
         """The sites that some step skips."""
-        return frozenset(i for step in self.steps for i, s in enumerate(step.sites) if s.action is Action.SKIP)
+        return frozenset(i for i, does in enumerate(self._does) if any(s.action is Action.SKIP for s in does))
 
     @property
     def adaptive(self) -> bool:
         """Whether what a step does is decided while it runs."""
         return self.skip.threshold is not None and bool(self.skipped)
 
+    def ever(self, site: int, *actions: Action) -> bool:
+        """Whether the site does one of these at any step."""
+        return any(s.action in actions for s in self._does[site])
+
     def partial(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
-        return any(step.sites[site].action in SELECTING for step in self.steps)
+        return self.ever(site, *SELECTING)
 
     def tokenwise(self, site: int) -> bool:
         """Whether each token of the site has a history of its own."""
-        rows = (step.sites[site] for step in self.steps)
-        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in rows)
+        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in self._does[site])
 
     def keeps_keys(self, site: int) -> bool:
         """Whether any step takes the site's keys and values from the cache."""
-        rows = (step.sites[site] for step in self.steps)
-        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in rows)
+        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in self._does[site])
+
+    @cached_property
+    def _does(self) -> tuple[frozenset[SiteStep], ...]:
+        """The different things that each site does. Asked for at every step of a layout, which stays linear by it."""
+        return tuple(frozenset(column) for column in zip(*(step.sites for step in self.steps), strict=True))
 
 
 def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
+    """The kind of a step in which the sites do this."""
+    return kind_of(frozenset(s.action for s in sites))
+
+
+def kind_of(actions: frozenset[Action]) -> StepKind:
     """A step is full where every site computes all, and skips where any range of blocks is skipped; partial where some
     compute something; else forecast or reuse."""
-    actions = {s.action for s in sites}
     if Action.SKIP in actions:
         return StepKind.SKIP
     if actions <= {Action.COMPUTE}:

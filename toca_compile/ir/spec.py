@@ -4,7 +4,8 @@ A spec names the dimensions of each operand and result with labels. A label that
 *carried*: restricting the result to some of its indices needs the operand at the same indices only. A label missing
 from the result is contracted; a label marked ``!`` is in the result but each element reads all of it (softmax, norms).
 A dimension may be a product of labels, written ``(b t)`` and held as the tuple ``("b", "t")``; ``()`` is a dimension
-of size 1. Concatenation and windows (slices) are stated apart, since the result's label is a sum or a part.
+of size 1. In one value a label stands once: a subset is taken in one place. Concatenation and windows (slices) are
+stated apart, since the result's label is a sum or a part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,12 @@ class AxisSpec:
     concat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for dims in (*self.operands, *self.results):
+            named = [label for dim in dims for label in dim]
+            if len(named) != len(set(named)):
+                raise RuleError(f"a label stands twice in one value: {' '.join(named)}")
+
     @property
     def carried(self) -> frozenset[str]:
         """Labels along which a subset of the result needs only that subset of the operands."""
@@ -49,12 +56,18 @@ def einsum(pattern: str, operands: Sequence[Sequence[int]], results: Sequence[Se
     """Spec from a pattern such as ``"... i, o i, o -> ... o"``.
 
     ``...`` stands for any leading dimensions, which broadcast against each other from the right. A letter with ``!`` is
-    mixed. A dimension of size 1 where another operand has more is a broadcast and carries nothing.
+    mixed. A dimension of size 1 where another operand has more is a broadcast and carries nothing. Operands that a call
+    leaves out are the last ones of the pattern.
+
+    Raises:
+        RuleError: the pattern does not fit the shapes, or names two dimensions of one value alike.
     """
     left, right = pattern.split("->")
     sizes: dict[str, int] = {}
     mixed: set[str] = set()
     terms = [t.split() for t in left.split(",")], [t.split() for t in right.split(",")]
+    if len(operands) > len(terms[0]):
+        raise RuleError(f"pattern {pattern!r} has fewer operands than the call")
 
     def bind(term: list[str], shape: Sequence[int]) -> Dims:
         names = list(term)
@@ -107,6 +120,8 @@ def regroup(operand: Sequence[int], result: Sequence[int]) -> AxisSpec:
     ins: list[list[str]] = [[] for _ in operand]
     outs: list[list[str]] = [[] for _ in result]
     mixed: set[str] = set()
+    if 0 in operand:
+        raise RuleError("an empty value has no order of elements")
     i = j = 0
     rest_in, rest_out = list(operand), list(result)
     while True:

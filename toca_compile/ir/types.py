@@ -53,7 +53,8 @@ class AxisTypes:
 
     factors: Factors
     results: dict[fx.Node, tuple[Type, ...]] = field(default_factory=dict)
-    specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)  # missing: the op has no rule
+    specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)
+    unknown: dict[fx.Node, str] = field(default_factory=dict)  # why a call has no spec
     labels: dict[fx.Node, dict[str, Product]] = field(default_factory=dict)
 
     def type_of(self, node: fx.Node, result: int = 0) -> Type:
@@ -106,10 +107,10 @@ class Carry:
 
     ``held`` are values of the branch that the proof takes from the cache (the attention of a parallel block): the
     branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
-    ``whole`` are values of the branch that it reads for all tokens (keys and values of an attention); ``updates`` are,
-    where those are token-wise in the branch's input, the proofs. In the values of ``windows`` the tokens are a part of
-    a concatenation, from a start on and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations
-    and which of their operands it is.
+    ``whole`` are values of the branch that it reads for all tokens (keys and values of an attention); its input, which
+    it may read so too, is none of them: that is there at every step. ``updates`` are, where those are token-wise in the
+    branch's input, the proofs. In the values of ``windows`` the tokens are a part of a concatenation, from a start on
+    and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations and which of their operands it is.
     """
 
     tokens: Mapping[fx.Node, tuple[Occurrence, ...]]

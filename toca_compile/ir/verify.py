@@ -1,12 +1,14 @@
 """What a legal unit is after each pass. The pass manager checks it; a pass that breaks it is named in the error."""
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
 from toca_compile.errors import VerifyError
 from toca_compile.ir.calls import shape, tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.program import Segment, Unit, Variant
+from toca_compile.ir.program import Segment, Slot, Unit, Variant
 
 
 def verify(unit: Unit) -> None:
@@ -28,6 +30,9 @@ def verify(unit: Unit) -> None:
             _require(site.source in site.carry.tokens, f"site {site.name}: the proof does not reach its input")
     if unit.segments:
         _segments(unit)
+        for segment in unit.segments:
+            lost = {n for i in segment.sites for n in unit.sites[i].region} - set(segment.nodes)
+            _require(not lost, f"segment {segment.template} does not make its sites' {lost}")
 
 
 def verify_variant(variant: Variant, segment: Segment) -> None:
@@ -42,6 +47,29 @@ def verify_variant(variant: Variant, segment: Segment) -> None:
         a, b = new.meta.get("val"), value_of(old)
         same = a is not None and tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype and a.device == b.device
         _require(same, f"a variant's result {new} is {_kind(a)}, the segment's {old} is {_kind(b)}")
+
+
+def verify_kept(variant: Variant, kept: Collection[Slot]) -> None:
+    """A variant is in order, and writes the buffers ``kept``: those that steps to come read as this one leaves them.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    try:
+        variant.module.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"a variant's graph is not legal: {str(error).splitlines()[0]}") from error
+    missing = set(kept) - written_slots(variant)
+    _require(not missing, f"a variant does not write what later steps read of it: {sorted(map(str, missing))}")
+
+
+def written_slots(variant: Variant) -> set[Slot]:
+    """The buffers that a variant changes."""
+    graph = variant.module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"][len(variant.values) :]
+    named = dict(zip(inputs, variant.slots, strict=True))
+    changing = [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
+    return {named[n.args[0]] for n in changing if n.args[0] in named}
 
 
 def _functional(graph: fx.Graph) -> None:
@@ -67,6 +95,7 @@ def _segments(unit: Unit) -> None:
     for segment in unit.segments:
         _require(set(segment.inputs) <= ready, f"segment {segment.template} runs before its inputs are there")
         _require(not done & set(segment.nodes), f"segment {segment.template} repeats nodes of another")
+        _require(len(set(segment.inputs)) == len(segment.inputs), f"segment {segment.template} has an input twice")
         done |= set(segment.nodes)
         ready |= set(segment.nodes)
         exemplar = first.setdefault(segment.template, segment)

@@ -6,6 +6,7 @@ disk cache keeps it for the next process.
 """
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config, standalone_compile
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from toca_compile.errors import LoweringError
 from toca_compile.ir.program import Variant
 
 _ARTIFACTS: dict[tuple[Any, ...], Callable[..., Sequence[Any]]] = {}
+_LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
 """How many variants were compiled in this process: a counter for tests and reports."""
@@ -30,15 +34,42 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
 
     ``examples`` are fake tensors, and plausible values of the host numbers. Buffers are changed in place; the numbers
     may take any value without a recompile.
+
+    Raises:
+        LoweringError: the machine cannot compile.
     """
     global compiles
-    key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
-    if key not in _ARTIFACTS:
-        compiles += 1
-        # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
-        with torch.inference_mode(False), torch.no_grad():
-            _ARTIFACTS[key] = _compile(variant.module, examples)
-    return _ARTIFACTS[key]
+    with _LOCK:
+        key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
+        if key not in _ARTIFACTS:
+            compiles += 1
+            # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    _ARTIFACTS[key] = _compile(variant.module, examples)
+            except Exception as error:
+                trouble = machine_trouble(error)
+                if trouble is None:
+                    raise
+                raise trouble from error
+        return _ARTIFACTS[key]
+
+
+def machine_trouble(error: BaseException | None) -> LoweringError | None:
+    """What is wrong with the machine, if that is behind an error of Inductor's; None otherwise."""
+    while error is not None:
+        if isinstance(error, InvalidCxxCompiler | CppCompileError):
+            return LoweringError(
+                f"Inductor found no C++ compiler that works ({str(error).splitlines()[0]}): install g++ or clang, name "
+                "it in CXX, or take lowering='eager'"
+            )
+        if isinstance(error, OSError):
+            return LoweringError(
+                f"Inductor could not write its files ({error}): make room, or set TORCHINDUCTOR_CACHE_DIR (and TMPDIR) "
+                "to a folder that can be written, or take lowering='eager'"
+            )
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None
 
 
 def clear() -> None:

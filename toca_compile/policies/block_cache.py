@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+from toca_compile.ir.fields import Basis, Checked, Count, DtypeName, Natural, Order, Steps, Threshold
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.types import Site
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
-from toca_compile.policies.when import Adaptive, Every, Spread, When
+from toca_compile.policies.when import Adaptive, Bend, Every, Spread, When
 
 
 @dataclass(frozen=True)
-class BlockCache:
+class BlockCache(Checked):
     """The first and last blocks are computed at every step; what the others add to the residual stream is reused or
     forecast between full steps.
 
@@ -31,19 +32,19 @@ class BlockCache:
         PolicyError: a number outside its range, or a threshold with no first block to measure it on.
     """
 
-    num_steps: int = 50
-    first: int = 1
-    last: int = 0
-    threshold: float | None = None
-    warmup: int = 1
-    limit: int | None = None
-    interval: int = 4
-    bend: float | None = None
-    order: int = 0
-    basis: str = "taylor"
-    cache_dtype: str | None = None
+    num_steps: Steps = 50
+    first: Natural = 1
+    last: Natural = 0
+    threshold: Threshold | None = None
+    warmup: Count = 1
+    limit: Count | None = None
+    interval: Count = 4
+    bend: Bend | None = None
+    order: Order = 0
+    basis: Basis = "taylor"
+    cache_dtype: DtypeName | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self.composition()
 
     @property

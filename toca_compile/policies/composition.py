@@ -13,49 +13,42 @@ from dataclasses import dataclass, field
 import torch
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import KEYS, SCORES, Memory, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
+from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Natural, Order, Steps
+from toca_compile.ir.plan import Keys, Memory, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
 from toca_compile.ir.types import Action, Site
-from toca_compile.policies.schedules import RatioSchedule, check_whole, counted
-from toca_compile.policies.when import Adaptive, Every, When
-
-MAX_ORDER = 4
+from toca_compile.policies.schedules import RatioSchedule, counted
+from toca_compile.policies.when import Adaptive, Every, Listed, When, check_range
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Checked):
     """All tokens, as on a full step."""
 
 
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(Checked):
     """The cached output."""
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Checked):
     """The cached output moved along its differences, as far as the full steps so far allow and up to ``order``."""
 
-    order: int = 2
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
+    order: Order = 2
 
 
 @dataclass(frozen=True)
-class Partial:
+class Partial(Checked):
     """The selected tokens, where the site is token-wise; the others are reused, or forecast (``order``), as is the
     whole site where it is not. ``update``: whether the new values are kept, with their differences; else they serve
     their step alone."""
 
-    order: int = 0
+    order: Order = 0
     update: bool = True
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
 
 
 @dataclass(frozen=True)
-class Queries:
+class Queries(Checked):
     """The selected tokens through an attention, against keys and values of all tokens; the others as in ``Partial``.
 
     Args:
@@ -65,46 +58,41 @@ class Queries:
         order, update: as in ``Partial``.
     """
 
-    keys: str = "fresh"
-    refresh: int = 0
-    order: int = 0
+    keys: Keys = "fresh"
+    refresh: Natural = 0
+    order: Order = 0
     update: bool = True
 
-    def __post_init__(self) -> None:
-        check_order(self.order)
-        if self.keys not in KEYS:
-            raise PolicyError(f"keys must be one of {', '.join(KEYS)}, not {self.keys!r}")
+    def check(self) -> None:
         if self.refresh and self.keys == "fresh":
             raise PolicyError("keys that are fresh at every step have no refresh of their own: keys='update' or 'keep'")
 
 
 @dataclass(frozen=True)
-class SkipBlocks:
+class SkipBlocks(Checked):
     """All blocks but the ``first`` and ``last`` so many, as one: what they add to the residual stream is reused, or
     forecast (``order``); with ``residual=False`` it is the stream itself behind them. The others are computed."""
 
-    first: int = 0
-    last: int = 0
+    first: Natural = 0
+    last: Natural = 0
     residual: bool = True
-    order: int = 0
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-        if min(self.first, self.last) < 0:
-            raise PolicyError(f"first and last count blocks, not {self.first} and {self.last}")
+    order: Order = 0
 
 
 What = Compute | Reuse | Forecast | Partial | Queries | SkipBlocks
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Checked):
     """``do`` it at sites of these ``kinds`` (empty: all) whose place in their stack of blocks, from 0 to 1, lies within
     ``depths``."""
 
     do: What
-    kinds: tuple[str, ...] = ()
-    depths: tuple[float, float] = (0.0, 1.0)
+    kinds: tuple[Kind, ...] = ()
+    depths: tuple[Fraction, Fraction] = (0.0, 1.0)
+
+    def check(self) -> None:
+        check_range("depths", self.depths)
 
     def matches(self, site: Site) -> bool:
         """Whether the rule speaks of this site."""
@@ -113,18 +101,14 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Checked):
     """How many tokens: floor(``ratio`` · factors · tokens). ``span``: divisor of the layer factor (by default the depth
     of the stack less one); ``count``: as in ``IntervalFunction``."""
 
-    ratio: float = 0.1
+    ratio: Fraction = 0.1
     factors: RatioSchedule = field(default_factory=RatioSchedule)
-    span: int | None = None
-    count: str = "up"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= 1:
-            raise PolicyError(f"ratio is the share of tokens recomputed and must lie in [0, 1], not {self.ratio}")
+    span: Count | None = None
+    count: Counting = "up"
 
     def tokens(self, site: Site, call: int, num_steps: int) -> int:
         """K of one site at one call."""
@@ -135,7 +119,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(Checked):
     """A policy made of parts.
 
     Args:
@@ -154,23 +138,19 @@ class Composition:
         PolicyError: parts that contradict each other.
     """
 
-    num_steps: int = 50
+    num_steps: Steps = 50
     when: When = field(default_factory=Every)
     rules: tuple[Rule, ...] = ()
     alternate: tuple[Rule, ...] = ()
     which: Selector = field(default_factory=lambda: Selector("none"))
     how_many: Share = field(default_factory=Share)
-    basis: str = "taylor"
-    cache_dtype: str | None = None
-    differences_from: int = 1
+    basis: Basis = "taylor"
+    cache_dtype: DtypeName | None = None
+    differences_from: Count = 1
 
-    def __post_init__(self) -> None:
-        check_whole("num_steps", self.num_steps)
-        if self.basis not in ("taylor", "newton"):
-            raise PolicyError(f"basis must be 'taylor' or 'newton', not {self.basis!r}")
-        if self.which.score not in SCORES:
-            raise PolicyError(f"score must be one of {', '.join(SCORES)}, not {self.which.score!r}")
-        kept_dtype(self.cache_dtype)
+    def check(self) -> None:
+        if isinstance(self.when, Listed):
+            self.full_steps()
         done = [rule.do for rule in (*self.rules, *self.alternate)]
         if self.basis == "newton" and any(isinstance(do, Partial | Queries) and do.order and do.update for do in done):
             raise PolicyError("tokens that are kept one by one have a history each: basis='taylor', or update=False")
@@ -221,7 +201,7 @@ class Composition:
                     todo = SiteStep(Action.COMPUTE, site.axis.size, made[site.index])
                 row.append(todo)
             steps.append(StepPlan(step_kind(tuple(row)), tuple(row)))
-        dtype = kept_dtype(self.cache_dtype)
+        dtype = self._dtype()
         return Plan(tuple(steps), self.which, memory=Memory(0, dtype, self.basis), skip=self._skip())
 
     def _site(self, site: Site, call: int, phase: int, block: tuple[int, int], made: int) -> SiteStep:
@@ -256,9 +236,12 @@ class Composition:
         does = [r.do for r in (*self.rules, *self.alternate) if isinstance(r.do, SkipBlocks)]
         if not does:
             return Skip()
-        memory = Memory(does[0].order, kept_dtype(self.cache_dtype), self.basis)
+        memory = Memory(does[0].order, self._dtype(), self.basis)
         test = (self.when.threshold, self.when.limit) if isinstance(self.when, Adaptive) else (None, None)
         return Skip(does[0].residual, memory, *test)
+
+    def _dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.cache_dtype) if self.cache_dtype is not None else None
 
 
 def _order(do: What) -> int:
@@ -274,25 +257,3 @@ def _blocks(sites: tuple[Site, ...]) -> list[int]:
         number += places[block] != before or places[block][1] == 1
         numbers[block], before = number, places[block]
     return [numbers[s.block] for s in sites]
-
-
-def check_order(order: int) -> None:
-    """Refuse an order that no forecast has.
-
-    Raises:
-        PolicyError: it is not 0 to 4.
-    """
-    if order not in range(MAX_ORDER + 1):
-        raise PolicyError(f"order must be 0 to {MAX_ORDER}, not {order!r}")
-
-
-def kept_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of that name.
-
-    Raises:
-        PolicyError: it is no floating-point dtype.
-    """
-    dtype = getattr(torch, name, None) if name is not None else None
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise PolicyError(f"cache_dtype must name a floating-point dtype such as 'bfloat16', not {name!r}")
-    return dtype

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from toca_compile.ir.fields import Checked
 from toca_compile.ir.plan import Plan, SiteStep, StepPlan
 from toca_compile.ir.types import Action, Site, StepKind
 
 
 @dataclass(frozen=True)
-class FullCompute:
+class FullCompute(Checked):
     """Compute everything at every step: the plain model through the same path, for any number of steps."""
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:

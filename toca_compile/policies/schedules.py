@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor
 
-from toca_compile.errors import PolicyError
+from toca_compile.ir.fields import Checked, Factor, Kind
 
 
 def periodic_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
@@ -74,16 +74,16 @@ def float32(x: float) -> float:
 
 
 @dataclass(frozen=True)
-class RatioSchedule:
+class RatioSchedule(Checked):
     """Share of tokens recomputed: ρ · layer · step · kind, clamped to [0, 1] (ToCa, section 3.3).
 
     ``layer`` = (a, b): a + b·l/span with l the block's place in its stack; ``step`` = (a, b): a + b·s/T with s the
     policy's own counter; ``kinds``: a factor for each kind of site, 1 where none is given.
     """
 
-    layer: tuple[float, float] = (1.0, 0.0)
-    step: tuple[float, float] = (1.0, 0.0)
-    kinds: Mapping[str, float] = field(default_factory=dict)
+    layer: tuple[Factor, Factor] = (1.0, 0.0)
+    step: tuple[Factor, Factor] = (1.0, 0.0)
+    kinds: Mapping[Kind, Factor] = field(default_factory=dict)
 
     def tokens(self, ratio: float, n: int, *, kind: str, depth: int, span: int, s: int, num_steps: int) -> int:
         """K = floor(ratio · n) of one site at one step."""
@@ -91,13 +91,3 @@ class RatioSchedule:
         step = self.step[0] + self.step[1] * s / num_steps
         share = ratio * layer * step * self.kinds.get(kind, 1.0)
         return floor(min(max(share, 0.0), 1.0) * n)
-
-
-def check_whole(name: str, value: int) -> None:
-    """Refuse what is no whole number of at least 1.
-
-    Raises:
-        PolicyError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PolicyError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -1,32 +1,26 @@
-"""Policies as JSON: each dataclass by name, its fields as they are."""
+"""Policies as JSON: each dataclass by name, its fields as they are. What is read is held against the same types as what
+is built in Python (``ir/fields.py``)."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import Policy, Selector
-from toca_compile.policies import composition as parts
-from toca_compile.policies import when
+from toca_compile.ir.fields import accept, field_types, told
+from toca_compile.ir.plan import Policy
 from toca_compile.policies.block_cache import BlockCache
+from toca_compile.policies.composition import Composition
 from toca_compile.policies.full import FullCompute
-from toca_compile.policies.schedules import RatioSchedule
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
 from toca_compile.policies.toca import DuCa, Fora, ToCa
 
 POLICIES: dict[str, type[Any]] = {
-    c.__name__: c for c in (FullCompute, Fora, ToCa, DuCa, TaylorSeer, TaylorToCa, BlockCache, parts.Composition)
+    c.__name__: c for c in (FullCompute, Fora, ToCa, DuCa, TaylorSeer, TaylorToCa, BlockCache, Composition)
 }
-PARTS: dict[str, type[Any]] = {
-    c.__name__: c
-    for c in (
-        RatioSchedule, Selector, parts.Share, parts.Rule, parts.Compute, parts.Reuse, parts.Forecast, parts.Partial,
-        parts.Queries, parts.SkipBlocks, when.Every, when.Periodic, when.IntervalFunction, when.Spread, when.Listed,
-        when.Adaptive,
-    )
-}  # fmt: skip
+
+_MOST_BYTES = 4 << 20  # a composition that lists all its full steps has a hundredth of that
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
@@ -35,22 +29,28 @@ def save_policy(policy: Policy, path: str | Path) -> None:
     Raises:
         PolicyError: it is none of this package's policies.
     """
-    Path(path).write_text(json.dumps(as_data(policy), indent=1) + "\n")
+    Path(path).write_text(json.dumps(as_data(policy), indent=1) + "\n", encoding="utf-8")
 
 
 def load_policy(path: str | Path) -> Policy:
-    """Read what ``save_policy`` wrote; the policy checks its numbers again.
+    """Read what ``save_policy`` wrote, and check it as if it were built in Python.
 
     Raises:
-        PolicyError: the file is no policy, or names a field that it does not have.
+        PolicyError: the file cannot be read or holds no policy; the message says where in the file, and what stands
+            there.
     """
     try:
-        made: Policy = from_data(json.loads(Path(path).read_text()))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        raise PolicyError(f"{path} holds no policy: {error!r}") from error
-    return made
+        with Path(path).open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise PolicyError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+        return from_data(json.loads(raw.decode("utf-8"), object_pairs_hook=_Object))
+    except OSError as error:
+        raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise PolicyError(f"{path} holds no policy: it nests too deeply") from error
+    except ValueError as error:  # no UTF-8, no JSON, or a PolicyError
+        raise PolicyError(f"{path} holds no policy: {error}") from error
 
 
 def as_data(policy: Policy) -> dict[str, Any]:
@@ -65,11 +65,86 @@ def as_data(policy: Policy) -> dict[str, Any]:
     return {"policy": name, **_fields(policy)}
 
 
-def from_data(given: Mapping[str, Any]) -> Policy:
-    """The policy that ``as_data`` told."""
-    fields = {name: _made(value) for name, value in given.items() if name != "policy"}
-    policy: Policy = POLICIES[given["policy"]](**fields)
-    return policy
+def from_data(given: Any) -> Policy:
+    """The policy that ``as_data`` told.
+
+    Raises:
+        PolicyError: it is none, or a field holds what it may not.
+    """
+    if not isinstance(given, Mapping):
+        raise PolicyError(f'a policy is an object such as {{"policy": "ToCa", "num_steps": 50}}, not {told(given)}')
+    return cast(Policy, _built("policy", tuple(POLICIES.values()), given, ""))
+
+
+def checked_policy(policy: Any) -> Policy:
+    """What was given as a policy.
+
+    Raises:
+        PolicyError: it has no method ``plan``; the message says what to write.
+    """
+    if not isinstance(policy, type) and callable(getattr(policy, "plan", None)):
+        return cast(Policy, policy)
+    remedy = ""
+    if isinstance(policy, type):
+        remedy = f": write {policy.__name__}(...), an instance of it"
+    elif isinstance(policy, str):
+        remedy = ": a published configuration has a name in toca_compile.preset(name), a file is read by load_policy"
+    elif isinstance(policy, Mapping):
+        remedy = ": pass the policy itself (optimize takes lowering, strict and grid as keywords)"
+    elif hasattr(policy, "plan"):
+        remedy = ", whose plan is no method: it is called with the model's sites and returns a Plan"
+    raise PolicyError(
+        f"policy must be a caching policy such as toca_compile.ToCa(num_steps=50), not {told(policy)}{remedy}"
+    )
+
+
+class _Object(dict[str, Any]):
+    """An object of a JSON file, with the key that stands in it twice."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        super().__init__()
+        self.twice: str | None = None
+        for key, value in pairs:
+            self.twice = key if key in self else self.twice
+            self[key] = value
+
+
+def _built(tag: str, options: tuple[type, ...], given: Any, path: str) -> Any:
+    """The dataclass that an object of a JSON file is: the one of ``options`` that its ``tag`` names."""
+    names = {c.__name__: c for c in options}
+    name = given.get(tag) if isinstance(given, Mapping) else None
+    what, start = (path, f"{path}: ") if path else ("it", "")
+    if not isinstance(name, str) or name not in names:
+        shown = told(name) if isinstance(given, Mapping) and tag in given else told(given)
+        raise PolicyError(f"{what} must be an object whose {tag!r} is one of {', '.join(names)}, not {shown}")
+    cls: Any = names[name]
+    types = field_types(cls)
+    if getattr(given, "twice", None) is not None:
+        raise PolicyError(f"{start}{told(given.twice)} stands twice in it")
+    unknown = [key for key in given if key != tag and key not in types]
+    if unknown:
+        raise PolicyError(f"{start}{name} has no field {told(unknown[0])}; it has {', '.join(types) or 'none'}")
+    fields = {}
+    for field in dataclasses.fields(cls):
+        own = f"{path}.{field.name}" if path else field.name
+        if field.name in given:
+            fields[field.name] = accept(types[field.name], _plain(given[field.name], own), own, _part)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise PolicyError(f"{own} is missing")
+    try:
+        return cls(**fields)
+    except PolicyError as error:  # fields that contradict each other
+        raise PolicyError(f"{start}{error}") from error
+
+
+def _part(options: tuple[type, ...], given: Any, path: str) -> Any:
+    return _built("part", options, given, path)
+
+
+def _plain(value: Any, path: str) -> Any:
+    if getattr(value, "twice", None) is not None:
+        raise PolicyError(f"{path}: {told(value.twice)} stands twice in it")
+    return value
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -82,12 +157,3 @@ def _told(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_told(v) for v in value]
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _made(value: Any) -> Any:
-    """What a value was: lists are tuples, and what names its part is one."""
-    if isinstance(value, list):
-        return tuple(_made(v) for v in value)
-    if isinstance(value, dict) and "part" in value:
-        return PARTS[value["part"]](**{name: _made(v) for name, v in value.items() if name != "part"})
-    return value

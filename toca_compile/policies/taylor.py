@@ -2,18 +2,19 @@
 for the tokens that a step does not recompute."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.fields import Basis, Call, Checked, Count, DtypeName, Fraction, OneOf, Order, Seed, Steps, Weight
+from toca_compile.ir.plan import Keys, Plan, Score, Selector
 from toca_compile.ir.types import Site
 from toca_compile.policies.composition import Composition, Forecast, Partial, Queries, Rule, Share
-from toca_compile.policies.when import Every, Listed, Spread, When
+from toca_compile.policies.when import Bend, Every, Listed, Spread, When
 
 ATTENTION = ("self_attention", "joint_attention", "parallel")
 
 
 @dataclass(frozen=True)
-class TaylorSeer:
+class TaylorSeer(Checked):
     """Full steps keep every site's output and its differences; between them each is forecast by a Taylor series.
 
     At a full step, d steps after the last, D⁰ = F and Dⁱ⁺¹ = (Dⁱ new − Dⁱ old) / d; x steps later the forecast is
@@ -37,21 +38,18 @@ class TaylorSeer:
         PolicyError: a number outside its range.
     """
 
-    num_steps: int = 50
-    interval: int = 4
-    order: int = 2
-    warmup: int = 1
-    schedule: str = "counter"
-    bend: float = 1.0
-    basis: str = "taylor"
-    full: tuple[int, ...] = ()
-    cache_dtype: str | None = None
+    num_steps: Steps = 50
+    interval: Count = 4
+    order: Order = 2
+    warmup: Count = 1
+    schedule: Annotated[str, OneOf(("counter", "spread"))] = "counter"
+    bend: Bend = 1.0
+    basis: Basis = "taylor"
+    full: tuple[Call, ...] = ()
+    cache_dtype: DtypeName | None = None
 
-    def __post_init__(self) -> None:
-        if self.schedule not in ("counter", "spread"):
-            raise PolicyError(f"schedule must be 'counter' or 'spread', not {self.schedule!r}")
-        Spread(self.interval, self.bend, self.warmup)
-        self.full_steps()
+    def check(self) -> None:
+        self.composition()
 
     @property
     def when(self) -> When:
@@ -79,7 +77,7 @@ class TaylorSeer:
 
 
 @dataclass(frozen=True)
-class TaylorToCa:
+class TaylorToCa(Checked):
     """A forecast for the tokens left out, fresh values for the selected ones, whose differences are then updated: each
     token has a history of its own.
 
@@ -101,20 +99,20 @@ class TaylorToCa:
         PolicyError: a number outside its range.
     """
 
-    num_steps: int = 50
-    interval: int = 4
-    order: int = 2
-    fresh_ratio: float = 0.1
-    score: str = "error"
-    staleness_weight: float = 0.0
-    keys: str | None = None
+    num_steps: Steps = 50
+    interval: Count = 4
+    order: Order = 2
+    fresh_ratio: Fraction = 0.1
+    score: Score = "error"
+    staleness_weight: Weight = 0.0
+    keys: Keys | None = None
     mlp: bool = True
     update: bool = True
-    warmup: int = 1
-    cache_dtype: str | None = None
-    seed: int = 0
+    warmup: Count = 1
+    cache_dtype: DtypeName | None = None
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self.composition()
 
     def composition(self) -> Composition:

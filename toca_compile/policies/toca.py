@@ -3,22 +3,26 @@ al., 2024), which takes turns between ToCa's steps and such that skip all blocks
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.plan import SCORES, Plan, Selector
+from toca_compile.ir.fields import Checked, Count, Counting, Fraction, Kind, Number, OneOf, Seed, Steps, Weight
+from toca_compile.ir.plan import Plan, Score, Selector
 from toca_compile.ir.types import Site
 from toca_compile.policies.composition import Composition, Partial, Rule, Share, SkipBlocks
-from toca_compile.policies.schedules import RatioSchedule, check_whole
-from toca_compile.policies.when import Every, IntervalFunction, Periodic, When
+from toca_compile.policies.schedules import RatioSchedule
+from toca_compile.policies.when import Every, IntervalFunction, Periodic, Slope, When, check_range
 
 SCHEDULES = ("toca", "constant", "periodic", "counter")
+_COMPLEMENT = "; it is the share of tokens recomputed, and the paper's R (a percentage of tokens reused) its complement"
+FreshRatio = Annotated[float, Number(0, 1, note=_COMPLEMENT)]
 
 DDIM_RATIOS = RatioSchedule(layer=(0.8, 0.4), step=(3.0, -4.0), kinds={"mlp": 2.5, "self_attention": 0.0})
 """The published ratio schedule of DiT with DDIM-50: rises with depth and along denoising, nothing in attention."""
 
 
 @dataclass(frozen=True)
-class ToCa:
+class ToCa(Checked):
     """Token-wise feature caching.
 
     Full steps compute and keep every site's output. Between them attention is reused and each site that is token-wise
@@ -55,54 +59,30 @@ class ToCa:
         PolicyError: a number outside its range.
     """
 
-    num_steps: int = 50
-    interval: int = 3
-    fresh_ratio: float = 0.07
-    schedule: str = "toca"
-    score: str = "attention"
-    staleness_weight: float = 0.25
-    interval_slope: float = 0.4
-    sensitive: tuple[float, float] = (0.2, 0.4)
-    sensitive_interval: int = 2
-    cell: int = 2
-    bonus: float = 0.6
-    score_stride: int = 1
-    layer_span: int | None = None
+    num_steps: Steps = 50
+    interval: Count = 3
+    fresh_ratio: FreshRatio = 0.07
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "toca"
+    score: Score = "attention"
+    staleness_weight: Weight = 0.25
+    interval_slope: Slope = 0.4
+    sensitive: tuple[Fraction, Fraction] = (0.2, 0.4)
+    sensitive_interval: Count = 2
+    cell: Count = 2
+    bonus: Weight = 0.6
+    score_stride: Count = 1
+    layer_span: Count | None = None
     ratios: RatioSchedule = field(default=DDIM_RATIOS)
-    seed: int = 0
-    count: str = "down"
-    warmup: int = 1
-    periods: Mapping[str, int] = field(default_factory=dict)
+    seed: Seed = 0
+    count: Counting = "down"
+    warmup: Count = 1
+    periods: Mapping[Kind, Count] = field(default_factory=dict)
     shared_pair: bool = False
 
-    def __post_init__(self) -> None:
-        check_whole("num_steps", self.num_steps)
-        check_whole("interval", self.interval)
-        check_whole("warmup", self.warmup)
-        for kind, period in self.periods.items():
-            check_whole(f"periods[{kind!r}]", period)
-        check_whole("sensitive_interval", self.sensitive_interval)
-        check_whole("cell", self.cell)
-        check_whole("score_stride", self.score_stride)
-        if not 0 <= self.fresh_ratio <= 1:
-            raise PolicyError(
-                f"fresh_ratio is the share of tokens recomputed and must lie in [0, 1], not {self.fresh_ratio}; "
-                "the paper's R (a percentage of tokens reused) is its complement"
-            )
-        if self.schedule not in SCHEDULES:
-            raise PolicyError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+    def check(self) -> None:
+        check_range("sensitive", self.sensitive)
         if self.periods and self.schedule != "periodic":
             raise PolicyError(f"periods need schedule='periodic', not {self.schedule!r}")
-        if self.count not in ("down", "up"):
-            raise PolicyError(f"count must be 'down' or 'up', not {self.count!r}")
-        if self.score not in SCORES:
-            raise PolicyError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
-        if not 0 <= self.sensitive[0] <= self.sensitive[1] <= 1:
-            raise PolicyError(f"sensitive must be an increasing range within [0, 1], not {self.sensitive}")
-        if not 0 <= self.interval_slope < 1:
-            raise PolicyError(f"interval_slope must lie in [0, 1), not {self.interval_slope}")
-        if self.layer_span is not None:
-            check_whole("layer_span", self.layer_span)
 
     @property
     def when(self) -> When:
@@ -146,8 +126,8 @@ class DuCa(ToCa):
     step. Settings are the published ones of DiT; see ``ToCa`` for what they mean.
     """
 
-    fresh_ratio: float = 0.05
-    bonus: float = 0.8
+    fresh_ratio: FreshRatio = 0.05
+    bonus: Weight = 0.8
 
     def composition(self) -> Composition:
         """ToCa's, with every second step skipped."""
@@ -155,19 +135,15 @@ class DuCa(ToCa):
 
 
 @dataclass(frozen=True)
-class Fora:
+class Fora(Checked):
     """FORA: full steps 0, N, 2N, …, and every site reused in between.
 
     Raises:
         PolicyError: ``num_steps`` or ``interval`` below 1.
     """
 
-    num_steps: int = 50
-    interval: int = 3
-
-    def __post_init__(self) -> None:
-        check_whole("num_steps", self.num_steps)
-        check_whole("interval", self.interval)
+    num_steps: Steps = 50
+    interval: Count = 3
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """As its parts say."""

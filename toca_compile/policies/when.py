@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from toca_compile.errors import PolicyError
+from toca_compile.ir.fields import Call, Checked, Count, Counting, Fraction, Kind, Number, Threshold, told
 from toca_compile.policies.schedules import (
-    check_whole,
     counted,
     counted_steps,
     periodic_steps,
@@ -13,17 +14,16 @@ from toca_compile.policies.schedules import (
     toca_phases,
 )
 
+Slope = Annotated[float, Number(0, 1, below=True)]
+Bend = Annotated[float, Number(0, 10, above=True, below=True)]
+
 
 @dataclass(frozen=True)
-class Every:
+class Every(Checked):
     """The first ``warmup`` steps, then one full step after every ``interval`` − 1 others."""
 
-    interval: int = 3
-    warmup: int = 1
-
-    def __post_init__(self) -> None:
-        check_whole("interval", self.interval)
-        check_whole("warmup", self.warmup)
+    interval: Count = 3
+    warmup: Count = 1
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
@@ -31,18 +31,12 @@ class Every:
 
 
 @dataclass(frozen=True)
-class Periodic:
+class Periodic(Checked):
     """The first ``warmup`` steps and the multiples of the interval, which ``periods`` may set for a kind of site."""
 
-    interval: int = 3
-    warmup: int = 1
-    periods: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_whole("interval", self.interval)
-        check_whole("warmup", self.warmup)
-        for kind, period in self.periods.items():
-            check_whole(f"periods[{kind!r}]", period)
+    interval: Count = 3
+    warmup: Count = 1
+    periods: Mapping[Kind, Count] = field(default_factory=dict)
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step of that kind."""
@@ -50,26 +44,19 @@ class Periodic:
 
 
 @dataclass(frozen=True)
-class IntervalFunction:
+class IntervalFunction(Checked):
     """ToCa's interval function (section 3.3): ``interval`` bent by ``slope``, and another one in a sensitive range of
     s/T. ``count``: whether s runs ``"down"`` from T − 1 or ``"up"`` from 0."""
 
-    interval: int = 3
-    slope: float = 0.4
-    sensitive: tuple[float, float] = (0.2, 0.4)
-    sensitive_interval: int = 2
-    count: str = "down"
-    warmup: int = 1
+    interval: Count = 3
+    slope: Slope = 0.4
+    sensitive: tuple[Fraction, Fraction] = (0.2, 0.4)
+    sensitive_interval: Count = 2
+    count: Counting = "down"
+    warmup: Count = 1
 
-    def __post_init__(self) -> None:
-        for name in ("interval", "sensitive_interval", "warmup"):
-            check_whole(name, getattr(self, name))
-        if self.count not in ("down", "up"):
-            raise PolicyError(f"count must be 'down' or 'up', not {self.count!r}")
-        if not 0 <= self.sensitive[0] <= self.sensitive[1] <= 1:
-            raise PolicyError(f"sensitive must be an increasing range within [0, 1], not {self.sensitive}")
-        if not 0 <= self.slope < 1:
-            raise PolicyError(f"slope must lie in [0, 1), not {self.slope}")
+    def check(self) -> None:
+        check_range("sensitive", self.sensitive)
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """s modulo the interval in force."""
@@ -81,19 +68,13 @@ class IntervalFunction:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Checked):
     """As many full steps as every ``interval``-th would be, from the first to the last but one, so that no long gap
     ends the run; ``bend`` 1 lays them evenly, less makes them denser towards the end of denoising."""
 
-    interval: int = 3
-    bend: float = 1.0
-    warmup: int = 1
-
-    def __post_init__(self) -> None:
-        check_whole("interval", self.interval)
-        check_whole("warmup", self.warmup)
-        if not 0 < self.bend < 10:
-            raise PolicyError(f"bend must lie between 0 and 10, not {self.bend!r}")
+    interval: Count = 3
+    bend: Bend = 1.0
+    warmup: Count = 1
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
@@ -101,14 +82,14 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(Checked):
     """The full steps themselves, as rising call indices with 0 among them."""
 
-    full: tuple[int, ...]
+    full: tuple[Call, ...]
 
-    def __post_init__(self) -> None:
-        if not all(isinstance(i, int) for i in self.full) or list(self.full) != sorted({*self.full, 0}):
-            raise PolicyError(f"full must rise from 0, not {self.full}")
+    def check(self) -> None:
+        if list(self.full) != sorted({*self.full, 0}):
+            raise PolicyError(f"full must rise from 0, not {told(self.full)}")
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step.
@@ -117,26 +98,19 @@ class Listed:
             PolicyError: a listed step lies behind the run's end.
         """
         if self.full[-1] >= num_steps:
-            raise PolicyError(f"full must stay below num_steps = {num_steps}, not {self.full}")
+            raise PolicyError(f"full must stay below num_steps = {num_steps}, not {told(self.full)}")
         return _since(self.full, num_steps)
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Checked):
     """After the ``warmup``, a step is full where a test at run time says so: the change that the first blocks make
     differs from what it was at the last full step by more than ``threshold`` (FirstBlockCache, DBCache). ``limit``: of
     other steps in a row."""
 
-    threshold: float = 0.1
-    warmup: int = 1
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        check_whole("warmup", self.warmup)
-        if self.limit is not None:
-            check_whole("limit", self.limit)
-        if not self.threshold > 0:
-            raise PolicyError(f"threshold must be above 0, not {self.threshold!r}")
+    threshold: Threshold = 0.1
+    warmup: Count = 1
+    limit: Count | None = None
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the warm-up: those that need not be full."""
@@ -144,6 +118,16 @@ class Adaptive:
 
 
 When = Every | Periodic | IntervalFunction | Spread | Listed | Adaptive
+
+
+def check_range(name: str, ends: tuple[float, float]) -> None:
+    """Refuse a range that ends before it starts.
+
+    Raises:
+        PolicyError: it does.
+    """
+    if not ends[0] <= ends[1]:
+        raise PolicyError(f"{name} must be a range that ends where it starts or later, not {ends}")
 
 
 def _since(full: Iterable[int], num_steps: int) -> tuple[int, ...]:

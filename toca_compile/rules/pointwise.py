@@ -6,42 +6,42 @@ from typing import Any
 
 import torch
 
+from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call
-from toca_compile.ir.spec import AxisSpec, elementwise
+from toca_compile.ir.spec import AxisSpec, einsum, elementwise
 from toca_compile.rules.registry import Args, Sample, Work, register
+from toca_compile.rules.samples import broadcast, shape, sizes
 
 aten = torch.ops.aten
 
 
-def _shape(rng: Random, rank: int = 3) -> list[int]:
-    return [rng.randint(2, 4) for _ in range(rank)]
-
-
 def _one(*extra: Any, positive: bool = True, **kwargs: Any) -> Sample:
     def sample(rng: Random) -> Args:
-        x = torch.rand(_shape(rng)) + 0.1 if positive else torch.randn(_shape(rng))
+        x = torch.rand(shape(rng)) + 0.1 if positive else torch.randn(shape(rng))
         return (x, *extra), kwargs
 
     return sample
 
 
-def _two(dtype: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Sample:
+def _several(count: int, *extra: Any, of: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Sample:
+    """``count`` operands that broadcast against each other."""
+
     def sample(rng: Random) -> Args:
-        a = _shape(rng)
-        b = [1 if rng.random() < 0.4 else s for s in a][rng.randint(0, 2) :]
-        return (dtype(torch.rand(a) + 0.1), dtype(torch.rand(b) + 0.1)), {}
+        whole = shape(rng)
+        return (*(of(torch.rand(broadcast(rng, whole)) + 0.1) for _ in range(count)), *extra), {}
 
     return sample
 
 
-def _three(rng: Random) -> Args:
-    s = _shape(rng)
-    return (torch.rand(s), torch.rand(s[1:]), torch.rand(s) + 0.1), {}
+def _masked(*extra: Any, of: int) -> Sample:
+    """A mask and ``of`` operands that broadcast against it."""
 
+    def sample(rng: Random) -> Args:
+        whole = shape(rng)
+        values = [torch.rand(broadcast(rng, whole)) for _ in range(of)]
+        return (torch.rand(broadcast(rng, whole)) > 0.5, *values, *extra), {}
 
-def _where(rng: Random) -> Args:
-    s = _shape(rng)
-    return (torch.rand(s[-1]) > 0.5, torch.rand(s), torch.rand(s[0], 1, s[2])), {}
+    return sample
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -70,12 +70,16 @@ register(aten.gelu.default, _one(positive=False), _one(approximate="tanh"), poin
     elementwise_axes
 )
 register(aten.empty_like.default, _one(), pointwise=True)(elementwise_axes)
-register(aten.pow.Scalar, lambda rng: ((2.0, torch.rand(2, 3)), {}), pointwise=True)(elementwise_axes)
-register([aten.polar.default, aten.complex.default], lambda rng: ((torch.rand(2, 3), torch.rand(2, 3)), {}),
-         pointwise=True)(elementwise_axes)  # fmt: skip
-register(aten.copy.default, lambda rng: ((torch.rand(2, 3), torch.rand(1, 3)), {}), pointwise=True)(elementwise_axes)
-register(aten.bitwise_not.default, lambda rng: ((torch.rand(2, 3) > 0.5,), {}), pointwise=True)(elementwise_axes)
-register(aten.dropout.default, _one(0.0, False), pointwise=True)(elementwise_axes)
+register(aten.pow.Scalar, lambda rng: ((2.0, torch.rand(shape(rng))), {}), pointwise=True)(elementwise_axes)
+
+
+def _pair(rng: Random) -> Args:
+    whole = shape(rng)
+    return (torch.rand(whole), torch.rand(broadcast(rng, whole))), {}
+
+
+register([aten.polar.default, aten.complex.default, aten.copy.default], _pair, pointwise=True)(elementwise_axes)
+register(aten.bitwise_not.default, lambda rng: ((torch.rand(shape(rng)) > 0.5,), {}), pointwise=True)(elementwise_axes)
 register(aten.clamp.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
 register([aten.clamp_min.default, aten.clamp_max.default], _one(0.4), pointwise=True)(elementwise_axes)
 register(aten.full_like.default, _one(3.0), pointwise=True)(elementwise_axes)
@@ -93,25 +97,49 @@ BINARY = [
     aten.maximum.default, aten.minimum.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.eq.Tensor,
     aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.floor_divide.default,
 ]  # fmt: skip
-register(BINARY, _two(), pointwise=True)(elementwise_axes)
+register(BINARY, _several(2), pointwise=True)(elementwise_axes)
 register([aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor],
-         _two(_bits), pointwise=True)(elementwise_axes)  # fmt: skip
-register([aten.div.Tensor_mode, aten.div.Scalar_mode], _one(0.3, rounding_mode="floor"), pointwise=True)(
+         _several(2, of=_bits), pointwise=True)(elementwise_axes)  # fmt: skip
+register(aten.div.Tensor_mode, lambda rng: (_several(2)(rng)[0], {"rounding_mode": "floor"}), pointwise=True)(
     elementwise_axes
 )
-register([aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor], _three, pointwise=True)(elementwise_axes)
-register(aten.lerp.Scalar, lambda rng: (_two()(rng)[0] + (0.3,), {}), pointwise=True)(elementwise_axes)
-register(aten.where.self, _where, pointwise=True)(elementwise_axes)
-register(aten.where.ScalarOther, lambda rng: ((torch.rand(2, 3) > 0.5, torch.rand(2, 3), 0.0), {}), pointwise=True)(
-    elementwise_axes
-)
-register(aten.masked_fill.Scalar, lambda rng: ((torch.rand(2, 3), torch.rand(3) > 0.5, -1.0), {}), pointwise=True)(
-    elementwise_axes
-)
-register(aten.prelu.default, lambda rng: ((torch.randn(3, 4, 2), torch.rand(1)), {}))(elementwise_axes)
+register(aten.div.Scalar_mode, _one(0.3, rounding_mode="floor"), pointwise=True)(elementwise_axes)
+register([aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor], _several(3), pointwise=True)(elementwise_axes)
+register(aten.lerp.Scalar, _several(2, 0.3), pointwise=True)(elementwise_axes)
+register(aten.where.self, _masked(of=2), pointwise=True)(elementwise_axes)
+register(aten.where.ScalarOther, _masked(0.0, of=1), pointwise=True)(elementwise_axes)
 
 
-@register(aten.view_as_real.default, lambda rng: ((torch.randn(2, 3, 4, dtype=torch.complex64),), {}))
+def _filled(rng: Random) -> Args:
+    mask, x = _masked(of=1)(rng)[0]
+    return (x, mask, -1.0), {}
+
+
+register(aten.masked_fill.Scalar, _filled, pointwise=True)(elementwise_axes)
+
+
+@register(aten.dropout.default, _one(0.5, False), _one(0.0, True), pointwise=True)
+def dropout(call: Call) -> AxisSpec:
+    """Nothing at inference. One that drops draws other elements on a subset than it would on the whole."""
+    if call.arg(2, "train") and call.arg(1, "p"):
+        raise RuleError("elements are dropped at random")
+    return elementwise(call.operands, call.results)
+
+
+def _slopes(rng: Random) -> Args:
+    x = sizes(rng, rng.randint(1, 4), one=False)
+    return (torch.randn(x), torch.rand(x[1] if len(x) > 1 and rng.random() < 0.7 else 1)), {}
+
+
+@register(aten.prelu.default, _slopes)
+def prelu(call: Call) -> AxisSpec:
+    """One slope for all, or one for each index of dimension 1 (the channels), whatever the rank."""
+    x, slopes = call.operands
+    names = " ".join(f"d{i}" for i in range(len(x)))
+    return einsum(f"{names}, {'d1' if slopes else ''} -> {names}", call.operands, call.results)
+
+
+@register(aten.view_as_real.default, lambda rng: ((torch.randn(shape(rng), dtype=torch.complex64),), {}))
 def view_as_real(call: Call) -> AxisSpec:
     """Real and imaginary part become a last dimension."""
     spec = elementwise(call.operands, call.operands)
@@ -120,10 +148,7 @@ def view_as_real(call: Call) -> AxisSpec:
 
 def constant(call: Call) -> AxisSpec:
     """No operand: every dimension of the result is a new index space."""
-    shape = call.results[0]
-    labels = [f"d{i}" for i in range(len(shape))]
-    dims = tuple((n,) if s > 1 else () for n, s in zip(labels, shape, strict=True))
-    return AxisSpec((), (dims,), {n: s for n, s in zip(labels, shape, strict=True) if s > 1})
+    return einsum("->" + " ".join(f"d{i}" for i in range(len(call.results[0]))), [], call.results)
 
 
 register(aten.arange.default, lambda rng: ((4,), {}))(constant)

@@ -3,12 +3,13 @@
 A rule says, for one op, what happens to the dimensions (``axes``), which argument states the size of the result and
 must shrink with it (``size_arg``), what the op costs (``work``), and it brings sample calls, so that one property test
 covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a counterexample
-along each that it calls mixed.
+along each that it calls mixed. Samples draw every argument that can move elements: widths, shifts, dims, equations.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from random import Random
 from typing import Any
 
@@ -45,6 +46,21 @@ class Rule:
     pointwise: bool = False
     trailing: bool = False  # acts on the last dimensions, however many stand before them
     work: Work = Work.NONE
+
+    def spec(self, call: Call) -> AxisSpec:
+        """What the op does to the dimensions of one call.
+
+        Raises:
+            RuleError: the rule does not cover this call: it raised, or what it says does not fit the operands.
+        """
+        try:
+            spec = self.axes(call)
+            said = [tuple(prod(spec.sizes[x] for x in dim) for dim in dims) for dims in (*spec.operands, *spec.results)]
+        except Exception as error:  # a rule may be anyone's: whatever it raises, it says nothing of this call
+            raise RuleError(f"the rule of {self.op} does not cover this call: {error!r}") from error
+        if said != [*call.operands, *call.results]:
+            raise RuleError(f"the rule of {self.op} speaks of shapes {said}, not {[*call.operands, *call.results]}")
+        return spec
 
     @property
     def any_rank(self) -> bool:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep, scored_sites, step_kind
+from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep, scored_sites
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
-from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.ir.types import Action, Site
 from toca_compile.runtime.skipping import Skipping
 from toca_compile.runtime.step_control import Kept, Run, StepControl
 
@@ -68,7 +68,7 @@ class Executor:
         number: int,
     ) -> None:
         self.unit, self.control, self._compiled, self._make_skipping = unit, control, compiled, skipping
-        self._number = number
+        self.number = number
         self._state = next((i for i, fixed in enumerate(unit.static_inputs) if fixed), None)
         graph = unit.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -76,9 +76,9 @@ class Executor:
         self._clock = [self._place[n] for n in unit.clock]
         # Segments that are constant during a run stand first; these are the inputs on which they depend.
         self._constant = sum(s.constant for s in unit.segments)
-        varying = set(unit.varying)
-        read = {n for s in unit.segments[: self._constant] for n in s.inputs if n in varying}
-        self._watched = sorted(self._place[n] for n in read)
+        self._varying = [self._place[n] for n in unit.varying]
+        read = {n for s in unit.segments[: self._constant] for n in s.inputs}
+        self._watched = sorted(self._place[n] for n in read if n in self._place)
         self._constants = [(n, _attribute(unit.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
         for segment in unit.segments:
             for node in segment.outputs:
@@ -109,15 +109,23 @@ class Executor:
         self.ready = self._shared.setdefault(plan.selector, {})
 
     def __call__(self, *inputs: Any) -> Any:
-        instance = id(inputs[self._state]) if self._state is not None else 0
+        instance = id(self.parameter(inputs))
         steps = None if self.plan.endless else len(self.plan.steps)
-        clock = [inputs[i] for i in self._clock]
-        run, key = self.control.enter_graph(self._number, instance, steps, clock)
-        try:
-            return self._execute(inputs, run, key)
-        except BaseException:
-            self.control.reset(run.context)
-            raise
+        with self.control.lock:
+            seen = {i: inputs[i] for i in self._varying}
+            clock = [inputs[i] for i in self._clock]
+            run, key = self.control.enter_graph(self.number, instance, steps, seen, clock)
+            try:
+                results = self._execute(inputs, run, key)
+            except BaseException:
+                self.control.void()
+                raise
+            self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
+        return results
+
+    def parameter(self, inputs: Sequence[Any]) -> Any:
+        """The first of the model's parameters among a call's inputs."""
+        return inputs[self._state] if self._state is not None else None
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
         """For each site, which tokens the last step computed: bool ``[batch, tokens]`` by site name."""
@@ -126,7 +134,7 @@ class Executor:
             return {}
         _, key, index = self._last
         fresh = {}
-        skipped = run.record is not None and run.record.kind is StepKind.SKIP
+        skipped = run.record is not None and run.record.skipped(key)
         for site, todo in zip(self.unit.sites, (self._rows if skipped else self._unskipped)[index], strict=True):
             shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan).shape
             stamp = run.buffers.get((*key, "stamp", site.index, 0))
@@ -167,14 +175,10 @@ class Executor:
             # skipped), so its caches are not what the plan thinks: compute everything.
             log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
             index = 0
-            run.computed.pop(key, None)
+            run.forget(key)
         run.last[key] = run.step
         self._last = (weakref.ref(run), key, index)
-        self._record(run, self._rows[index])
-        if run.step == 0:
-            for name, buffer in run.buffers.items():
-                if name[: len(key)] == key and name[len(key)] in ("stamp", "diff", "cache"):
-                    buffer.zero_()
+        self._record(run, key, self._rows[index])
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
             values[self._place[node]] = constant
@@ -187,7 +191,7 @@ class Executor:
                 if skipping.decide(self._rows[index] is not self._unskipped[index], values, run, key):
                     skipping.skip(values, run, key)
                 else:
-                    self._record(run, self._unskipped[index])
+                    self._record(run, key, self._unskipped[index])
                     stop = -1
             if i < stop:
                 for place in self._free[i]:
@@ -224,11 +228,10 @@ class Executor:
         later = {p: values[p] for p in places if values[p] is not None}
         run.kept[key] = Kept.of([inputs[i] for i in self._watched], later)
 
-    def _record(self, run: Run, row: Sequence[SiteStep]) -> None:
+    def _record(self, run: Run, key: tuple[int, ...], row: Sequence[SiteStep]) -> None:
         """What this step does, for the user to read."""
-        record = self.control.record(run, step_kind(tuple(row)))
-        record.kind = step_kind(tuple(row))
-        record.k.update({site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)})
+        k = {site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)}
+        self.control.record(run).note(key, frozenset(todo.action for todo in row), k)
 
     def computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
         """A row with nothing skipped; the same object where nothing was."""
@@ -310,7 +313,7 @@ class Executor:
 
     def _holds(self, site: Site) -> bool:
         """Whether partial steps take values from the cache that full steps must keep."""
-        partial = any(step.sites[site.index].action is Action.PARTIAL for step in self.plan.steps)
+        partial = self.plan.ever(site.index, Action.PARTIAL)
         return partial and site.carry is not None and bool(site.carry.held)
 
     def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:

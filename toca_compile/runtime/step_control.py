@@ -1,25 +1,35 @@
 """StepControl: which step of which run a model call is.
 
-A *run* is one sampling in one context (``cache_context``: one for each guidance pass). A call continues the run of its
-context, or starts a new one at step 0: after ``reset``, after the plan's last step, after an exception, when the call
-reaches another graph than the run began with (another batch size, resolution, dtype or device traces another graph),
-and when the denoising clock jumps back. Step 0 computes everything, so nothing of an older run is ever read.
+A *run* is one sampling in one *context*: one for each guidance pass (``cache_context``, or found out), in one thread or
+task. A call continues the run of its context or starts a new one at step 0: after ``reset``, after the plan's last
+step, after an exception, and whenever what the host sees of the call (``sight``) says that another sampling began. Step
+0 computes everything, so nothing of an older run is ever read. A run's buffers are freed when its last step is done.
+
+Runs of one sampling that reach different graphs (texts of two lengths in turn, strides, autocast) are runs of their
+own, side by side.
 """
 
+import asyncio
 import logging
+import sys
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from toca_compile.ir.types import StepKind
+from toca_compile.ir.plan import kind_of
+from toca_compile.ir.types import Action, StepKind
+from toca_compile.runtime.sight import Sight, Told, Verdict, Watch
 
 log = logging.getLogger(__name__)
 
 _KEPT = 4096  # records kept: an endless run has no last step
+_RESTARTS = 3  # samplings in a row that end after their first step: then something is wrong, and said
 
 
 @dataclass
@@ -30,11 +40,22 @@ class StepRecord:
     kind: StepKind
     context: str
     k: dict[str, int] = field(default_factory=dict)
+    _done: dict[Any, frozenset[Action]] = field(default_factory=dict, repr=False, compare=False)
+
+    def note(self, graph: Any, actions: frozenset[Action], k: Mapping[str, int]) -> None:
+        """One graph of the model did this in the step; the step's kind is that of all its graphs together."""
+        self._done[graph] = actions
+        self.kind = kind_of(frozenset().union(*self._done.values()))
+        self.k.update(k)
+
+    def skipped(self, graph: Any) -> bool:
+        """Whether the graph skipped blocks in the step."""
+        return Action.SKIP in self._done.get(graph, ())
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Values that were computed from some inputs, and how those were: which objects, changed how often."""
+    """Values that were computed from some inputs, and how those were."""
 
     inputs: tuple[Any, ...]
     values: dict[int, torch.Tensor]
@@ -45,107 +66,235 @@ class Kept:
         return cls(tuple(_state(x) for x in inputs), values)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
-        """Whether these are the same inputs, unchanged. Changes of a tensor made in inference mode cannot be seen."""
+        """Whether these are the same inputs, unchanged: by value where they lie on the host (weights by the sums of
+        their rows), else by object, version and address. Changes of a tensor made in inference mode cannot be seen."""
         return all(_unchanged(old, new) for old, new in zip(self.inputs, inputs, strict=True))
 
 
 def _state(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return None if value.is_inference() else (weakref.ref(value), value._version)
+    if value.is_inference():
+        return None
+    if value.device.type == "meta" or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return (weakref.ref(value), value._version, 0, None)
+    content = None
+    if value.device.type == "cpu":
+        # Writes through ``.data`` and numpy leave no trace but the values.
+        is_weight = isinstance(value, torch.nn.Parameter)
+        content = value.detach().sum(-1, dtype=torch.float64) if is_weight and value.dim() else value.detach().clone()
+    return (weakref.ref(value), value._version, value.data_ptr(), content)
 
 
 def _unchanged(old: Any, new: Any) -> bool:
     if not isinstance(new, torch.Tensor):
         return type(old) is type(new) and bool(old == new)
-    return old is not None and old[0]() is new and old[1] == new._version
+    now = _state(new) if old is not None and old[0]() is new else None
+    if now is None or old[1:3] != now[1:3]:
+        return False
+    return old[3] is None or (now[3] is not None and torch.equal(old[3], now[3]))
 
 
 @dataclass
 class Run:
-    """One sampling in one context."""
+    """One sampling in one context, as far as it reaches one graph first."""
 
     context: str
-    begun_with: int | None = None  # the graph its first call reached
+    steps: int | None = None  # of the plan; None: endless
     step: int = 0
-    start: tuple[float, ...] | None = None  # the clock at the first call
-    clock: tuple[float, ...] | None = None  # and at the last
     record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # steps that did not skip, the last ones
     bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
+    spent: bool = False  # its buffers were freed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its last step was done."""
+        return self.steps is not None and self.step >= self.steps
+
+    def forget(self, key: tuple[Any, ...] = ()) -> None:
+        """Free what a graph keeps in this run (of all graphs), but for the marks of fresh tokens."""
+        for name in [n for n in self.buffers if n[: len(key)] == key and "stamp" not in n]:
+            del self.buffers[name]
+        self.spent |= self.steps is not None and self.step >= self.steps - 1
+        for kept in (self.kept, self.computed, self.bound):
+            for name in [n for n in kept if n[: len(key)] == key]:
+                del kept[name]
+
+
+class _Stream:
+    """The calls of one context in one thread."""
+
+    def __init__(self, name: str, watch: Watch) -> None:
+        self.name, self.watch = name, watch
+        self.runs: dict[tuple[Any, ...], Run] = {}  # by pass and first graph
+        self.before: set[tuple[Any, ...]] = set()  # those that took part in the step before this
+        self.now: set[tuple[Any, ...]] = set()
+        self.restarts = 0
+
+
+class _Call(threading.local):
+    """The model call that a thread is in."""
+
+    bounded = False
+    inputs: Mapping[Any, Any] | None = None
+    run: Run | None = None
+    stream: _Stream | None = None
+    seen: dict[tuple[Any, ...], int]
+
+    def __init__(self) -> None:
+        self.seen = {}
+
+
+class _Owner:
+    """Stands for a thread."""
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.owner = _Owner()
+
+
+@dataclass(frozen=True)
+class _Entered:
+    control: "weakref.ref[StepControl]"
+    name: str
+    told: Told | None
+
+
+_HERE = _Here()
+# Contexts belong to a thread or task: what one enters, others do not see. A function that is sent to another thread
+# with its context (``asyncio.to_thread``) stays in the sampling that it came from.
+_ENTERED: ContextVar[tuple[_Entered, ...]] = ContextVar("toca_contexts", default=())
+_OWNER: ContextVar[Any] = ContextVar("toca_owner", default=None)
+
+
+def _owner() -> Any:
+    owner = _OWNER.get()
+    if owner is not None:
+        return owner
+    if "asyncio" in sys.modules:
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:
+            task = None
+        if task is not None:
+            return task
+    return _HERE.owner
 
 
 class StepControl:
-    """Counts model calls and keeps the runs apart. Nothing here reads a value from an accelerator."""
+    """Counts model calls and keeps the runs apart. Nothing here reads a value from an accelerator.
 
-    def __init__(self) -> None:
-        self._runs: dict[tuple[str, int], Run] = {}
-        self._contexts: list[str] = []
-        self._order: deque[StepRecord] = deque(maxlen=_KEPT)
-        self._current: Run | None = None
-        self._bounded = False
-        self._seen: dict[tuple[Any, ...], int] = {}
+    Args:
+        warn: says something to the user once.
+    """
+
+    def __init__(self, warn: Callable[[str], None] = log.warning) -> None:
+        self._warn = warn
+        self._streams: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], _Stream]] = weakref.WeakKeyDictionary()
+        self._records: deque[tuple[weakref.ref[Any], StepRecord]] = deque(maxlen=_KEPT)
+        self._directions: dict[Any, float] = {}
+        self._call = _Call()
+        self._void = False  # the records are those of a sampling that is over
+        self.lock = threading.RLock()  # a model runs one call at a time
 
     # -- what users do ----------------------------------------------------------------------------------------------
 
-    def reset(self, context: str | None = None) -> None:
-        """Forget the runs (of one context, or of all): the next call is step 0, and its caches are freed."""
-        for key in list(self._runs):
-            if context is None or key[0] == context:
-                del self._runs[key]
-        self._current = None
-        self._seen = {}
+    def reset(self, context: str | None = None, *, mine: bool = False) -> None:
+        """Forget the runs (of one context and its passes, or of all; or ``mine``: of this thread or task alone): the
+        next call is step 0, and its caches are freed."""
+        for streams in [self._streams.get(_owner(), {})] if mine else list(self._streams.values()):
+            for key in [k for k, s in streams.items() if context is None or s.name == context]:
+                del streams[key]
+        self._call.run, self._call.stream, self._call.seen = None, None, {}
+        self._void |= context is None
 
-    def enter(self, context: str) -> None:
-        """Calls from now on belong to ``context``."""
-        self._contexts.append(context)
-        self._current = None
+    def forget_graphs(self, numbers: set[int]) -> None:
+        """Forget the runs that began with one of these graphs."""
+        for streams in list(self._streams.values()):
+            for stream in streams.values():
+                for which in [w for w in stream.runs if w[1] in numbers]:
+                    del stream.runs[which]
+
+    def enter(self, context: str, told: Told | None = None) -> tuple[Token[Any], Token[Any]]:
+        """Calls from now on belong to ``context``, in this thread or task."""
+        self._call.run = None
+        return (
+            _ENTERED.set((*_ENTERED.get(), _Entered(weakref.ref(self), context, told))), _OWNER.set(_owner())
+        )  # fmt: skip
+
+    def leave(self, tokens: tuple[Token[Any], Token[Any]]) -> None:
+        """Back to the context before."""
+        _ENTERED.reset(tokens[0])
+        _OWNER.reset(tokens[1])
+        self._call.run = None
 
     @property
-    def in_context(self) -> bool:
-        """Whether the caller has named a context."""
-        return bool(self._contexts)
-
-    def leave(self) -> None:
-        """Back to the context before."""
-        self._contexts.pop()
-        self._current = None
+    def context(self) -> str | None:
+        """The context that the caller has named."""
+        return next((e.name for e in reversed(_ENTERED.get()) if e.control() is self), None)
 
     @property
     def records(self) -> list[StepRecord]:
-        """The steps of each context's last run, in call order; they outlive the run's caches."""
-        return list(self._order)
+        """The steps of the last sampling, in call order; they outlive its caches."""
+        return [record for _, record in self._records]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of all buffers alive."""
-        alive = [b for run in self._runs.values() for b in run.buffers.values()]
-        alive += [v for run in self._runs.values() for kept in run.kept.values() for v in kept.values.values()]
+        alive = [b for run in self.runs for b in run.buffers.values()]
+        alive += [v for run in self.runs for kept in run.kept.values() for v in kept.values.values()]
         return sum(b.numel() * b.element_size() for b in alive)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are not over."""
+        streams = [s for streams in list(self._streams.values()) for s in streams.values()]
+        return [run for stream in streams for run in stream.runs.values() if not run.spent]
+
+    @property
+    def time_is_visible(self) -> bool:
+        """Whether an abandoned sampling can be told from its continuation, as far as is known."""
+        streams = [s for streams in list(self._streams.values()) for s in streams.values()]
+        return all(s.watch.time_is_visible for s in streams)
 
     # -- what the model object does -----------------------------------------------------------------------------------
 
-    def begin_call(self) -> None:
+    def begin_call(self, inputs: Mapping[Any, Any]) -> None:
         """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again."""
-        self._bounded, self._current, self._seen = True, None, {}
+        call = self._call
+        call.bounded, call.inputs, call.run, call.stream, call.seen = True, inputs, None, None, {}
 
-    def end_call(self, error: bool) -> bool:
+    def end_call(self, error: bool, outputs: Sequence[tuple[int, ...]] = ()) -> bool:
         """The call ended; says whether any compiled graph ran in it. After an exception the run is void."""
-        reached = bool(self._seen)
+        call = self._call
+        reached = bool(call.seen)
         if error:
-            self.reset(self._contexts[-1] if self._contexts else "default")
-        elif self._current is not None:
-            self._current.step += 1
-        self._bounded, self._current, self._seen = False, None, {}
+            self.void()
+        elif call.run is not None and call.stream is not None:
+            call.stream.watch.outputs = list(outputs)
+            call.run.step += 1
+            if call.run.is_over:
+                call.run.forget()
+        call.bounded, call.inputs, call.run, call.stream, call.seen = False, None, None, None, {}
         return reached
+
+    def void(self) -> None:
+        """What the caller's context holds is worth nothing: a call failed."""
+        streams = self._streams.get(_owner(), {})
+        name = self.context or "default"
+        for key in [k for k, s in streams.items() if s.name == name]:
+            del streams[key]
+        self._call.run = None
 
     # -- what a compiled graph does -----------------------------------------------------------------------------------
 
     def enter_graph(
-        self, graph: int, instance: int, steps: int | None, clock: Sequence[Any]
+        self, graph: int, instance: int, steps: int | None, inputs: Mapping[Any, Any], clock: Sequence[Any]
     ) -> tuple[Run, tuple[int, ...]]:
         """A graph of the model is about to run.
 
@@ -153,73 +302,104 @@ class StepControl:
             graph: number of the graph.
             instance: tells apart several uses of one graph in one call (its first parameter).
             steps: number of rows of the plan; None for an endless one.
-            clock: the inputs that carry the denoising time.
+            inputs: those of the graph that are no parameters.
+            clock: those that carry the denoising time.
 
         Returns:
             The run, and the key of this graph's buffers in it.
         """
+        call = self._call
         place = (graph, instance)
-        known = place in self._seen
-        if not self._bounded and self._current is not None:
-            other = not known and self._current.step > 0 and (*place, 0) not in self._current.last
+        known = place in call.seen
+        if not call.bounded and call.run is not None:
+            other = not known and call.run.step > 0 and (*place, 0) not in call.run.last
             if known or other:  # the next call of this model, or the first of another
                 if known:
-                    self._current.step += 1
-                self._current, self._seen = None, {}
-        count = self._seen.get(place, 0)
-        self._seen[place] = count + 1
-        if self._current is None:
-            self._current = self._run(graph, 0 if self._bounded else instance, steps, clock)
-        return self._current, (*place, count)
+                    call.run.step += 1
+                call.run, call.seen = None, {}
+        count = call.seen.get(place, 0)
+        call.seen[place] = count + 1
+        if call.run is None:
+            seen = call.inputs if call.bounded and call.inputs is not None else inputs
+            call.run = self._run(place if not call.bounded else (graph,), steps, seen, clock)
+        return call.run, (*place, count)
 
-    def record(self, run: Run, kind: StepKind) -> StepRecord:
+    def leave_graph(self, run: Run, key: tuple[int, ...], outputs: Sequence[tuple[int, ...]]) -> None:
+        """A graph has run. Where nobody says when a call ends, each graph frees its own at the last step."""
+        call = self._call
+        if not call.bounded and call.stream is not None:
+            call.stream.watch.outputs = list(outputs)
+            if run.steps is not None and run.step >= run.steps - 1:
+                run.forget(key)
+
+    def record(self, run: Run) -> StepRecord:
         """The record of the current step, made by the first graph of a call."""
         if run.record is None or run.record.index != run.step:
-            run.record = StepRecord(run.step, kind, run.context)
-            self._order.append(run.record)
+            run.record = StepRecord(run.step, StepKind.FULL, run.context)
+            self._records.append((weakref.ref(_owner()), run.record))
         return run.record
 
-    def _run(self, graph: int, model: int, steps: int | None, clock: Sequence[Any]) -> Run:
-        name = (self._contexts[-1] if self._contexts else "default", model)
-        run = self._runs.get(name)
-        now = _read(clock)
-        if run is None or self._is_over(run, graph, steps, now):
-            keep = run.buffers if run is not None and run.begun_with == graph else {}
-            run = self._runs[name] = Run(name[0], graph, buffers=keep)
-            self._order = deque((r for r in self._order if r.context != name[0]), maxlen=_KEPT)
-        if now is not None:
-            run.start = run.start or now
-            run.clock = now
+    def _run(self, place: tuple[int, ...], steps: int | None, inputs: Mapping[Any, Any], clock: Sequence[Any]) -> Run:
+        owner = _owner()
+        name = self.context or "default"
+        streams = self._streams.setdefault(owner, {})
+        key = (name, *place[1:])
+        if key not in streams:
+            streams[key] = _Stream(name, Watch(self._directions))
+        stream = self._call.stream = streams[key]
+        told = next((e.told for e in reversed(_ENTERED.get()) if e.control() is self and e.told), None)
+        watch = stream.watch
+        had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
+        verdict = watch.judge(sight)
+        first = stream.runs.get((0, place[0]))
+        if verdict is Verdict.NEXT and first is not None and first.is_over:
+            had = 0  # as it should be
+            watch.restart()
+            verdict = watch.judge(sight)
+        if verdict is Verdict.NEW:
+            self._restarted(stream, had)
+            stream.runs.clear()
+            self._begin_records(owner, name)
+        if verdict is not Verdict.PASS:
+            stream.before, stream.now = stream.now if verdict is Verdict.NEXT else set(), set()
+        which = (len(watch.group) - 1, place[0])
+        run = stream.runs.get(which)
+        if run is not None and not run.is_over and not watch.time_is_visible and which not in stream.before:
+            # Another graph ran in between, and whether in the same sampling nobody can tell.
+            self._warn(
+                f"context {name!r}: calls of different signatures take turns (lengths of text, strides, grad modes, "
+                "…) while the timestep is not visible to the host, so no cache is reused across them: pad to one "
+                "signature, or tell cache_context(name, step_index=…)"
+            )
+            run = None
+        if run is None or run.is_over:
+            passed = f"pass {which[0] + 1}" if which[0] else ""
+            context = passed if passed and name == "default" else f"{name} {passed}".rstrip()
+            run = stream.runs[which] = Run(context, steps)
+        elif not watch.time_is_visible and run.step == 1:
+            self._warn(
+                "the timestep is no host value here, so an abandoned sampling cannot be told from its continuation: "
+                "call reset() when you abandon one, or tell cache_context(name, step_index=…)"
+            )
+        stream.now.add(which)
         return run
 
-    def _is_over(self, run: Run, graph: int, steps: int | None, now: tuple[float, ...] | None) -> bool:
-        if steps is not None and run.step >= steps:
-            return True
-        if run.begun_with != graph:
-            log.info("context %r: another graph was reached at step %d; a new run begins", run.context, run.step)
-            return True
-        if now is not None and run.start is not None and run.clock is not None and _returned(run.start, run.clock, now):
-            log.info("context %r: the timestep jumped back at step %d; a new run begins", run.context, run.step)
-            return True
-        return False
+    def _restarted(self, stream: _Stream, steps: int) -> None:
+        """Log that a sampling began before the last was done, and warn where that happens at every step."""
+        if not steps:
+            return
+        log.info("context %r: %s after %d steps; a new run begins", stream.name, stream.watch.why, steps)
+        stream.restarts = stream.restarts + 1 if steps == 1 else 0
+        if stream.restarts == _RESTARTS:
+            self._warn(
+                f"context {stream.name!r}: every call counts as the first of a new sampling, so nothing is reused: "
+                f"{stream.watch.why}. If they are steps of one, tell cache_context(name, step_index=…)"
+            )
 
-
-def _returned(start: Sequence[float], last: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether a clock that went from ``start`` to ``last`` now goes back by more than half of that. Samplers that add
-    noise go back a little at every step; a new sampling goes back to its start."""
-    return any((b - now_) * (b - a) > 0.5 * (b - a) ** 2 for a, b, now_ in zip(start, last, now, strict=False))
-
-
-def _read(clock: Sequence[Any]) -> tuple[float, ...] | None:
-    """The clock's values where they are host values already; None where reading them would make the host wait."""
-    values: list[float] = []
-    for value in clock:
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu" or value.numel() > 4096 or type(value) not in (torch.Tensor,):
-                return None
-            if value.dtype in (torch.bfloat16, torch.float16):
-                value = value.float()
-            values.extend(float(x) for x in value.detach().numpy().reshape(-1)[:1])
-        elif isinstance(value, (int, float)):
-            values.append(float(value))
-    return tuple(values) or None
+    def _begin_records(self, owner: Any, context: str) -> None:
+        """A sampling begins: what is recorded is this one, not an earlier one of the same thread."""
+        mine = [r for o, r in self._records if o() is owner]
+        if self._void or any(r.context == context for r in mine):
+            kept = [] if self._void else [(o, r) for o, r in self._records if o() is not owner]
+            self._records = deque(kept, maxlen=_KEPT)
+        self._void = False

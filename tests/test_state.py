@@ -1,0 +1,641 @@
+"""No cache survives into a run it does not belong to: abandoned samplings, passes, threads, changed weights, leaks.
+
+Every test compares with a sampling by an object that has no past."""
+
+import contextlib
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_compile
+from tests.models import PlainDiT, diffusers_dit, randomize
+from tests.pipelines import build
+from tests.sampling import noise, sample
+from toca_compile import Fora, FullCompute, NoSiteError, ToCa, TocaError
+
+STEPS = 8
+POLICY = ToCa(num_steps=STEPS, interval=4, fresh_ratio=0.3, schedule="constant")
+TIMES = [875, 750, 625, 500, 375, 250, 125, 0]
+
+
+def optimized(model: nn.Module, policy: Any = POLICY, **options: Any) -> Any:
+    return toca_compile.optimize(model, policy, lowering="eager", **options)
+
+
+def steps(model: Any, x: Tensor, times: list[int], y: Tensor | None = None, shape: Any = (2,)) -> Tensor:
+    """Euler steps at these times."""
+    y = torch.arange(x.shape[0]) if y is None else y
+    with torch.no_grad():
+        for t in times:
+            x = x - model(x, torch.full(shape, t), y)[:, : x.shape[1]] / STEPS
+    return x
+
+
+def kinds(opt: Any) -> str:
+    return "".join(r.kind.value[0] for r in opt.steps)
+
+
+class Linear(PlainDiT):
+    """A time embedding without a sine, for timesteps of shape [B] and [B, 1]."""
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
+        return tokens, self.time(t.reshape(-1, 1).float().expand(-1, 16) / 1000) + self.labels(y)
+
+
+class Looked(PlainDiT):
+    """Learned embeddings of whole timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1000, 16)
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
+        return tokens, self.table(t) + self.labels(y)
+
+
+class Column(PlainDiT):
+    """Takes [B, 1]."""
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return super().prepare(x, t[:, 0], y)
+
+
+@pytest.mark.parametrize("entry", ["optimize", "backend"])
+@pytest.mark.parametrize("style", [PlainDiT, Linear, Looked, Column])
+def test_an_abandoned_sampling_leaves_nothing(style: type[PlainDiT], entry: str) -> None:
+    model = randomize(style(depth=1) if style is not Looked else Looked())
+    shape = (2, 1) if style is Column else (2,)
+    opt = optimized(model)
+    if entry == "backend":
+        opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
+    clean = steps(optimized(model), noise(), TIMES, shape=shape)
+    for calls in (1, 2, 3, 7):
+        steps(opt, noise(seed=5), TIMES[:calls], shape=shape)
+        assert torch.equal(steps(opt, noise(), TIMES, shape=shape), clean), calls
+
+
+def test_another_strength_is_another_sampling() -> None:
+    model = randomize(PlainDiT())
+    opt, other = optimized(model), optimized(model)
+    for before, times in (
+        (TIMES[:6], TIMES[3:]), (TIMES[:2], TIMES[2:]), (TIMES[:2], TIMES[5:]), (TIMES[:5], TIMES[4:]), (TIMES[:4], TIMES[1:]),
+    ):  # fmt: skip
+        other.reset()
+        clean = steps(other, noise(), times)
+        opt.reset()
+        steps(opt, noise(seed=5), before)
+        assert torch.equal(steps(opt, noise(), times), clean), (before, times)
+
+
+def test_what_is_told_decides_first() -> None:
+    """The same timesteps, but the caller says that they are steps 0, 1, … of a new sampling, or of the old one."""
+    model = randomize(PlainDiT())
+    opt = optimized(model)
+
+    def told(times: list[int], start: int, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for i, t in enumerate(times, start):
+                with opt.cache_context("main", step_index=i, num_inference_steps=STEPS):
+                    x = x - opt(x, torch.full((2,), t), torch.arange(2)) / STEPS
+        return x
+
+    clean = steps(optimized(model), noise(), TIMES[2:])
+    told(TIMES[:2], 0, noise())  # the very latents that would go on
+    assert torch.equal(told(TIMES[2:], 0, steps(model, noise(), [])), clean)
+    opt.reset()
+    told([875, 100, 900, 20], 0, noise())  # no clock runs like this, but told is told
+    assert [r.index for r in opt.steps] == [0, 1, 2, 3]
+
+
+def test_a_second_order_sampler_asks_twice_at_one_time() -> None:
+    model = randomize(PlainDiT())
+
+    def heun(net: Any, x: Tensor) -> Tensor:
+        y = torch.arange(2)
+        with torch.no_grad():
+            for i in range(4):
+                t, s = torch.full((2,), 900 - 200 * i), torch.full((2,), 700 - 200 * i)
+                slope = net(x, t, y)
+                x = x - (slope + net(x - slope / 16, s, y)) / 32
+        return x
+
+    opt = optimized(model)
+    first = heun(opt, noise())
+    assert [r.index for r in opt.steps] == list(range(8))
+    assert torch.equal(heun(opt, noise()), first)
+
+
+def test_a_clock_that_the_host_cannot_see_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        ghost = PlainDiT().eval()
+    opt = optimized(ghost)
+    x = torch.empty(2, 2, 8, 8, device="meta")
+    with torch.no_grad():
+        for _ in range(6):
+            opt(x, torch.empty(2, device="meta"), torch.empty(2, dtype=torch.long, device="meta"))
+    assert len([r for r in caplog.records if "call reset()" in r.message]) == 1
+    assert "reset()" in str(toca_compile.explain(opt))
+    assert "reset()" not in str(toca_compile.explain(_called(optimized(randomize(PlainDiT())))))
+
+
+def _called(opt: Any) -> Any:
+    steps(opt, noise(), TIMES[:2])
+    return opt
+
+
+# -- weights and text that change --------------------------------------------------------------------------------------
+
+
+class Texted(PlainDiT):
+    """Text is projected in every block, the same at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        h, c = self.prepare(x, t, torch.zeros(x.shape[0], dtype=torch.long))
+        for block, keys in zip(self.blocks, self.keys, strict=True):
+            words = keys(text)
+            weights = (h @ words.transpose(1, 2)).softmax(-1)
+            h = block(h + weights @ words, c)
+        return self.finish(h, c)
+
+
+def _double(p: nn.Parameter) -> None:
+    with torch.no_grad():
+        p.mul_(2)
+
+
+def _data(p: nn.Parameter) -> None:
+    p.data = p.data * 2
+
+
+def _behind(p: nn.Parameter) -> None:
+    p.data.mul_(2)
+
+
+WAYS: dict[str, Callable[[Texted], Any]] = {
+    "in place": lambda m: _double(m.keys[0].weight),
+    "data": lambda m: _data(m.keys[0].weight),
+    "behind the counter": lambda m: _behind(m.keys[0].weight),
+    "bias": lambda m: _behind(m.keys[1].bias),
+    "new parameter": lambda m: setattr(m.keys[0], "weight", nn.Parameter(m.keys[0].weight.detach() * 2)),
+    "state dict": lambda m: m.load_state_dict({k: v * 2 if "keys" in k else v for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_text_is_projected_anew_when_its_weights_change(way: str) -> None:
+    """At a full step the model with the new weights is computed, whatever was kept."""
+    model = randomize(Texted())
+    opt = optimized(model, Fora(8, 2))
+    x, text = noise(), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for t in (900, 800):
+            opt(x, torch.full((2,), t), text)
+        WAYS[way](model)
+        out = opt(x, torch.full((2,), 700), text)
+        torch.testing.assert_close(out, model(x, torch.full((2,), 700), text), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["data", "numpy", "in place"])
+def test_text_is_projected_anew_when_it_changes(way: str) -> None:
+    model = randomize(Texted())
+    opt = optimized(model, Fora(8, 2))
+    x, text = noise(), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for t in (900, 800):
+            opt(x, torch.full((2,), t), text)
+        if way == "numpy":
+            text.numpy()[:] *= -2
+        elif way == "data":
+            text.data.mul_(-2)
+        else:
+            text.mul_(-2)
+        out = opt(x, torch.full((2,), 700), text)
+        torch.testing.assert_close(out, model(x, torch.full((2,), 700), text), rtol=1e-5, atol=1e-6)
+
+
+def test_hoisting_can_be_switched_off() -> None:
+    model, x, text = randomize(Texted()), noise(), torch.randn(2, 3, 8)
+    outs = []
+    for hoist in (True, False):
+        opt = optimized(model, Fora(4, 2), hoist=hoist)
+        with torch.no_grad():
+            outs.append([opt(x, torch.full((2,), t), text) for t in (900, 800, 700, 600)])
+        assert opt._session.executors[0]._constant == int(hoist) or hoist
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- passes, contexts, threads -----------------------------------------------------------------------------------------
+
+
+def guided(net: Any, x: Tensor, around: Callable[[str], Any] = lambda _: contextlib.nullcontext()) -> Tensor:
+    with torch.no_grad():
+        for t in TIMES:
+            t_ = torch.full((2,), t)
+            with around("cond"):
+                cond = net(x, t_, torch.arange(2))
+            with around("uncond"):
+                uncond = net(x, t_, torch.full((2,), 10))
+            x = x - (uncond + 2 * (cond - uncond)) / STEPS
+    return x
+
+
+@pytest.mark.parametrize("style", [PlainDiT, Linear, Looked])
+def test_two_passes_a_step_without_a_context_are_two_runs(style: type[PlainDiT]) -> None:
+    model = randomize(style())
+    named = optimized(model)
+    expected = guided(named, noise(), named.cache_context)
+    opt = optimized(model)
+    for _ in range(2):
+        assert torch.equal(guided(opt, noise()), expected)
+        assert len(opt.steps) == 2 * STEPS
+        assert [r.index for r in opt.steps] == [i for i in range(STEPS) for _ in range(2)]  # in order of time
+    bare = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
+    assert torch.equal(guided(bare, noise()), expected)
+
+
+def test_records_are_of_the_last_sampling() -> None:
+    opt = optimized(randomize(PlainDiT()))
+    guided(opt, noise())
+    assert len(opt.steps) == 2 * STEPS
+    steps(opt, noise(), TIMES)
+    assert len(opt.steps) == STEPS
+
+
+def test_records_are_of_the_last_pipeline_call() -> None:
+    pipe, call = build("FluxPipeline")
+    toca_compile.optimize(pipe, Fora(5, 2), lowering="eager")
+    unwanted = {f"negative_{n}": -call[n] for n in ("prompt_embeds", "pooled_prompt_embeds")}
+    pipe(**call, **unwanted, true_cfg_scale=2.0, num_inference_steps=5)
+    assert [r.index for r in pipe.transformer.steps] == [i for i in range(5) for _ in range(2)]
+    pipe(**call, num_inference_steps=5)
+    assert [r.index for r in pipe.transformer.steps] == list(range(5))
+
+
+def test_a_context_can_be_reset_alone() -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model)
+    with torch.no_grad():
+        for t in TIMES[:3]:
+            for name in ("a", "b"):
+                with opt.cache_context(name):
+                    opt(noise(), torch.full((2,), t), torch.arange(2))
+    both = opt.cache_bytes
+    opt.reset(context="a")
+    assert 0 < opt.cache_bytes < both
+    opt.reset()
+    assert opt.cache_bytes == 0
+
+
+def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
+    results: list[Any] = [None] * len(jobs)
+    barrier = threading.Barrier(len(jobs))
+
+    def run(i: int) -> None:
+        barrier.wait()
+        try:
+            results[i] = jobs[i]()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("context", ["own", "same", None])
+def test_threads_have_runs_of_their_own(context: str | None) -> None:
+    model = randomize(PlainDiT())
+    expected = [steps(optimized(model), noise(seed=s), TIMES, torch.full((2,), s)) for s in range(3)]
+    opt = optimized(model)
+
+    def job(s: int) -> Tensor:
+        x = noise(seed=s)
+        for t in TIMES:
+            name = f"c{s}" if context == "own" else context
+            with opt.cache_context(name) if name else contextlib.nullcontext():
+                x = steps(opt, x, [t], torch.full((2,), s))
+        return x
+
+    for result, wanted in zip(_in_threads([lambda s=s: job(s) for s in range(3)]), expected, strict=True):
+        assert isinstance(result, Tensor), result
+        assert torch.equal(result, wanted)
+
+
+def test_tasks_have_runs_of_their_own() -> None:
+    import asyncio
+
+    model = randomize(PlainDiT())
+    expected = [steps(optimized(model), noise(seed=s), TIMES) for s in range(2)]
+    opt = optimized(model)
+
+    async def job(s: int) -> Tensor:
+        x = noise(seed=s)
+        for t in TIMES:
+            with opt.cache_context("main"):
+                x = await asyncio.to_thread(steps, opt, x, [t])  # in whatever thread
+            await asyncio.sleep(0)
+        return x
+
+    async def both() -> list[Tensor]:
+        return list(await asyncio.gather(job(0), job(1)))
+
+    for result, wanted in zip(asyncio.run(both()), expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_the_fast_path_of_attention_comes_back() -> None:
+    assert torch.backends.mha.get_fastpath_enabled()
+    models = [optimized(randomize(PlainDiT(depth=1)), FullCompute()) for _ in range(2)]
+    results = _in_threads([lambda m=m: steps(m, noise(), TIMES[:3]) for m in models])
+    assert all(isinstance(r, Tensor) for r in results), results
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# -- signatures --------------------------------------------------------------------------------------------------------
+
+
+def _strided(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("what", ["strides", "modes"])
+def test_signatures_that_take_turns_keep_a_run_each(what: str) -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model, Fora(STEPS, 4))
+    x, y = noise(), torch.arange(2)
+    with torch.no_grad():
+        for i, t in enumerate(TIMES):
+            mode = torch.inference_mode() if what == "modes" and i % 2 else contextlib.nullcontext()
+            with mode:
+                out = opt(_strided(x) if what == "strides" and i % 2 else x, torch.full((2,), t), y)
+            x = (x - out.clone() / STEPS).contiguous()
+    assert [r.index for r in opt.steps] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert kinds(opt) == "ffrrrrrr"
+
+
+def test_texts_of_two_lengths_take_turns() -> None:
+    model = randomize(Texted())
+    opt, alone = optimized(model, Fora(STEPS, 4)), optimized(model, Fora(STEPS, 4))
+    texts = [torch.randn(2, n, 8) for n in (3, 5)]
+
+    def run(net: Any, x: Tensor, around: Any) -> Tensor:
+        with torch.no_grad():
+            for t in TIMES:
+                outs = []
+                for i, text in enumerate(texts):
+                    with around(str(i)):
+                        outs.append(net(x, torch.full((2,), t), text))
+                x = x - (outs[0] + outs[1]) / 2 / STEPS
+        return x
+
+    expected = run(alone, noise(), alone.cache_context)
+    assert torch.equal(run(opt, noise(), lambda _: contextlib.nullcontext()), expected)
+    assert kinds(opt) == "ff" + "rr" * 3 + "ff" + "rr" * 3
+
+
+def test_a_hook_added_after_the_first_call_runs() -> None:
+    model: Any = randomize(PlainDiT())
+    opt = optimized(model, FullCompute())
+    x = noise()
+    steps(opt, x, TIMES[:1])
+    for module in (model.blocks[1].mlp, model):
+        handle = module.register_forward_hook(lambda m, i, out: out * 2)
+        torch.testing.assert_close(steps(opt, x, TIMES[:1]), steps(model, x, TIMES[:1]))
+        handle.remove()
+        torch.testing.assert_close(steps(opt, x, TIMES[:1]), steps(model, x, TIMES[:1]))
+
+
+def test_kinds_are_those_of_all_graphs_of_a_step() -> None:
+    class Halves(PlainDiT):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            h, c = self.prepare(x, t, y)
+            h = self.blocks[1](self.blocks[0](h, c), c)
+            torch._dynamo.graph_break()
+            return self.finish(self.blocks[2](h, c), c)
+
+    opt = optimized(randomize(Halves()))
+    steps(opt, noise(), TIMES)
+    whole = optimized(randomize(PlainDiT()))
+    steps(whole, noise(), TIMES)
+    assert kinds(opt) == kinds(whole) == "fpppfppp"
+    assert opt.steps[1].k.keys() == whole.steps[1].k.keys()
+
+
+def test_autocast_loses_no_record() -> None:
+    opt = optimized(randomize(PlainDiT()))
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            steps(opt, noise(), TIMES)
+        assert [r.index for r in opt.steps] == list(range(STEPS))
+    steps(opt, noise(), TIMES)
+    assert kinds(opt) == "fpppfppp"
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def _pickled(opt: Any) -> Any:
+    return pickle.loads(pickle.dumps(opt))
+
+
+def _saved(opt: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(opt, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, _pickled, _saved])
+def test_copies_work_and_share_no_cache(way: Callable[[Any], Any]) -> None:
+    model = diffusers_dit()
+    opt = optimized(model, Fora(4, 2), grid=(4, 4))
+
+    def run(net: Any) -> Tensor:
+        x = noise()
+        with torch.no_grad():
+            for t in (900, 700, 500, 300):
+                x = x - net(x, timestep=torch.full((2,), t), class_labels=torch.arange(2)).sample
+        return x
+
+    expected = run(opt)
+    with torch.no_grad():
+        opt(noise(seed=4), timestep=torch.full((2,), 900), class_labels=torch.arange(2))
+    other = way(opt)
+    assert type(other) is type(opt)
+    assert other.cache_bytes == 0
+    assert other.policy == opt.policy
+    assert other._session.grid == (4, 4)
+    assert torch.equal(run(other), expected)
+    if way is not copy.copy:
+        assert next(other.parameters()) is not next(opt.parameters())
+
+
+# -- leaks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched() -> Callable[[], int]:
+    """How many executors are alive."""
+    from toca_compile.runtime.executor import Executor
+
+    gc.collect()
+    return lambda: (gc.collect(), sum(isinstance(o, Executor) for o in gc.get_objects()))[1]
+
+
+def test_a_run_is_freed_at_its_end() -> None:
+    for entry in ("optimize", "backend"):
+        torch._dynamo.reset()
+        model = randomize(PlainDiT())
+        opt = optimized(model)
+        if entry == "backend":
+            opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
+        session = toca_compile.explain(_called(opt))._session
+        assert session.control.cache_bytes > 0
+        steps(opt, noise(), TIMES)
+        assert session.control.cache_bytes == 0
+        masks = {k: m for e in session.executors for k, m in e.fresh_tokens().items()}
+        assert any(0 < m.float().mean() < 1 for m in masks.values())
+
+
+def test_nothing_outlives_the_model(watched: Callable[[], int]) -> None:
+    before = watched()
+    for entry in ("optimize", "backend"):
+        model: Any = randomize(PlainDiT())
+        opt = optimized(model)
+        if entry == "backend":
+            opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
+        steps(opt, noise(), TIMES[:3])
+        session = weakref.ref(toca_compile.explain(opt)._session)
+        weights = weakref.ref(model.blocks[0].qkv.weight)
+        del opt, model
+        gc.collect()
+        assert weights() is None, entry
+        assert session() is None, entry
+        assert watched() <= before, entry
+
+
+class Any2D(PlainDiT):
+    """Any size of picture."""
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self.grid = (x.shape[2] // 2, x.shape[3] // 2)
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return tokens, self.time(t[:, None].float().expand(-1, 16) / 1000) + self.labels(y)
+
+
+def test_shapes_beyond_a_number_are_forgotten(watched: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from toca_compile import model as module
+
+    monkeypatch.setattr(module, "_SIGNATURES", 4)
+    net = randomize(Any2D(depth=1))
+    opt = optimized(net, Fora(2, 2))
+    before = watched()
+    for height in range(4, 24, 2):
+        x = noise(size=(height, 4))
+        assert torch.equal(steps(opt, x, [900]), steps(net, x, [900]))
+    assert watched() - before == 4
+    x = noise(size=(4, 4))
+    assert torch.equal(steps(opt, x, [900]), steps(net, x, [900]))  # forgotten, and traced again
+
+
+def test_more_models_of_a_class_than_dynamo_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from toca_compile import model as module
+
+    monkeypatch.setattr(module, "_LIMITS", {"recompile_limit": 3, "accumulated_recompile_limit": 3})
+    model = randomize(PlainDiT(depth=1))
+    for _ in range(6):
+        opt = optimized(model, Fora(2, 2))
+        assert torch.equal(steps(opt, noise(), [900]), steps(model, noise(), [900]))
+
+
+def test_one_token_has_its_own_reason() -> None:
+    opt = optimized(randomize(Any2D(depth=1)), Fora(2, 2))
+    steps(opt, noise(), [900])
+    with torch.no_grad(), pytest.raises(NoSiteError, match="no site"):
+        opt(noise(size=(2, 2)), torch.full((2,), 900), torch.arange(2))
+    steps(opt, noise(), [900])
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", ["compiler", "disk", "folder"])
+def test_a_machine_that_cannot_compile_is_named(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import exc
+
+    from toca_compile.lowerings import inductor
+
+    error: Exception = {
+        "compiler": exc.InvalidCxxCompiler(),
+        "disk": OSError(28, "No space left on device", "/tmp/x"),
+        "folder": PermissionError(13, "Permission denied", "/nowhere"),
+    }[trouble]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(inductor, "standalone_compile", fail)
+    inductor.clear()
+    model = randomize(PlainDiT(depth=1))
+    opt = toca_compile.optimize(model, FullCompute())
+    wanted = {"compiler": r"C\+\+ compiler", "disk": "TORCHINDUCTOR_CACHE_DIR", "folder": "TORCHINDUCTOR_CACHE_DIR"}
+    with torch.no_grad(), pytest.raises(TocaError, match=wanted[trouble]):
+        opt(noise(), torch.full((2,), 900), torch.arange(2))
+    assert torch.isfinite(steps(model, noise(), [900])).all()
+    sample(optimized(model, FullCompute()), 1, noise())
+
+
+# -- verification ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_partial_variant_is_verified_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that is wrong on purpose: with nothing set the first partial step says so."""
+    from toca_compile import VerifyError
+    from toca_compile.ir.spec import elementwise
+    from toca_compile.rules.registry import RULES, Rule
+
+    class Rolled(PlainDiT):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            h, c = self.prepare(x, t, y)
+            for block in self.blocks:
+                h = block(h, c)
+                h = h + block.mlp(h.roll(1, 1))
+            return self.finish(h, c)
+
+    roll = torch.ops.aten.roll.default
+    wrong = Rule(roll, lambda call: elementwise(call.operands, call.results), ())
+    monkeypatch.setitem(RULES, roll, wrong)
+    for asked, caught in ((None, True), ("1", True), ("all", True), ("0", False)):
+        monkeypatch.delenv("TOCA_VERIFY", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("TOCA_VERIFY", asked)
+        opt = optimized(randomize(Rolled(depth=1)))
+        if caught:
+            with pytest.raises(VerifyError, match="dense meaning"):
+                steps(opt, noise(), TIMES)
+        else:
+            steps(opt, noise(), TIMES)
+    monkeypatch.undo()
+    monkeypatch.delenv("TOCA_VERIFY", raising=False)
+    opt = optimized(randomize(PlainDiT(depth=2)))
+    steps(opt, noise(), TIMES)
+    assert "verified" in str(toca_compile.explain(opt))

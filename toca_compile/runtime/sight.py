@@ -1,0 +1,334 @@
+"""Sight: what the host can see of a model call, and what that says of the call: is it the next step of a sampling,
+another guidance pass of the same step, or the first step of another sampling?
+
+Nothing here waits for an accelerator. What decides, in this order: what the caller tells (``cache_context``), the
+denoising time where it is a host value, the latents, and the other inputs by value or identity. Each rule errs towards
+a new sampling, which computes everything: a wrong guess costs time, never a wrong picture.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+_SIGNAL = 256  # elements of a host tensor that is read as numbers
+_COPIED = 1 << 22  # elements of a host tensor that is compared by value
+
+_BACK = 0.5  # a return of more than this share of the last step is no noise added by the sampler
+_GAP = 2.5  # a step this many times longer than any before leaves some out (schedules reach 2.2)
+_JUMP = 0.3  # 1 − cosine of the latents of two neighbouring steps, where others were five times closer
+
+
+class Verdict(Enum):
+    """What a call is to the call before it."""
+
+    NEXT = "the next step"
+    PASS = "another pass of the same step"
+    NEW = "the first step of another sampling"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the caller says of a step, as diffusers' pipelines do."""
+
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+    time: float | None = None
+
+    @classmethod
+    def of(
+        cls, step_index: Any = None, num_inference_steps: Any = None, timestep: Any = None, sigma: Any = None
+    ) -> Any:
+        """Host values among what was told; None where there are none."""
+        times = [x for x in (number(timestep), number(sigma)) if x is not None]
+        index, steps = number(step_index), number(num_inference_steps)
+        told = cls(
+            None if index is None else int(index), None if steps is None else int(steps), times[0] if times else None
+        )
+        return None if told == cls() else told
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One tensor: which object, changed how often; and its values, where they are the host's."""
+
+    ref: "weakref.ref[torch.Tensor]"
+    version: int | None
+    shape: tuple[int, ...]
+    floating: bool
+    copy: torch.Tensor | None
+    hollow: bool  # on meta there are no values to differ
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> "Seen":
+        """As the tensor is now."""
+        version = None if value.is_inference() else value._version
+        copy = value.detach().clone() if _on_host(value) and value.numel() <= _COPIED else None
+        return cls(weakref.ref(value), version, tuple(value.shape), value.is_floating_point(), copy, value.is_meta)
+
+    def same(self, now: "Seen") -> bool:
+        """Whether two sights are of the same values."""
+        if self.shape != now.shape:
+            return False
+        if self.copy is not None and now.copy is not None:
+            return torch.equal(self.copy, now.copy)
+        return self.hollow or (self.ref() is not None and self.ref() is now.ref() and self.version == now.version)
+
+
+@dataclass
+class Sight:
+    """What the host sees of one call.
+
+    Attributes:
+        graph: the graph that it reached first.
+        clock: the inputs that the analysis knows as the denoising time; None where they are not the host's.
+        signals: small host inputs, by argument.
+        tensors: the others.
+        told: what the caller said.
+    """
+
+    graph: int
+    clock: tuple[float, ...] | None
+    signals: dict[Any, tuple[float, ...]] = field(default_factory=dict)
+    floats: set[Any] = field(default_factory=set)
+    tensors: dict[Any, Seen] = field(default_factory=dict)
+    told: Told | None = None
+
+    @classmethod
+    def of(cls, graph: int, clock: Sequence[Any], inputs: Mapping[Any, Any], told: Told | None) -> "Sight":
+        """Look at a call's inputs."""
+        sight = cls(graph, read(clock), told=told)
+        if told is not None and told.time is not None:
+            sight.clock = (told.time,)
+        times = {id(x) for x in clock}
+        for key, value in inputs.items():
+            if id(value) in times and isinstance(value, torch.Tensor):
+                continue
+            if isinstance(value, torch.Tensor) and not _is_signal(value):
+                sight.tensors[key] = Seen.of(value)
+                continue
+            numbers = _numbers(value)
+            if numbers is not None:
+                sight.signals[key] = numbers
+                if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
+                    sight.floats.add(key)
+        return sight
+
+
+class Watch:
+    """The calls of one context, as they come. ``judge`` says of each what it is to the one before.
+
+    Args:
+        directions: which way each clock runs, as learnt from earlier samplings of the model (shared, written to).
+    """
+
+    def __init__(self, directions: dict[Any, float]) -> None:
+        self.directions = directions
+        self.outputs: list[tuple[int, ...]] = []  # shapes of what the model yields: its latents look like that
+        self.time_is_visible = True
+        self.why = ""  # of the last new sampling
+        self.restart()
+
+    def restart(self) -> None:
+        """Another sampling begins."""
+        self.group: list[Sight] = []  # the passes of the current step
+        self.steps = 0
+        self.last: dict[Any, float] = {}  # of each clock, the last step forward
+        self.longest: dict[Any, float] = {}
+        self.moving: set[Any] = set()  # signals that change from step to step
+        self.repeats = False  # a second-order sampler asks twice at one time
+        self.drift = 0.0
+
+    def judge(self, now: Sight) -> Verdict:
+        """What this call is, and take note of it."""
+        verdict = self._judge(now) if self.group else Verdict.NEW
+        if verdict is Verdict.NEW:
+            self.restart()
+        if verdict is Verdict.PASS:
+            self.group.append(now)
+        else:
+            self.group = [now]
+            self.steps += 1
+        return verdict
+
+    def _judge(self, now: Sight) -> Verdict:
+        before, first = self.group[-1], self.group[0]
+        told = _by_telling(before.told, now.told)
+        if told is not None:
+            self.why = "the caller said so"
+            return told
+        latents = self._latents(now)
+        if (
+            latents is not None
+            and latents in first.tensors
+            and first.tensors[latents].shape != now.tensors[latents].shape
+        ):
+            return self._new("the latents have another shape")
+        same = any(self._is_same_latents(s, now, latents) for s in self.group[-1:])
+        times = self._times(before, now)
+        self.time_is_visible = times is not None
+        moved = {k: (a, b) for k, (a, b) in (times or {}).items() if a != b}
+        if same and not moved:
+            return Verdict.PASS if self._is_other(before, now, latents) else Verdict.NEXT
+        if times is None:
+            return Verdict.NEXT
+        if not moved:
+            if self._is_second_order(before, now, latents):
+                return Verdict.NEXT
+            return self._new("the same timestep came with other latents")
+        if same and now.clock is None and not self.moving and not moved.keys() & now.floats:
+            # Of two small integers one may be the time and one a label: the same latents speak for the label.
+            return Verdict.PASS
+        return self._step(first, now, moved, latents)
+
+    def _new(self, why: str) -> Verdict:
+        self.why = why
+        return Verdict.NEW
+
+    def _step(
+        self, first: Sight, now: Sight, moved: Mapping[Any, tuple[float, float]], latents: Any
+    ) -> Verdict:  # fmt: skip
+        """The time moved: on, back, or too far; or the picture is another one."""
+        for key, (a, b) in moved.items():
+            step, way = b - a, self.directions.get(key, 0.0)
+            if way and step * way < 0:
+                if abs(step) > _BACK * self.last.get(key, 0.0):
+                    return self._new("the timestep jumped back")
+            elif key in self.longest and abs(step) > _GAP * self.longest[key]:
+                return self._new("the timestep left steps out")
+        if self._is_other_picture(first, now):
+            return self._new("a small input changed that had stayed the same (labels?)")
+        if self._jumps(first, now, latents):
+            return self._new("the latents have nothing to do with those of the step before")
+        if now.clock is None:
+            self.moving |= set(moved)
+        for key, (a, b) in moved.items():
+            if (b - a) * self.directions.setdefault(key, 1.0 if b > a else -1.0) > 0:
+                self.last[key] = abs(b - a)
+                self.longest[key] = max(abs(b - a), self.longest.get(key, 0.0))
+        return Verdict.NEXT
+
+    def _times(self, before: Sight, now: Sight) -> dict[Any, tuple[float, float]] | None:
+        """The clocks at both calls; None where no time is visible."""
+        if now.clock is not None and before.clock is not None and len(now.clock) == len(before.clock):
+            return dict(enumerate(zip(before.clock, now.clock, strict=True)))
+        # No clock was found in the graph: a small input that is alike for the whole batch may be one.
+        alike = {k: (before.signals[k][0], v[0]) for k, v in now.signals.items() if _uniform(v) and k in before.signals}
+        wanted = self.moving or {k for k in alike if k in now.floats} or set(alike)
+        return {k: alike[k] for k in wanted if k in alike} or None
+
+    def _latents(self, now: Sight) -> Any:
+        """Which input is the picture: it has the shape of the output but for one dimension; else the first tensor."""
+        floating = [k for k, seen in now.tensors.items() if seen.floating]
+        for key in floating:
+            shape = now.tensors[key].shape
+            if any(
+                len(o) == len(shape) and sum(a != b for a, b in zip(o, shape, strict=True)) <= 1 for o in self.outputs
+            ):
+                return key
+        return floating[0] if floating else None
+
+    def _is_same_latents(self, before: Sight, now: Sight, latents: Any) -> bool:
+        return latents in before.tensors and before.tensors[latents].same(now.tensors[latents])
+
+    def _is_other(self, before: Sight, now: Sight, latents: Any) -> bool:
+        """Whether the same latents at the same time come with other conditioning."""
+        if before.graph != now.graph or before.tensors.keys() != now.tensors.keys():
+            return True
+        if before.signals != now.signals:
+            return True
+        return any(not before.tensors[k].same(now.tensors[k]) for k in now.tensors if k != latents)
+
+    def _is_other_picture(self, first: Sight, now: Sight) -> bool:
+        """Whether a small input changed that stays as it is during a sampling (labels)."""
+        changed = [k for k, v in now.signals.items() if k not in self.moving and first.signals.get(k, v) != v]
+        if now.clock is None:
+            return self.steps > 1 and bool(changed)
+        settled = [k for k in changed if k not in now.floats or self.steps > 1]
+        if not settled:
+            self.moving |= set(changed)
+        return bool(settled)
+
+    def _is_second_order(self, before: Sight, now: Sight, latents: Any) -> bool:
+        """Whether the sampler asks twice at one time (Heun), with corrected latents. It never does at the first."""
+        if self.steps < 2:
+            return False
+        pair = _copies(before, now, latents)
+        if pair is not None:
+            near = bool((pair[1] - pair[0]).norm() <= 0.5 * pair[0].norm())
+        else:
+            near = self.repeats or self.steps == 2
+        self.repeats |= near
+        return near
+
+    def _jumps(self, first: Sight, now: Sight, latents: Any) -> bool:
+        """Whether the latents have nothing to do with those of the step before, where until now they had."""
+        pair = _copies(first, now, latents)
+        if pair is None:
+            return False
+        norms = float(pair[0].norm() * pair[1].norm())
+        away = 1 - float(pair[0].flatten() @ pair[1].flatten()) / norms if norms > 0 else 0.0
+        jumps = 1e-6 < 5 * self.drift < away and away > _JUMP
+        self.drift = max(self.drift, away)
+        return jumps
+
+
+def _by_telling(before: Told | None, now: Told | None) -> Verdict | None:
+    """What the caller's own step numbers say; None where there are none."""
+    if now is None or now.step_index is None:
+        return None
+    if before is None or before.step_index is None or before.num_inference_steps != now.num_inference_steps:
+        return Verdict.NEW
+    passed = now.step_index - before.step_index
+    return {0: Verdict.PASS, 1: Verdict.NEXT}.get(passed, Verdict.NEW)
+
+
+def _copies(a: Sight, b: Sight, key: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if key is None or key not in a.tensors or key not in b.tensors:
+        return None
+    x, y = a.tensors[key].copy, b.tensors[key].copy
+    return (x.float(), y.float()) if x is not None and y is not None and x.shape == y.shape else None
+
+
+def _uniform(values: Sequence[float]) -> bool:
+    return bool(values) and all(v == values[0] for v in values)
+
+
+def _is_signal(value: torch.Tensor) -> bool:
+    """Few numbers in a row, a timestep or a label for each sample: pictures have more dimensions."""
+    return _on_host(value) and value.numel() <= _SIGNAL and sum(s != 1 for s in value.shape) <= 1
+
+
+def _on_host(value: torch.Tensor) -> bool:
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+    )
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """A small host tensor or a Python number as numbers."""
+    if isinstance(value, (bool, int, float)):
+        return (float(value),)
+    if isinstance(value, torch.Tensor) and not value.is_complex():
+        return tuple(float(x) for x in value.detach().reshape(-1).tolist())
+    return None
+
+
+def number(value: Any) -> float | None:
+    """The mean of a host value; None where it is no number, or reading it would make the host wait."""
+    if isinstance(value, torch.Tensor):
+        if not _on_host(value) or not value.numel() or value.numel() > 4096 or value.is_complex():
+            return None
+        return float(value.detach().double().mean())
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def read(clock: Iterable[Any]) -> tuple[float, ...] | None:
+    """The clock's values, a mean each (frames may have times of their own); None where they are not the host's."""
+    values = [number(value) for value in clock]
+    return tuple(v for v in values if v is not None) if values and None not in values else None
