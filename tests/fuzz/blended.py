@@ -230,7 +230,7 @@ class Blended:
             by_block = {
                 i: [bool(m.any()) for path, m in masks.items() if path.startswith(f"blocks.{i}.")] for i in blocks
             }
-            if any(len(set(found)) != 1 for found in by_block.values()):
+            if any(len(set(found)) != 1 for found in by_block.values()) or set(self.twin.branches) - set(masks):
                 raise Ambiguous("skipped sites that are no whole blocks of the model")
             return frozenset(i for i, found in by_block.items() if not found[0])
         assert self.skips is not None
