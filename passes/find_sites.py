@@ -147,8 +147,7 @@ def _queries(
 
 
 def _computes(carry: Carry, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
-    """Whether a partial step would do arithmetic on the branch's input, and what follows from the held values is needed
-    here alone."""
+    """Whether a partial step does arithmetic on the input, and what follows from held values is needed here alone."""
     own = _users_within(source, carry.rows)
     after = {n for node in carry.held for n in (node, *_users_within(node, region))} - {output}
     apart = all(user in region for node in after for user in node.users)

@@ -1,10 +1,12 @@
-"""Needed: which nodes of a segment a variant computes for all tokens, and which for the selected ones."""
+"""Needed: which nodes of a segment a variant computes for all tokens, which for the selected ones, and which buffers it
+must write."""
 
 from collections.abc import Sequence
 
 from torch import fx
 
-from toca_compile.ir.program import Mode, Segment
+from toca_compile.ir.plan import Memory
+from toca_compile.ir.program import Mode, Segment, Slot
 from toca_compile.ir.types import Carry, Site
 
 
@@ -47,3 +49,17 @@ def needed_nodes(
         else:
             todo += node.all_input_nodes
     return needed
+
+
+def kept_slots(sites: Sequence[Site], modes: Sequence[Mode], memories: Sequence[Memory]) -> set[Slot]:
+    """The buffers that a variant must write, by its modes: what it does not, later steps would read as it was."""
+    kept: set[Slot] = set()
+    for i, (site, mode, memory) in enumerate(zip(sites, modes, memories, strict=True)):
+        updated = Mode.PARTIAL in mode and Mode.FORECAST not in mode
+        held = site.carry.held if site.carry is not None and Mode.HOLD in mode else ()
+        keys = site.queries.whole if site.queries is not None and mode & (Mode.KEYS | Mode.UPDATE) else ()
+        kept |= {Slot("cache", i)} if updated or Mode.STORE in mode else set()
+        kept |= {Slot("diff", i, order) for order in range(1, memory.order + 1) if Mode.DIFF in mode}
+        kept |= {Slot("score", i)} if Mode.SCORE in mode else set()
+        kept |= {Slot("held", i, j) for j in range(len(held))} | {Slot("keys", i, j) for j in range(len(keys))}
+    return kept

@@ -119,7 +119,7 @@ class Restriction:
                 self.gathered[operand] = operands[-1]
         size_arg = RULES[node.target].size_arg  # type: ignore[index]
         shape = self._shape(node) if size_arg is not None else []  # before the op that reads it
-        copy = self.copy(node, in_turn(operands))
+        copy = self.copy(node, in_turn(operands, self.values))
         copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
             copy.args = (*copy.args[:size_arg], shape, *copy.args[size_arg + 1 :])
@@ -173,11 +173,11 @@ class Restriction:
         return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
 
 
-def in_turn(operands: Sequence[fx.Node]) -> Callable[[fx.Node], fx.Node]:
-    """The mapping by which a copied op gets these operands, by position: one value may stand for another twice, and
-    differently."""
+def in_turn(operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    """The mapping by which a copied op gets these tensor operands by position, since one value may be read twice and
+    differently; ``others`` has what else it is given."""
     given = iter(operands)
-    return lambda _: next(given)
+    return lambda node: next(given) if isinstance(value_of(node), torch.Tensor) else others[node]
 
 
 def _dim(places: Sequence[Occurrence | None]) -> int:

@@ -30,7 +30,7 @@ from toca_compile.ir.program import Mode, Segment, Slot, Variant
 from toca_compile.ir.types import AxisTypes, Carry, Site
 from toca_compile.ir.verify import verify_kept
 from toca_compile.passes.measure_scores import entropy, measure
-from toca_compile.passes.needed import carry_of, needed_nodes
+from toca_compile.passes.needed import carry_of, kept_slots, needed_nodes
 from toca_compile.passes.prove import reads_whole
 from toca_compile.passes.restrict import Restriction, in_turn, place
 from toca_compile.passes.series import Series
@@ -62,20 +62,6 @@ def rewrite(
         told = ", ".join(f"{site.name} ({mode!r})" for site, mode in zip(sites, modes, strict=True))
         raise PassError(f"the rewriting of {told} failed: {error}") from error
     return variant
-
-
-def kept_slots(sites: Sequence[Site], modes: Sequence[Mode], memories: Sequence[Memory]) -> set[Slot]:
-    """The buffers that a variant must write, by its modes: what it does not, later steps would read as it was."""
-    kept: set[Slot] = set()
-    for i, (site, mode, memory) in enumerate(zip(sites, modes, memories, strict=True)):
-        updated = Mode.PARTIAL in mode and Mode.FORECAST not in mode
-        held = site.carry.held if site.carry is not None and Mode.HOLD in mode else ()
-        keys = site.queries.whole if site.queries is not None and mode & (Mode.KEYS | Mode.UPDATE) else ()
-        kept |= {Slot("cache", i)} if updated or Mode.STORE in mode else set()
-        kept |= {Slot("diff", i, order) for order in range(1, memory.order + 1) if Mode.DIFF in mode}
-        kept |= {Slot("score", i)} if Mode.SCORE in mode else set()
-        kept |= {Slot("held", i, j) for j in range(len(held))} | {Slot("keys", i, j) for j in range(len(keys))}
-    return kept
 
 
 class _Rewriter:
@@ -229,7 +215,7 @@ class _Rewriter:
             return self.graph.node_copy(node, lambda n: values[n])
         reads = zip(operand_nodes(node), reads_whole(self.types, node, carry), strict=True)
         operands = [whole.get(o, values[o]) if all_of_it else values[o] for o, all_of_it in reads]
-        return self.graph.node_copy(node, in_turn(operands))
+        return self.graph.node_copy(node, in_turn(operands, values))
 
     @property
     def _update(self) -> Any:

@@ -639,3 +639,45 @@ def test_the_first_partial_variant_is_verified_unless_switched_off(monkeypatch: 
     opt = optimized(randomize(PlainDiT(depth=2)))
     steps(opt, noise(), TIMES)
     assert "verified" in str(toca_compile.explain(opt))
+
+
+class Broken(Any2D):
+    """The graph breaks before the blocks: the first graph has no site."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            h = block(h, c)
+        return self.finish(h, c)
+
+
+def test_graphs_behind_a_break_stay_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from toca_compile import model as module
+
+    monkeypatch.setattr(module, "_SIGNATURES", 2)
+    net = randomize(Broken(depth=1))
+    opt = optimized(net, FullCompute())
+    steps(opt, noise(), TIMES[:2])
+    for interval, wanted in ((2, "frfr"), (4, "frrr")):
+        opt.policy = Fora(4, interval)
+        steps(opt, noise(), TIMES[:4])
+        assert kinds(opt) == wanted
+        assert toca_compile.explain(opt).schedule == wanted.upper()
+    for height in (4, 6, 10, 12, 8):
+        x = noise(size=(height, 8))
+        torch.testing.assert_close(steps(opt, x, TIMES[:1]), steps(net, x, TIMES[:1]))
+
+
+def test_a_refused_policy_can_be_replaced() -> None:
+    class Wrong(Fora):
+        def plan(self, sites: Any) -> Any:
+            return None
+
+    opt = optimized(randomize(PlainDiT(depth=1)), Wrong(4, 2))
+    for _ in range(2):
+        with pytest.raises(TocaError, match="plan"):
+            steps(opt, noise(), TIMES[:1])
+    opt.policy = Fora(4, 2)
+    steps(opt, noise(), TIMES[:4])
+    assert kinds(opt) == "frfr"

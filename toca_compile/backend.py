@@ -73,6 +73,7 @@ class Session:
         self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
         self.changes: dict[Any, int] = {}
         self._broken = False
+        self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
         self._warned: set[str] = set()
 
     def fresh(self) -> "Session":
@@ -108,7 +109,11 @@ class Session:
         """Compile one graph that Dynamo found."""
         self.seen += 1
         reason = getattr(gm, "compile_subgraph_reason", None)
-        self._broken |= bool(getattr(reason, "graph_break", False)) or _is_nested()
+        if getattr(reason, "graph_break", False):
+            self._broken = True
+            at = f" ({reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno})" if reason.user_stack else ""
+            self.breaks[f"{str(reason.reason).splitlines()[0]}{at}"] = None
+        self._broken |= _is_nested()
         try:
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
                 raise InferenceModeError(GRAD_ENABLED)

@@ -48,9 +48,17 @@ def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
     return pipe
 
 
-@functools.cache
-def _with_runs(cls: Any) -> Any:
+_CLASSES: dict[type, type] = {}
+
+
+def _with_runs(cls: type) -> type:
     """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = _made_with_runs(cls)
+    return _CLASSES[cls]
+
+
+def _made_with_runs(cls: type) -> type:
     call: Any = cls.__call__
 
     @functools.wraps(call)
@@ -71,7 +79,7 @@ def _with_runs(cls: Any) -> Any:
     return type(cls.__name__, (cls,), body)
 
 
-def _blank(cls: type[Any]) -> Any:
+def _blank(cls: type) -> Any:
     return object.__new__(_with_runs(cls))
 
 

@@ -16,7 +16,15 @@ from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed
 
 from toca_compile.backend import Session, dynamo_backend
-from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, LoweringError, NoSiteError, TocaError
+from toca_compile.errors import (
+    GRAD_ENABLED,
+    NO_SITE,
+    InferenceModeError,
+    LoweringError,
+    NoSiteError,
+    PolicyError,
+    TocaError,
+)
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.runtime.executor import Executor
@@ -134,7 +142,9 @@ class OptimizedModel(OptimizedModule):
 
     def _forget(self, entry: _Entry) -> None:
         remove_from_cache(entry.code)
-        self._session.forget(entry.executors)
+        if not self._session.breaks:
+            # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
+            self._session.forget(entry.executors)
 
     def _hooks(self) -> tuple[int, ...]:
         """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
@@ -201,8 +211,9 @@ class OptimizedModel(OptimizedModule):
     def policy(self, policy: Policy) -> None:
         with self._session.control.lock:
             self._session.set_policy(policy)
-            for key in [k for k, entry in self._entries.items() if entry.uncached]:
-                self._forget(self._entries.pop(key))  # perhaps this policy was what it lacked
+            for key, entry in list(self._entries.items()):
+                if any(isinstance(error, PolicyError) for error in entry.uncached.values()):
+                    self._forget(self._entries.pop(key))  # this policy may be the one that it can follow
 
     @property
     def cache_bytes(self) -> int:
@@ -264,15 +275,17 @@ class OptimizedModel(OptimizedModule):
         name = type(self._orig_mod).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
+            split = ", ".join(session.breaks)
             error: TocaError = NoSiteError(
                 f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
+                + (f" torch.compile split it into several graphs: {split}" if split else "")
             )
         elif why is not None:
             return  # as was said when it was traced
         else:
             error = TocaError(
-                f"{name} ran uncached, because torch.compile handed over no graph: look for TORCHDYNAMO_DISABLE, "
-                "torch.compiler.disable, an active TorchDispatchMode, or more than "
+                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
+                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
                 f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
             )
         if session.strict:

@@ -18,7 +18,7 @@ _SIGNAL = 256  # elements of a host tensor that is read as numbers
 _COPIED = 1 << 22  # elements of a host tensor that is compared by value
 
 _BACK = 0.5  # a return of more than this share of the last step is no noise added by the sampler
-_GAP = 2.5  # a step this many times longer than any before leaves some out (schedules reach 2.2)
+_GAP = 3.5  # a step this many times longer than any before leaves some out (quadratic schedules reach 3)
 _JUMP = 0.3  # 1 − cosine of the latents of two neighbouring steps, where others were five times closer
 
 
@@ -195,6 +195,8 @@ class Watch:
         for key, (a, b) in moved.items():
             step, way = b - a, self.directions.get(key, 0.0)
             if way and step * way < 0:
+                if self.steps == 1:
+                    del self.directions[key]  # learnt from earlier samplings, and perhaps another way round now
                 if abs(step) > _BACK * self.last.get(key, 0.0):
                     return self._new("the timestep jumped back")
             elif key in self.longest and abs(step) > _GAP * self.longest[key]:

@@ -211,6 +211,8 @@ class StepControl:
             for key in [k for k, s in streams.items() if context is None or s.name == context]:
                 del streams[key]
         self._call.run, self._call.stream, self._call.seen = None, None, {}
+        if context is None and not mine:
+            self._directions.clear()
         self._void |= context is None
 
     def forget_graphs(self, numbers: set[int]) -> None:
