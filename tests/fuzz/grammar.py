@@ -1,0 +1,290 @@
+"""Random descriptions of diffusion transformers and of policies: frozen dataclasses whose defaults are the simplest
+choice, so that a description gets simpler by going back to them, and that JSON or ``repr`` can tell."""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import toca_compile
+from tests.fuzz.mixes import TABLE
+from toca_compile import PolicyError, policies
+
+LAYOUTS = ("bnc", "nbc", "flat", "bcn", "bchw", "bfsc", "bsfc", "fbsc")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How queries meet keys. ``scope``: among which tokens; ``rows``: whose queries and keys are turned or normed."""
+
+    core: str = "sdpa"  # matmul einsum bmm linear mha sigmoid
+    scope: str = "all"  # window shifted space time
+    mask: str = ""  # additive boolean padding causal tril per_head
+    rope: str = ""  # halves interleaved complex
+    qk_norm: str = ""  # rms layer l2
+    keys: str = "own"  # grouped single pooled memory strided
+    fused: bool = True
+    project: bool = True
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``x + gate · after(body(before(norm(x) · scale + shift)))``, or without one or the other.
+
+    ``place``: of the norm; ``inside``: an op on the hidden units of an MLP, or on queries, keys or values (``on``).
+    ``island``: what runs in another precision; ``wrap``: what surrounds the body.
+    """
+
+    body: str = "mlp"  # attention cross swiglu geglu conv fused
+    attention: Attention = Attention()
+    norm: str = "layer"  # none rms manual tokens group l2
+    place: str = "pre"  # post sandwich
+    modulation: str = "none"  # shared block token frame input
+    gate: str = "none"  # shared block token frame input static tanh
+    before: str = ""
+    inside: str = ""
+    on: str = "q"
+    after: str = ""
+    add: str = "plain"  # reversed in_place alpha scaled lerp
+    island: str = ""  # bfloat16 autocast
+    wrap: str = ""  # checkpoint break
+
+
+@dataclass(frozen=True)
+class Block:
+    """Branches one after another, side by side, or summed before they are added; or torch's own encoder layer.
+
+    ``skip``: how the stream of an earlier block comes in again, at the start.
+    """
+
+    branches: tuple[Branch, ...] = (Branch(),)
+    style: str = "serial"  # parallel sum joint encoder
+    skip: str = ""  # cat add
+    breaks: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model called as ``model(x, t, y)``. Tokens are ``frames`` × ``height`` × ``width``."""
+
+    blocks: tuple[Block, ...] = (Block((Branch(body="attention"), Branch())),)
+    seed: int = 0
+    batch: int = 2
+    frames: int = 1
+    height: int = 3
+    width: int = 4
+    channels: int = 8
+    layout: str = "bnc"
+    given: str = "tokens"  # picture
+    clock: str = "sine"  # linear none
+    time: str = "b"  # b1 scalar
+    text: str = ""  # cross before after joint: y is then text, else labels
+    fresh_text: bool = False  # another tensor at every call
+    words: int = 5
+    registers: int = 0
+    shared_weights: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the picture."""
+        return self.frames * self.height * self.width
+
+
+def draw(seed: int) -> Spec:
+    """The model of that seed."""
+    r = random.Random(seed)
+    frames = r.choice([1, 1, 1, 2, 3, 4])
+    height, width = r.choice(
+        [(3, 4), (4, 4), (2, 6), (5, 3), (4, 6)] if frames == 1 else [(2, 3), (2, 2), (1, 5), (4, 1)]
+    )
+    batch = r.choice([1, 2, 2, 2, 3, frames, frames * height * width if r.random() < 0.3 else 2])
+    text = r.choice(["", "", "", "cross", "before", "after", "joint"])
+    registers = r.choice([0, 0, 0, 0, 2]) if text in ("", "cross") else 0
+    layout = "bnc"
+    if text in ("", "cross") and not registers and r.random() < 0.45:
+        layout = r.choice(LAYOUTS[1:])
+    depth = r.choice([1, 1, 2, 2, 3])
+    first = _block(r, text, frames)
+    blocks = [first]
+    for i in range(1, depth):
+        blocks.append(blocks[-1] if r.random() < 0.6 else _block(r, text, frames))
+        if r.random() < 0.2:
+            blocks[i] = dataclasses.replace(blocks[i], skip=r.choice(["cat", "add"]))
+    return Spec(
+        tuple(blocks), seed, batch, frames, height, width, r.choice([8, 8, 16]), layout,
+        r.choice(["tokens", "tokens", "picture"]) if frames == 1 else "tokens",
+        r.choice(["sine", "sine", "sine", "linear", "none"]), r.choice(["b", "b", "b", "b1", "scalar"]), text,
+        r.random() < 0.3, r.choice([5, 5, 7, frames * height * width]), registers,
+        len(set(blocks)) == 1 and depth > 1 and r.random() < 0.2,
+    )  # fmt: skip
+
+
+def _block(r: random.Random, text: str, frames: int) -> Block:
+    style = r.choice(["serial"] * 7 + ["parallel", "parallel", "sum", "encoder"])
+    if text == "joint" and r.random() < 0.7:
+        return Block((_branch(r, "attention", frames), _branch(r, "mlp", frames)), "joint")
+    if style == "encoder":
+        return Block((Branch(),), "encoder")
+    bodies = r.choice([
+        ("attention", "mlp"), ("attention", "mlp"), ("attention", "mlp"), ("mlp", "attention"), ("fused",),
+        ("attention",), ("attention", "attention", "mlp"), ("attention", "mlp", "mlp"),
+    ])  # fmt: skip
+    if text == "cross":
+        bodies = (*bodies[:1], "cross", *bodies[1:])
+    breaks = r.random() < 0.04
+    return Block(tuple(_branch(r, body, frames) for body in bodies), style, "", breaks)
+
+
+def _branch(r: random.Random, body: str, frames: int) -> Branch:
+    def rare(choices: Sequence[Any], odds: float, usual: Any) -> Any:
+        return r.choice(choices) if r.random() < odds else usual
+
+    if body == "mlp":
+        body = rare(["swiglu", "geglu", "conv", "glu", "cross_tokens"], 0.4, "mlp")
+    conditioned = ["none", "shared", "block", "block", "token", "frame", "input"]
+    ops = list(TABLE)
+    return Branch(
+        body, _attention(r, frames) if body in ("attention", "cross", "fused") else Attention(),
+        rare(["none", "rms", "manual", "tokens", "group", "l2"], 0.5, "layer"), rare(["post", "sandwich"], 0.2, "pre"),
+        r.choice(conditioned), r.choice([*conditioned, "static", "tanh"]),
+        rare(ops, 0.15, ""), rare(ops, 0.35 if body in ("mlp", "attention") else 0.15, ""), r.choice("qkv"),
+        rare(ops, 0.12, ""), rare(["reversed", "in_place", "alpha", "scaled", "lerp"], 0.25, "plain"),
+        rare(["bfloat16", "autocast"], 0.06, ""), rare(["checkpoint", "break"], 0.05, ""),
+    )  # fmt: skip
+
+
+def _attention(r: random.Random, frames: int) -> Attention:
+    def rare(choices: Sequence[str], odds: float) -> str:
+        return r.choice(choices) if r.random() < odds else ""
+
+    return Attention(
+        r.choice(["sdpa", "sdpa", "sdpa", "matmul", "einsum", "bmm", "linear", "mha", "sigmoid"]),
+        r.choice(["all", "all", "space", "time"]) if frames > 1 else r.choice(["all"] * 5 + ["window", "shifted"]),
+        rare(["additive", "boolean", "padding", "causal", "tril", "per_head"], 0.3),
+        rare(["halves", "interleaved", "complex"], 0.25), rare(["rms", "layer", "l2"], 0.25),
+        rare(["grouped", "single", "pooled", "memory", "strided"], 0.25) or "own", r.random() < 0.5, r.random() < 0.85,
+    )  # fmt: skip
+
+
+# -- policies -----------------------------------------------------------------------------------------------------------
+
+NAMES: Mapping[str, Any] = {
+    **{name: getattr(policies, name) for name in policies.__all__},
+    "ToCa": toca_compile.ToCa,
+    "RatioSchedule": type(toca_compile.ToCa().ratios),
+    "Selector": type(policies.Composition().which),
+}
+SCORES = ("attention", "entropy", "v_norm", "k_norm", "error", "random", "none")
+KINDS = ("self_attention", "cross_attention", "joint_attention", "mlp", "mixer", "parallel")
+
+
+def draw_policy(r: random.Random) -> Any:
+    """A policy: half of the time a ready-made one, else parts put together."""
+    while True:
+        try:
+            return _ready_made(r) if r.random() < 0.45 else _composition(r)
+        except PolicyError:
+            continue  # parts that contradict each other are refused when they are put together
+
+
+def _ready_made(r: random.Random) -> Any:
+    steps, interval = r.choice([4, 6, 7]), r.choice([2, 3, 4, 5])
+    ratio, order = r.choice([0.1, 0.25, 0.4, 0.6, 0.95]), r.choice([0, 1, 2, 3])
+    make = r.choice(["Fora", "ToCa", "ToCa", "ToCa", "DuCa", "TaylorSeer", "TaylorToCa", "TaylorToCa", "BlockCache"])
+    if make == "Fora":
+        return toca_compile.Fora(steps, interval)
+    if make in ("ToCa", "DuCa"):
+        return NAMES[make](
+            steps, interval, ratio, r.choice(["toca", "constant", "periodic", "counter"]), r.choice(SCORES),
+            r.choice([0.0, 0.25, 1.0]), cell=r.choice([1, 2, 3]), bonus=r.choice([0.0, 0.6]), score_stride=r.choice([1, 1, 3]),
+            count=r.choice(["up", "down"]), warmup=r.choice([1, 1, 2]), shared_pair=r.random() < 0.2, seed=r.randint(0, 9),
+        )  # fmt: skip
+    if make == "TaylorSeer":
+        return toca_compile.TaylorSeer(
+            steps, interval, order, r.choice([1, 2]), r.choice(["counter", "spread"]), basis=r.choice(["taylor", "newton"])
+        )  # fmt: skip
+    if make == "TaylorToCa":
+        return toca_compile.TaylorToCa(
+            steps, interval, order, ratio, r.choice(SCORES), r.choice([0.0, 0.5]), r.choice([None, "fresh", "update", "keep"]),
+            r.random() < 0.8, r.random() < 0.7, r.choice([1, 2]), seed=r.randint(0, 9),
+        )  # fmt: skip
+    return toca_compile.BlockCache(
+        steps, r.choice([0, 1]), r.choice([0, 0, 1]), r.choice([None, 0.05, 0.5]), interval=interval, order=order,
+        basis=r.choice(["taylor", "newton"]),
+    )  # fmt: skip
+
+
+def _composition(r: random.Random) -> Any:
+    p = policies
+    steps = r.choice([4, 6, 7])
+    when = r.choice([
+        p.Every(r.choice([2, 3, 6]), r.choice([1, 2])), p.Every(steps), p.Every(steps),
+        p.Periodic(r.choice([2, 4]), 1, {r.choice(KINDS): r.choice([1, 2, 3])}), p.Spread(r.choice([2, 3]), r.choice([0.5, 1.0])),
+        p.IntervalFunction(r.choice([3, 5])), p.Listed((0, 2, steps - 1)), p.Adaptive(r.choice([0.05, 0.5])),
+    ])  # fmt: skip
+    if isinstance(when, p.Adaptive):
+        rules: tuple[Any, ...] = (p.Rule(p.SkipBlocks(1, 0, True, r.choice([0, 1]))),)
+        alternate: tuple[Any, ...] = ()
+    else:
+        rules = tuple(_rule(r) for _ in range(r.choice([1, 1, 2, 3])))
+        skip = p.Rule(p.SkipBlocks(r.choice([0, 1]), r.choice([0, 1]), r.random() < 0.5))
+        alternate = r.choice([(), (), (), (skip,), (_rule(r),)])
+    which = NAMES["Selector"](
+        r.choice(SCORES), r.choice([0.0, 0.2]), r.choice([1, 2]), r.choice([0.0, 0.0, 0.5]), r.choice([1, 1, 2]), r.randint(0, 9),
+        r.random() < 0.15,
+    )  # fmt: skip
+    factors = NAMES["RatioSchedule"](*r.choice([((1.0, 0.0), (1.0, 0.0)), ((1.5, -1.0), (1.2, -0.5))]))
+    share = p.Share(r.choice([0.1, 0.3, 0.5, 0.8]), factors)
+    return p.Composition(steps, when, rules, alternate, which, share, r.choice(["taylor", "taylor", "newton"]))
+
+
+def _rule(r: random.Random) -> Any:
+    p = policies
+    order, update = r.choice([0, 0, 0, 1, 2]), r.random() < 0.75
+    keys = r.choice(["fresh", "fresh", "update", "keep"])
+    refresh = r.choice([0, 0, 2]) if keys != "fresh" else 0
+    queries = p.Queries(keys, refresh, order, update)
+    do = r.choice(
+        [
+            queries,
+            queries,
+            p.Partial(order, update),
+            p.Partial(order, update),
+            p.Reuse(),
+            p.Forecast(order),
+            p.Compute(),
+        ]
+    )
+    return p.Rule(
+        do, (r.choice(KINDS),) if r.random() < 0.4 else (), r.choice([(0.0, 1.0), (0.0, 1.0), (0.0, 0.5), (0.4, 1.0)])
+    )
+
+
+# -- as text ------------------------------------------------------------------------------------------------------------
+
+PARTS: Mapping[str, Any] = {c.__name__: c for c in (Spec, Block, Branch, Attention)}
+
+
+def written(value: Any) -> str:
+    """Code that makes the description or the policy again, with what is not default alone."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [
+            f"{f.name}={written(getattr(value, f.name))}"
+            for f in dataclasses.fields(value)
+            if default_of(f) is dataclasses.MISSING or getattr(value, f.name) != default_of(f)
+        ]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def read(code: str) -> Any:
+    """What ``written`` told."""
+    return eval(code, {"__builtins__": {}}, {**NAMES, **PARTS})
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """What a field is if nothing is said; ``MISSING`` where something must be."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

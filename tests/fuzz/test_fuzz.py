@@ -1,0 +1,160 @@
+"""Two hundred random models, each under two random policies; and that the fuzzer sees what it is there to see."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fuzz.grammar import Attention, Block, Branch, Spec, draw, draw_policy, read, written
+from tests.fuzz.minimise import minimise
+from tests.fuzz.models import build, inputs
+from tests.fuzz.oracles import Tally, examine
+from toca_compile import Fora, FullCompute, TaylorSeer, ToCa
+from toca_compile.lowerings import LOWERINGS
+from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share
+from toca_compile.rules.pointwise import elementwise_axes
+from toca_compile.rules.registry import RULES
+
+MODELS, CHUNK, POLICIES = 200, 8, 2
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("first", range(0, MODELS, CHUNK))
+def test_random_models(first: int) -> None:
+    found = []
+    for seed in range(first, first + CHUNK):
+        r = random.Random(seed)
+        found += [f"seed {seed}: {f}" for f in examine(draw(seed), [draw_policy(r) for _ in range(POLICIES)])]
+    assert not found, "\n".join(found)
+
+
+def test_descriptions_are_told_and_read() -> None:
+    for seed in range(100):
+        spec, policy = draw(seed), draw_policy(random.Random(seed))
+        assert read(written(spec)) == spec
+        assert read(written(policy)) == policy
+
+
+def test_every_branch_matters() -> None:
+    """A branch that is left out moves the output of a drawn model: else no oracle would see what becomes of it."""
+    for seed in range(40):
+        spec = draw(seed)
+        if spec.shared_weights or any(b.style in ("joint", "encoder") for b in spec.blocks):
+            continue
+        model: Any = build(spec)
+        given = inputs(spec, 1, True)[0]
+        with torch.no_grad():
+            whole = model(*given)
+            for stage in model.blocks:
+                for branch in stage.branches if stage.spec.style != "sum" else ():
+                    branch.keep = lambda path, value, lay: torch.zeros_like(value)
+                    assert not torch.allclose(model(*given), whole, rtol=1e-3, atol=1e-3), (seed, branch.path)
+                    branch.keep = lambda path, value, lay: value
+
+
+# -- faults that it must see -------------------------------------------------------------------------------------------
+
+SPEC = Spec((Block((Branch("attention", modulation="block", gate="block"), Branch(modulation="block", gate="block"))),))
+SOME = ToCa(6, 3, 0.4, "constant", "random")
+ROWS = Composition(
+    6, Every(3), (Rule(Queries(), kinds=("self_attention",)),), which=Selector("random"), how_many=Share(0.4)
+)  # fmt: skip
+
+
+def with_op(name: str) -> Spec:
+    """A model whose MLP has that op on its hidden units."""
+    attention, mlp = SPEC.blocks[0].branches
+    return dataclasses.replace(SPEC, blocks=(Block((attention, dataclasses.replace(mlp, inside=name))),))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(aten.roll.default, "roll"), (aten.flip.default, "flip"), (aten.cumsum.default, "cumsum"), (aten.softmax.int, "softmax")],
+)  # fmt: skip
+def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch, op: Any, name: str) -> None:
+    """An op across tokens that its rule calls token by token."""
+    monkeypatch.setenv("TOCA_VERIFY", "0")  # the oracles are to see it, not the compiler's own check
+    spec = with_op(name)
+    assert not examine(spec, [SOME])
+    assert op in RULES
+    monkeypatch.setitem(RULES, op, dataclasses.replace(RULES[op], axes=elementwise_axes))
+    found = examine(spec, [SOME])
+    assert found
+    assert {f.kind for f in found} <= {"constant", "blend"}
+
+
+class Faulty(torch.fx.Interpreter):
+    """Runs a variant with one of its ops done wrong."""
+
+    fault: str = ""
+    calls: int = 0
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """The node's value, or a wrong one."""
+        toca = torch.ops.toca
+        if n.target is toca.scatter_tokens_.default and self.fault == "scatter":
+            cache, index, *rest = self.fetch_args_kwargs_from_env(n)[0]
+            return toca.scatter_tokens_((cache), (index + 1) % cache.shape[1], *rest)
+        if n.target is toca.gather_tokens.default and self.fault == "gather":
+            x, index, *rest = self.fetch_args_kwargs_from_env(n)[0]
+            return toca.gather_tokens(x, index.flip(1), *rest)
+        if n.target is toca.store_.default and self.fault in ("store", "second store"):
+            type(self).calls += 1
+            cache, value = self.fetch_args_kwargs_from_env(n)[0]
+            early = self.fault == "second store" and type(self).calls <= 4
+            return toca.store_(cache, value) if early else cache
+        if n.target is toca.mark_fresh_.default and self.fault == "mark":
+            return self.fetch_args_kwargs_from_env(n)[0][0]
+        return super().run_node(n)
+
+
+@pytest.mark.parametrize(
+    ("fault", "policy", "kind"),
+    [("scatter", SOME, "constant"), ("scatter", ROWS, "constant"), ("gather", SOME, "constant"), ("store", SOME, "constant"),
+     ("second store", Fora(6, 3), "blend"), ("mark", SOME, "blend"), ("mark", ROWS, "blend")],
+)  # fmt: skip
+def test_a_wrong_emission_is_seen(monkeypatch: pytest.MonkeyPatch, fault: str, policy: Any, kind: str) -> None:
+    monkeypatch.setenv("TOCA_VERIFY", "0")
+    monkeypatch.setattr(Faulty, "calls", 0)
+    monkeypatch.setitem(LOWERINGS, "faulty", lambda variant, examples: Faulty(variant.module).run)
+    assert not examine(SPEC, [policy], lowering="faulty")
+    monkeypatch.setattr(Faulty, "fault", fault)
+    monkeypatch.setattr(Faulty, "calls", 0)
+    assert kind in {f.kind for f in examine(SPEC, [policy], lowering="faulty")}
+
+
+def test_oracles_are_applied() -> None:
+    tally = Tally()
+    examine(SPEC, [SOME, ROWS, Fora(6, 3), TaylorSeer(6, 3, 1)], tally)
+    assert tally.failures.total() == 0
+    assert tally.applied["bits"] == 1
+    assert tally.applied["constant"] == 4
+    assert tally.applied["blend"] == 3
+    assert tally.applied["blend with forecasts"] == 1
+
+
+def test_a_failure_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with much else, the op whose rule is wrong is left."""
+    monkeypatch.setenv("TOCA_VERIFY", "0")
+    monkeypatch.setitem(RULES, aten.roll.default, dataclasses.replace(RULES[aten.roll.default], axes=elementwise_axes))
+    attention = Branch("attention", Attention(rope="halves"), norm="rms", modulation="token")
+    mlp = Branch("swiglu", norm="rms", gate="token", inside="roll", add="reversed")
+    spec = Spec((Block((attention, mlp)),), height=4, words=7)
+    (failure,) = examine(spec, [SOME])
+    small, failure = minimise(spec, failure)
+    assert "roll" in written(small)
+    assert "rope" not in written(small)
+    assert "gate" not in written(small)
+    assert examine(small, [FullCompute()]) == []
