@@ -269,6 +269,21 @@ def test_two_passes_a_step_without_a_context_are_two_runs(style: type[PlainDiT])
     assert torch.equal(guided(bare, noise()), expected)
 
 
+def test_two_pictures_in_turns_without_a_context_are_two_runs() -> None:
+    model = randomize(PlainDiT())
+    expected = [steps(optimized(model), noise(seed=s), TIMES) for s in (0, 5)]
+    for net in (
+        optimized(model),
+        torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"}),
+    ):
+        for _ in range(2):
+            xs = [noise(seed=0), noise(seed=5)]
+            for t in TIMES:
+                xs = [steps(net, x, [t]) for x in xs]
+            for x, wanted in zip(xs, expected, strict=True):
+                assert torch.equal(x, wanted)
+
+
 def test_records_are_of_the_last_sampling() -> None:
     opt = optimized(randomize(PlainDiT()))
     guided(opt, noise())

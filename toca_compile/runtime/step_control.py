@@ -197,6 +197,15 @@ def _owner() -> Any:
     return _HERE.owner
 
 
+def _called(context: str, lane: tuple[int, int]) -> str:
+    """The name of a lane's records: the context's for its first picture and pass."""
+    picture, number = lane
+    parts = [f"picture {picture + 1}"] * bool(picture) + [f"pass {number + 1}"] * bool(number)
+    if parts and context == "default":
+        return " ".join(parts)
+    return " ".join([context, *parts])
+
+
 class StepControl:
     """Counts model calls and keeps the runs apart. Nothing here reads a value from an accelerator.
 
@@ -364,7 +373,7 @@ class StepControl:
         watch = stream.watch
         had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
         verdict = watch.judge(sight)
-        first = stream.runs.get((0, place[0]))
+        first = stream.runs.get((sight.lane, place[0]))
         if verdict is Verdict.NEXT and first is not None and first.is_over:
             had = 0  # as it should be
             watch.restart()
@@ -375,7 +384,8 @@ class StepControl:
             self._begin_records(owner, name)
         if verdict is not Verdict.PASS:
             stream.before, stream.now = stream.now if verdict is Verdict.NEXT else set(), set()
-        which = (len(watch.group) - 1, place[0])
+            self._drop_lanes(owner, stream)
+        which = (sight.lane, place[0])
         run = stream.runs.get(which)
         if run is not None and not run.is_over and not watch.time_is_visible and which not in stream.before:
             # Another graph ran in between, and whether in the same sampling nobody can tell.
@@ -386,8 +396,7 @@ class StepControl:
             )
             run = None
         if run is None or run.is_over:
-            passed = f"pass {which[0] + 1}" if which[0] else ""
-            context = passed if passed and name == "default" else f"{name} {passed}".rstrip()
+            context = _called(name, sight.lane)
             run = stream.runs[which] = Run(context, steps)
         elif not watch.time_is_visible and run.step == 1:
             self._warn(
@@ -396,6 +405,14 @@ class StepControl:
             )
         stream.now.add(which)
         return run
+
+    def _drop_lanes(self, owner: Any, stream: _Stream) -> None:
+        """Of pictures sampled in turns, forget those that took no part in the step before: abandoned for another."""
+        alive = {lane for (lane, _), _ in stream.before}
+        for which in [w for w in stream.runs if alive and w[0][0] not in alive]:
+            gone = stream.runs.pop(which).context
+            kept = [(o, r) for o, r in self._records if o() is not owner or r.context != gone]
+            self._records = deque(kept, maxlen=_KEPT)
 
     def _restarted(self, stream: _Stream, steps: int) -> None:
         """Log that a sampling began before the last was done, and warn where that happens at every step."""
