@@ -112,14 +112,14 @@ def entropy(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector:
     return emit(aten.add.Tensor, value, 1 + (log(2) if paired else 0.0))
 
 
-def can_measure_rows(site: Site, carry: Carry, given: Mapping[fx.Node, fx.Node]) -> bool:
+def can_measure_rows(site: Site, carry: Carry) -> bool:
     """Whether a partial step of a site makes rows of the map that ranks its tokens by entropy, and all that they are
     measured from."""
     if site.by_queries is None or site.by_queries.site != site.index or site.attention[-1].node not in carry.rows:
         return False
     attention = site.attention[-1]
     reads = (attention.map,) if attention.map is not None else _operands(attention)
-    return all(node is None or node in given for node in reads)
+    return all(n is None or n in carry.rows or n in carry.whole or n not in site.region for n in reads)
 
 
 def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:

@@ -200,10 +200,9 @@ class _Rewriter:
                 series.keep_rows(rows, index, age)
         else:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
-        given = {**self.env, **whole, **values}
-        if self.selector.score == "entropy" and can_measure_rows(site, carry, given):
+        if self.selector.score == "entropy" and can_measure_rows(site, carry):
             # The rows of the map that this step makes anew tell their tokens' scores anew.
-            scores = entropy(self._call, given, site, self.selector, self.types)
+            scores = entropy(self._call, {**self.env, **whole, **values}, site, self.selector, self.types)
             self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
 

@@ -105,7 +105,7 @@ def test_caches_are_changed_in_place() -> None:
         opt(x, torch.full((2,), 900), y)
         opt(x, torch.full((2,), 800), y)
         places = {k: b.data_ptr() for r in opt._session.control.runs for k, b in r.buffers.items()}
-        for t in (700, 600, 500, 400):
+        for t in (700, 600, 500):  # the last step would free them
             opt(x, torch.full((2,), t), y)
         after = {k: b.data_ptr() for r in opt._session.control.runs for k, b in r.buffers.items()}
     assert places == after

@@ -101,7 +101,7 @@ def test_selected_rows_are_the_full_models() -> None:
     model: Any = randomize(PlainDiT((6, 10), depth=1))
     x, y = noise(2, (6, 10)), torch.arange(2)
     policy = Composition(
-        2, Every(2), (Rule(Queries(), kinds=("self_attention",)),), which=Selector("random"), how_many=Share(0.5)
+        3, Every(2), (Rule(Queries(), kinds=("self_attention",)),), which=Selector("random"), how_many=Share(0.5)
     )  # fmt: skip
     opt = toca_compile.optimize(model, policy, lowering="eager")
     with torch.no_grad():
