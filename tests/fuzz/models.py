@@ -579,6 +579,10 @@ class Transformer(nn.Module):
             self.labels = nn.Embedding(11, c)
         if spec.registers:
             self.registers = nn.Parameter(torch.zeros(spec.registers, c))
+        branches = [branch for block in spec.blocks for branch in block.branches]
+        self.kinds = {kind for branch in branches for kind in (branch.modulation, branch.gate)}
+        if any(block.style == "joint" for block in spec.blocks):
+            self.kinds.add("shared")
         self.shared = nn.Linear(c, 2 * c)
         self.by_frame = nn.Parameter(torch.zeros(spec.frames, c))
         self.by_token = nn.Parameter(torch.zeros(self.place.tokens, c))
@@ -601,13 +605,17 @@ class Transformer(nn.Module):
             c = c + self.time(timestep_features(t, 8).to(c.dtype))
         elif spec.clock == "linear":
             c = c + self.time(t.to(c.dtype)[:, None] / 1000)
-        front = self.place.extra
-        frame = (c[:, None] + self.by_frame).repeat_interleave(spec.height * spec.width, 1)
-        given = self.input_condition(x) + c[:, None]
-        return {
-            "sample": c, "shared": self.shared(F.silu(c)), "token": c[:, None] + self.by_token,
-            "frame": F.pad(frame, (0, 0, front, 0)), "input": F.pad(given, (0, 0, front, 0)),
-        }, text  # fmt: skip
+        made = {"sample": c}
+        if "shared" in self.kinds:
+            made["shared"] = self.shared(F.silu(c))
+        if "token" in self.kinds:
+            made["token"] = c[:, None] + self.by_token
+        if "frame" in self.kinds:
+            frame = (c[:, None] + self.by_frame).repeat_interleave(spec.height * spec.width, 1)
+            made["frame"] = F.pad(frame, (0, 0, self.place.extra, 0))
+        if "input" in self.kinds:
+            made["input"] = F.pad(self.input_condition(x) + c[:, None], (0, 0, self.place.extra, 0))
+        return made, text
 
     def run_block(self, i: int, block: Any, h: Tensor, s: Tensor | None, given: Any) -> tuple[Tensor, Tensor | None]:
         """The streams behind one block: a twin puts something else in its place."""
