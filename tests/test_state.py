@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize
-from tests.pipelines import build
+from tests.pipelines import build, run
 from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, NoSiteError, ToCa, TocaError
 
@@ -190,7 +190,7 @@ WAYS: dict[str, Callable[[Texted], Any]] = {
     "in place": lambda m: _double(m.keys[0].weight),
     "data": lambda m: _data(m.keys[0].weight),
     "behind the counter": lambda m: _behind(m.keys[0].weight),
-    "bias": lambda m: _behind(m.keys[1].bias),
+    "behind the counter, of a bias": lambda m: _behind(m.keys[1].bias),
     "new parameter": lambda m: setattr(m.keys[0], "weight", nn.Parameter(m.keys[0].weight.detach() * 2)),
     "state dict": lambda m: m.load_state_dict({k: v * 2 if "keys" in k else v for k, v in m.state_dict().items()}),
 }
@@ -269,6 +269,21 @@ def test_two_passes_a_step_without_a_context_are_two_runs(style: type[PlainDiT])
     assert torch.equal(guided(bare, noise()), expected)
 
 
+def test_two_pictures_in_turns_without_a_context_are_two_runs() -> None:
+    model = randomize(PlainDiT())
+    expected = [steps(optimized(model), noise(seed=s), TIMES) for s in (0, 5)]
+    for net in (
+        optimized(model),
+        torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"}),
+    ):
+        for _ in range(2):
+            xs = [noise(seed=0), noise(seed=5)]
+            for t in TIMES:
+                xs = [steps(net, x, [t]) for x in xs]
+            for x, wanted in zip(xs, expected, strict=True):
+                assert torch.equal(x, wanted)
+
+
 def test_records_are_of_the_last_sampling() -> None:
     opt = optimized(randomize(PlainDiT()))
     guided(opt, noise())
@@ -306,14 +321,14 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
     results: list[Any] = [None] * len(jobs)
     barrier = threading.Barrier(len(jobs))
 
-    def run(i: int) -> None:
+    def work(i: int) -> None:
         barrier.wait()
         try:
             results[i] = jobs[i]()
         except BaseException as error:
             results[i] = error
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -397,7 +412,7 @@ def test_texts_of_two_lengths_take_turns() -> None:
     opt, alone = optimized(model, Fora(STEPS, 4)), optimized(model, Fora(STEPS, 4))
     texts = [torch.randn(2, n, 8) for n in (3, 5)]
 
-    def run(net: Any, x: Tensor, around: Any) -> Tensor:
+    def passes(net: Any, x: Tensor, around: Any) -> Tensor:
         with torch.no_grad():
             for t in TIMES:
                 outs = []
@@ -407,8 +422,8 @@ def test_texts_of_two_lengths_take_turns() -> None:
                 x = x - (outs[0] + outs[1]) / 2 / STEPS
         return x
 
-    expected = run(alone, noise(), alone.cache_context)
-    assert torch.equal(run(opt, noise(), lambda _: contextlib.nullcontext()), expected)
+    expected = passes(alone, noise(), alone.cache_context)
+    assert torch.equal(passes(opt, noise(), lambda _: contextlib.nullcontext()), expected)
     assert kinds(opt) == "ff" + "rr" * 3 + "ff" + "rr" * 3
 
 
@@ -469,14 +484,14 @@ def test_copies_work_and_share_no_cache(way: Callable[[Any], Any]) -> None:
     model = diffusers_dit()
     opt = optimized(model, Fora(4, 2), grid=(4, 4))
 
-    def run(net: Any) -> Tensor:
+    def sampled(net: Any) -> Tensor:
         x = noise()
         with torch.no_grad():
             for t in (900, 700, 500, 300):
                 x = x - net(x, timestep=torch.full((2,), t), class_labels=torch.arange(2)).sample
         return x
 
-    expected = run(opt)
+    expected = sampled(opt)
     with torch.no_grad():
         opt(noise(seed=4), timestep=torch.full((2,), 900), class_labels=torch.arange(2))
     other = way(opt)
@@ -484,9 +499,21 @@ def test_copies_work_and_share_no_cache(way: Callable[[Any], Any]) -> None:
     assert other.cache_bytes == 0
     assert other.policy == opt.policy
     assert other._session.grid == (4, 4)
-    assert torch.equal(run(other), expected)
+    assert torch.equal(sampled(other), expected)
     if way is not copy.copy:
         assert next(other.parameters()) is not next(opt.parameters())
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, _pickled])
+def test_pipelines_are_copied(way: Callable[[Any], Any]) -> None:
+    pipe, call = build("DiTPipeline")
+    toca_compile.optimize(pipe, Fora(4, 2), lowering="eager")
+    expected = run(pipe, call, 4)
+    other = way(pipe)
+    assert torch.equal(run(other, call, 4), expected)
+    assert len(other.transformer.steps) == 4
+    assert isinstance(other, type(pipe))
+    assert toca_compile.explain(other).schedule == "FRFR"
 
 
 # -- leaks -------------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class Session:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph that Dynamo found."""
         self.seen += 1
-        reason = getattr(gm, "compile_subgraph_reason", None)
+        reason: Any = getattr(gm, "compile_subgraph_reason", None)
         if getattr(reason, "graph_break", False):
             self._broken = True
             at = f" ({reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno})" if reason.user_stack else ""

@@ -7,6 +7,7 @@ disk cache keeps it for the next process.
 
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from toca_compile.errors import LoweringError
 from toca_compile.ir.program import Variant
 
-_ARTIFACTS: dict[tuple[Any, ...], Callable[..., Sequence[Any]]] = {}
+_ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
+_KEPT = 512  # artifacts that are found again; models that run hold their own
 _LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
@@ -52,6 +54,9 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
                 if trouble is None:
                     raise
                 raise trouble from error
+            if len(_ARTIFACTS) > _KEPT:
+                _ARTIFACTS.popitem(last=False)
+        _ARTIFACTS.move_to_end(key)
         return _ARTIFACTS[key]
 
 

@@ -26,7 +26,7 @@ class Verdict(Enum):
     """What a call is to the call before it."""
 
     NEXT = "the next step"
-    PASS = "another pass of the same step"
+    PASS = "another call at the same step: a guidance pass, or a picture that is sampled beside"
     NEW = "the first step of another sampling"
 
 
@@ -96,6 +96,7 @@ class Sight:
     floats: set[Any] = field(default_factory=set)
     tensors: dict[Any, Seen] = field(default_factory=dict)
     told: Told | None = None
+    lane: tuple[int, int] = (0, 0)  # which of the pictures that are sampled in turns, and which pass of it
 
     @classmethod
     def of(cls, graph: int, clock: Sequence[Any], inputs: Mapping[Any, Any], told: Told | None) -> "Sight":
@@ -130,68 +131,104 @@ class Watch:
         self.outputs: list[tuple[int, ...]] = []  # shapes of what the model yields: its latents look like that
         self.time_is_visible = True
         self.why = ""  # of the last new sampling
+        self.doubt = False  # whether the next step may be of the sampling before
         self.restart()
 
     def restart(self) -> None:
         """Another sampling begins."""
-        self.group: list[Sight] = []  # the passes of the current step
+        self.group: list[Sight] = []  # the calls of the current step
+        self.previous: list[Sight] = []  # and of the one before
         self.steps = 0
         self.last: dict[Any, float] = {}  # of each clock, the last step forward
         self.longest: dict[Any, float] = {}
         self.moving: set[Any] = set()  # signals that change from step to step
         self.repeats = False  # a second-order sampler asks twice at one time
         self.drift = 0.0
+        self.lanes = 1
 
     def judge(self, now: Sight) -> Verdict:
-        """What this call is, and take note of it."""
+        """What this call is, and take note of it: then ``now.lane`` says whose."""
         verdict = self._judge(now) if self.group else Verdict.NEW
         if verdict is Verdict.NEW:
             self.restart()
         if verdict is Verdict.PASS:
             self.group.append(now)
         else:
-            self.group = [now]
+            self.previous, self.group = self.group, [now]
             self.steps += 1
         return verdict
 
     def _judge(self, now: Sight) -> Verdict:
-        before, first = self.group[-1], self.group[0]
+        before = self.group[-1]
         told = _by_telling(before.told, now.told)
         if told is not None:
             self.why = "the caller said so"
+            now.lane = (0, before.lane[1] + 1) if told is Verdict.PASS else (0, 0)
             return told
         latents = self._latents(now)
-        if (
-            latents is not None
-            and latents in first.tensors
-            and first.tensors[latents].shape != now.tensors[latents].shape
-        ):
+        if latents in before.tensors and before.tensors[latents].shape != now.tensors[latents].shape:
             return self._new("the latents have another shape")
-        same = any(self._is_same_latents(s, now, latents) for s in self.group[-1:])
+        same = latents in before.tensors and before.tensors[latents].same(now.tensors[latents])
         times = self._times(before, now)
         self.time_is_visible = times is not None
         moved = {k: (a, b) for k, (a, b) in (times or {}).items() if a != b}
         if same and not moved:
-            return Verdict.PASS if self._is_other(before, now, latents) else Verdict.NEXT
+            return self._pass(now) if self._is_other(before, now, latents) else self._next(now, latents)
         if times is None:
-            return Verdict.NEXT
+            return self._next(now, latents)
         if not moved:
             if self._is_second_order(before, now, latents):
-                return Verdict.NEXT
-            return self._new("the same timestep came with other latents")
+                return self._next(now, latents)
+            return self._beside(now, latents)
         if same and now.clock is None and not self.moving and not moved.keys() & now.floats:
             # Of two small integers one may be the time and one a label: the same latents speak for the label.
-            return Verdict.PASS
-        return self._step(first, now, moved, latents)
+            return self._pass(now)
+        return self._step(now, moved, latents)
+
+    def _pass(self, now: Sight) -> Verdict:
+        """The same latents once more."""
+        lane, number = self.group[-1].lane
+        now.lane = (lane, number + 1)
+        return Verdict.PASS
+
+    def _beside(self, now: Sight, latents: Any) -> Verdict:
+        """Other latents at the same time: another picture, sampled beside or instead. The next step will tell which by
+        whose latents it has; where they cannot be compared, all that is known is that what was kept is not theirs."""
+        if _copies(self.group[-1], now, latents) is None:
+            self.restart()
+            self.doubt = True
+            return self._new("the same timestep came with other latents")
+        taken = {sight.lane[0] for sight in self.group}
+        known = [sight for sight in self.previous if sight.lane[0] not in taken]
+        lane = self._nearest(known, now, latents)
+        if lane is None:
+            lane, self.lanes = self.lanes, self.lanes + 1
+        now.lane = (lane, 0)
+        return Verdict.PASS
+
+    def _next(self, now: Sight, latents: Any) -> Verdict:
+        lane = self._nearest(self.group, now, latents)
+        now.lane = (self.group[0].lane[0] if lane is None else lane, 0)
+        return Verdict.NEXT
+
+    def _nearest(self, sights: Sequence[Sight], now: Sight, latents: Any) -> int | None:
+        """The lane whose latents are like these; None where there is none to choose."""
+        away: dict[int, float] = {}
+        for sight in sights:
+            pair = _copies(sight, now, latents)
+            if pair is not None:
+                away.setdefault(sight.lane[0], _distance(*pair))
+        return min(away, key=lambda lane: away[lane]) if away else None
 
     def _new(self, why: str) -> Verdict:
         self.why = why
         return Verdict.NEW
 
-    def _step(
-        self, first: Sight, now: Sight, moved: Mapping[Any, tuple[float, float]], latents: Any
-    ) -> Verdict:  # fmt: skip
+    def _step(self, now: Sight, moved: Mapping[Any, tuple[float, float]], latents: Any) -> Verdict:
         """The time moved: on, back, or too far; or the picture is another one."""
+        if self.doubt:
+            self.doubt = False
+            return self._new("the same timestep came with other latents, and these may be of either sampling")
         for key, (a, b) in moved.items():
             step, way = b - a, self.directions.get(key, 0.0)
             if way and step * way < 0:
@@ -201,6 +238,8 @@ class Watch:
                     return self._new("the timestep jumped back")
             elif key in self.longest and abs(step) > _GAP * self.longest[key]:
                 return self._new("the timestep left steps out")
+        self._next(now, latents)
+        first = next(sight for sight in self.group if sight.lane[0] == now.lane[0])
         if self._is_other_picture(first, now):
             return self._new("a small input changed that had stayed the same (labels?)")
         if self._jumps(first, now, latents):
@@ -232,9 +271,6 @@ class Watch:
             ):
                 return key
         return floating[0] if floating else None
-
-    def _is_same_latents(self, before: Sight, now: Sight, latents: Any) -> bool:
-        return latents in before.tensors and before.tensors[latents].same(now.tensors[latents])
 
     def _is_other(self, before: Sight, now: Sight, latents: Any) -> bool:
         """Whether the same latents at the same time come with other conditioning."""
@@ -271,8 +307,7 @@ class Watch:
         pair = _copies(first, now, latents)
         if pair is None:
             return False
-        norms = float(pair[0].norm() * pair[1].norm())
-        away = 1 - float(pair[0].flatten() @ pair[1].flatten()) / norms if norms > 0 else 0.0
+        away = _distance(*pair)
         jumps = 1e-6 < 5 * self.drift < away and away > _JUMP
         self.drift = max(self.drift, away)
         return jumps
@@ -293,6 +328,12 @@ def _copies(a: Sight, b: Sight, key: Any) -> tuple[torch.Tensor, torch.Tensor] |
         return None
     x, y = a.tensors[key].copy, b.tensors[key].copy
     return (x.float(), y.float()) if x is not None and y is not None and x.shape == y.shape else None
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """1 − cosine of two tensors."""
+    norms = float(a.norm() * b.norm())
+    return 1 - float(a.flatten() @ b.flatten()) / norms if norms > 0 else 0.0
 
 
 def _uniform(values: Sequence[float]) -> bool:

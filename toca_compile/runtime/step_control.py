@@ -66,8 +66,8 @@ class Kept:
         return cls(tuple(_state(x) for x in inputs), values)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
-        """Whether these are the same inputs, unchanged: by value where they lie on the host (weights by the sums of
-        their rows), else by object, version and address. Changes of a tensor made in inference mode cannot be seen."""
+        """Whether these are the same inputs, unchanged: by object, version and address, and where they lie on the host
+        by value. Changes of a tensor made in inference mode cannot be seen: those never hold."""
         return all(_unchanged(old, new) for old, new in zip(self.inputs, inputs, strict=True))
 
 
@@ -76,23 +76,34 @@ def _state(value: Any) -> Any:
         return value
     if value.is_inference():
         return None
-    if value.device.type == "meta" or type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return (weakref.ref(value), value._version, 0, None)
-    content = None
-    if value.device.type == "cpu":
-        # Writes through ``.data`` and numpy leave no trace but the values.
-        is_weight = isinstance(value, torch.nn.Parameter)
-        content = value.detach().sum(-1, dtype=torch.float64) if is_weight and value.dim() else value.detach().clone()
-    return (weakref.ref(value), value._version, value.data_ptr(), content)
+    content = _content(value)
+    return weakref.ref(value), value._version, _address(value), None if content is None else content.clone()
 
 
 def _unchanged(old: Any, new: Any) -> bool:
     if not isinstance(new, torch.Tensor):
         return type(old) is type(new) and bool(old == new)
-    now = _state(new) if old is not None and old[0]() is new else None
-    if now is None or old[1:3] != now[1:3]:
+    if old is None or old[0]() is not new or old[1:3] != (new._version, _address(new)):
         return False
-    return old[3] is None or (now[3] is not None and torch.equal(old[3], now[3]))
+    return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+
+
+def _address(value: torch.Tensor) -> int:
+    return value.data_ptr() if _is_plain(value) and not value.is_meta else 0
+
+
+def _content(value: torch.Tensor) -> torch.Tensor | None:
+    """What shows a write through ``.data`` or numpy, which leaves no trace but the values: inputs themselves; of
+    weights, which are large, sums of every 16th row. None where the values are not the host's."""
+    if value.device.type != "cpu" or not _is_plain(value):
+        return None
+    if isinstance(value, torch.nn.Parameter) and value.dim() > 1 and not value.is_complex():
+        return value.detach()[::16].sum(-1, dtype=torch.float64)
+    return value.detach()
 
 
 @dataclass
@@ -184,6 +195,15 @@ def _owner() -> Any:
         if task is not None:
             return task
     return _HERE.owner
+
+
+def _called(context: str, lane: tuple[int, int]) -> str:
+    """The name of a lane's records: the context's for its first picture and pass."""
+    picture, number = lane
+    parts = [f"picture {picture + 1}"] * bool(picture) + [f"pass {number + 1}"] * bool(number)
+    if parts and context == "default":
+        return " ".join(parts)
+    return " ".join([context, *parts])
 
 
 class StepControl:
@@ -353,7 +373,7 @@ class StepControl:
         watch = stream.watch
         had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
         verdict = watch.judge(sight)
-        first = stream.runs.get((0, place[0]))
+        first = stream.runs.get((sight.lane, place[0]))
         if verdict is Verdict.NEXT and first is not None and first.is_over:
             had = 0  # as it should be
             watch.restart()
@@ -364,7 +384,8 @@ class StepControl:
             self._begin_records(owner, name)
         if verdict is not Verdict.PASS:
             stream.before, stream.now = stream.now if verdict is Verdict.NEXT else set(), set()
-        which = (len(watch.group) - 1, place[0])
+            self._drop_lanes(owner, stream)
+        which = (sight.lane, place[0])
         run = stream.runs.get(which)
         if run is not None and not run.is_over and not watch.time_is_visible and which not in stream.before:
             # Another graph ran in between, and whether in the same sampling nobody can tell.
@@ -375,8 +396,7 @@ class StepControl:
             )
             run = None
         if run is None or run.is_over:
-            passed = f"pass {which[0] + 1}" if which[0] else ""
-            context = passed if passed and name == "default" else f"{name} {passed}".rstrip()
+            context = _called(name, sight.lane)
             run = stream.runs[which] = Run(context, steps)
         elif not watch.time_is_visible and run.step == 1:
             self._warn(
@@ -385,6 +405,14 @@ class StepControl:
             )
         stream.now.add(which)
         return run
+
+    def _drop_lanes(self, owner: Any, stream: _Stream) -> None:
+        """Of pictures sampled in turns, forget those that took no part in the step before: abandoned for another."""
+        alive = {lane for (lane, _), _ in stream.before}
+        for which in [w for w in stream.runs if alive and w[0][0] not in alive]:
+            gone = stream.runs.pop(which).context
+            kept = [(o, r) for o, r in self._records if o() is not owner or r.context != gone]
+            self._records = deque(kept, maxlen=_KEPT)
 
     def _restarted(self, stream: _Stream, steps: int) -> None:
         """Log that a sampling began before the last was done, and warn where that happens at every step."""
