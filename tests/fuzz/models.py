@@ -651,12 +651,12 @@ class Transformer(nn.Module):
 Made = TypeVar("Made", bound=Transformer)
 
 
-def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Transformer:
+def build(spec: Spec, dtype: torch.dtype | None = None) -> Transformer:
     """The model of a description, in eval mode."""
     return made(Transformer(spec), dtype)
 
 
-def made(model: Made, dtype: torch.dtype = torch.float32) -> Made:
+def made(model: Made, dtype: torch.dtype | None = None) -> Made:
     """The model with weights large enough that every branch matters; eval mode."""
     spec = model.spec
     generator = torch.Generator().manual_seed(spec.seed)
@@ -664,12 +664,13 @@ def made(model: Made, dtype: torch.dtype = torch.float32) -> Made:
         fan = parameter.shape[-1] if parameter.dim() > 1 else 4
         draw = torch.randn(parameter.shape, generator=generator)
         parameter.data = draw * (1.2 * min(1.0, fan**-0.5)) if "embed" not in name else draw * 0.7
-    return model.eval().to(dtype)
+    return model.eval().to(getattr(torch, spec.dtype) if dtype is None else dtype)
 
 
-def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype | None = None) -> list[tuple[Tensor, ...]]:
     """What each call of a run is given: the same every time, or a sampling's changing latents and falling times."""
     generator = torch.Generator().manual_seed(spec.seed + 1)
+    dtype = getattr(torch, spec.dtype) if dtype is None else dtype
     b = spec.batch
     shape = (b, 2, 2 * spec.height, 2 * spec.width) if spec.given == "picture" else (b, spec.tokens, 4)
     x = torch.randn(shape, generator=generator)
@@ -678,7 +679,9 @@ def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype = torch.fl
     calls: list[tuple[Tensor, ...]] = []
     for i in range(steps):
         now = 900.0 if constant else 900.0 - 90 * i
-        calls.append((x.to(dtype), torch.full(times, now).to(dtype), y.clone() if spec.fresh_text else y))
+        calls.append((x.to(dtype), torch.full(times, now).to(dtype), y if spec.given_text == "same" else y.clone()))
         if not constant:
             x = 0.8 * x + 0.6 * torch.randn(shape, generator=generator)
+            if spec.given_text in ("changed", "in_place"):
+                y = (y + 1) % 11 if not spec.text else y * 0.9 + 0.1
     return calls
