@@ -292,7 +292,11 @@ def examine(
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the same arithmetic with and without the compiler
         try:
-            return Subject(spec, tally, lowering).examine(policies)
+            subject = Subject(spec, tally, lowering)
+            if not all(subject.plain(False, i).isfinite().all() for i in range(8)):
+                tally.not_applied["the model itself is not finite"] += 1
+                return []
+            return subject.examine(policies)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             torch._dynamo.reset()
