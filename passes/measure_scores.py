@@ -15,7 +15,7 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Selector
-from toca_compile.ir.types import Attention, AxisTypes, Site, Type
+from toca_compile.ir.types import Attention, AxisTypes, Carry, Site, Type
 from toca_compile.passes.infer_axes import call_of
 
 aten = torch.ops.aten
@@ -110,6 +110,16 @@ def entropy(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector:
     if paired:
         value = emit(toca.pair_mean.default, value)
     return emit(aten.add.Tensor, value, 1 + (log(2) if paired else 0.0))
+
+
+def can_measure_rows(site: Site, carry: Carry, given: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a partial step of a site makes rows of the map that ranks its tokens by entropy, and all that they are
+    measured from."""
+    if site.by_queries is None or site.by_queries.site != site.index or site.attention[-1].node not in carry.rows:
+        return False
+    attention = site.attention[-1]
+    reads = (attention.map,) if attention.map is not None else _operands(attention)
+    return all(node is None or node in given for node in reads)
 
 
 def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:

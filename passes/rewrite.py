@@ -29,7 +29,7 @@ from toca_compile.ir.plan import OUTPUT_ONLY, Memory, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
 from toca_compile.ir.types import AxisTypes, Carry, Site
 from toca_compile.ir.verify import verify_kept
-from toca_compile.passes.measure_scores import entropy, measure
+from toca_compile.passes.measure_scores import can_measure_rows, entropy, measure
 from toca_compile.passes.needed import carry_of, kept_slots, needed_nodes
 from toca_compile.passes.prove import reads_whole
 from toca_compile.passes.restrict import Restriction, in_turn, place
@@ -200,10 +200,10 @@ class _Rewriter:
                 series.keep_rows(rows, index, age)
         else:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
-        own = site.by_queries is not None and site.by_queries.site == site.index
-        if self.selector.score == "entropy" and own and site.attention[-1].node in carry.rows:
+        given = {**self.env, **whole, **values}
+        if self.selector.score == "entropy" and can_measure_rows(site, carry, given):
             # The rows of the map that this step makes anew tell their tokens' scores anew.
-            scores = entropy(self._call, {**self.env, **values}, site, self.selector, self.types)
+            scores = entropy(self._call, given, site, self.selector, self.types)
             self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
 

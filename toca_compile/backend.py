@@ -136,7 +136,8 @@ class Session:
 
     def forget(self, executors: Sequence[Executor]) -> None:
         """Drop graphs that no call will reach again, and their runs."""
-        numbers = {e.number for e in executors}
+        numbers, units = {e.number for e in executors}, {id(e.unit) for e in executors}
+        self.checked = {key: seconds for key, seconds in self.checked.items() if key[0] not in units}
         kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
         self.control.forget_graphs(numbers)

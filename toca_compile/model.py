@@ -68,6 +68,8 @@ class OptimizedModel(OptimizedModule):
         object.__setattr__(self, "_session", session)
         object.__setattr__(self, "_entries", OrderedDict())
         object.__setattr__(self, "_hook_lists", (-1, []))
+        # One for all calls, which are made one at a time: each new one would stay in the thread's context.
+        object.__setattr__(self, "_limits", torch._dynamo.config.patch(_LIMITS))
         session.bounded = True
         # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
         context: Any = torch._dynamo.optimize(dynamo_backend(session), dynamic=False)
@@ -102,7 +104,7 @@ class OptimizedModel(OptimizedModule):
         control.begin_call(_leaves(args, kwargs))
         failed, shapes = True, []
         try:
-            with _UNFUSED, torch._dynamo.config.patch(_LIMITS):
+            with _UNFUSED, self._limits:
                 out = super().__call__(*args, **kwargs)
             failed, shapes = False, [tuple(v.shape) for v in _leaves((out,), {}).values() if _is_tensor(v)]
         except BackendCompilerFailed as error:

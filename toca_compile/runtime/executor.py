@@ -212,7 +212,7 @@ class Executor:
                 values[place] = None
             if i == self._constant - 1:
                 self._keep(inputs, values, run, key)
-        return fx.node.map_arg(self._output, lambda n: values[self._place[n]])
+        return fx.node.map_arg(self._output, lambda n: _as_traced(n, values[self._place[n]]))
 
     def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
         """Put back what the constant segments computed before from the same inputs; how many segments that spares."""
@@ -373,6 +373,18 @@ def buffer_name(slot: Slot, site: Site, score: str) -> tuple[str, int, int]:
     if scorer is not None:
         return "score", scorer.site, 0
     return slot.kind, site.index, slot.index
+
+
+def _as_traced(node: fx.Node, value: Any) -> Any:
+    """A result in the strides that it has where everything is computed: a kept value may lie otherwise in memory, and
+    code behind the graph was traced for one layout."""
+    like = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(like, torch.Tensor) or value.layout != torch.strided:
+        return value
+    pairs = zip(value.stride(), like.stride(), value.shape, strict=True)
+    if all(ours == theirs or size == 1 for ours, theirs, size in pairs):
+        return value
+    return torch.empty_strided(value.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:
