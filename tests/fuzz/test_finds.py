@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
 from tests.fuzz.oracles import examine
-from toca_compile import Fora, FullCompute, ToCa
+from toca_compile import Fora, FullCompute, TaylorToCa, ToCa
 from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share
 
 SOME = ToCa(6, 3, 0.4, "constant")
@@ -31,6 +31,18 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
     "policies of graphs behind a graph break": (
         Spec((Block((Branch("attention"),), breaks=True),)),
         [Fora(4, 2), SOME, Fora(4, 3)],
+    ),
+    "strides of a reused step in front of a graph break": (
+        Spec(
+            (Block((Branch("attention", add="reversed"),), breaks=True), Block((Branch("attention"),))),
+            frames=4,
+            layout="fbsc",
+        ),
+        [Fora(2)],
+    ),
+    "the entropy of kept keys": (
+        Spec((Block(), Block((Branch("attention", Attention(keys="pooled"), inside="attends"),)))),
+        [TaylorToCa(3, score="entropy", keys="keep")],
     ),
 }
 
