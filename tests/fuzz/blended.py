@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.grammar import Spec
+from tests.fuzz.mixes import TOKENWISE
 from tests.fuzz.models import Attend, Place, Transformer, as_it_is, both_as_they_are
 from toca_compile.policies import Composition, Compute, Queries, SkipBlocks
 
@@ -262,8 +263,8 @@ class Blended:
 def _plain_keys(part: Any) -> bool:
     """Whether a branch's keys and values are made token by token, and read by one attention of all tokens."""
     spec, attention = part.spec, part.spec.attention
-    mixed = spec.before or (spec.inside and spec.on != "q") or spec.norm == "tokens"
-    whole = attention.scope == "all" and attention.keys in ("own", "single") and attention.core != "linear"
+    mixed = {spec.before, spec.inside} - TOKENWISE - {""} or spec.norm == "tokens"
+    whole = attention.scope == "all" and attention.keys in ("own", "single") and attention.core not in ("linear", "bmm")
     return not mixed and whole
 
 
@@ -302,6 +303,8 @@ def masks_of(twin: Twin, sites: Sequence[Any], fresh: dict[str, Tensor]) -> dict
     masks: dict[str, Tensor] = {}
     if len({s.name for s in sites}) < len(sites):
         raise Ambiguous("several sites of one name")
+    if any(s.name not in fresh for s in sites):
+        raise Ambiguous("a site that the last step did not reach")
     for site in sites:
         mask, owner = fresh[site.name], owner_of(twin, site)
         if owner in masks:

@@ -80,7 +80,9 @@ class Spec:
     clock: str = "sine"  # linear none
     time: str = "b"  # b1 scalar
     text: str = ""  # cross before after joint: y is then text, else labels
-    fresh_text: bool = False  # another tensor at every call
+    given_text: str = "same"  # at every call: copied changed in_place
+    dtype: str = "float32"  # float64
+    inference_mode: bool = False
     words: int = 5
     registers: int = 0
     shared_weights: bool = False
@@ -115,7 +117,8 @@ def draw(seed: int) -> Spec:
         tuple(blocks), seed, batch, frames, height, width, r.choice([8, 8, 16]), layout,
         r.choice(["tokens", "tokens", "picture"]) if frames == 1 else "tokens",
         r.choice(["sine", "sine", "sine", "linear", "none"]), r.choice(["b", "b", "b", "b1", "scalar"]), text,
-        r.random() < 0.3, r.choice([5, 5, 7, frames * height * width]), registers,
+        r.choice(["same", "same", "copied", "changed", "in_place"]), "float64" if r.random() < 0.05 else "float32",
+        r.random() < 0.15, r.choice([5, 5, 7, frames * height * width]), registers,
         len(set(blocks)) == 1 and depth > 1 and r.random() < 0.2,
     )  # fmt: skip
 

@@ -199,3 +199,5 @@ TABLE: dict[str, tuple[tuple[str, ...], Apply]] = {
     "batch_first": ((), lambda m, h: h + h[:1]),
     "batch_softmax": ((), lambda m, h: h.softmax(0)),
 }  # fmt: skip
+
+TOKENWISE = frozenset(list(TABLE)[: list(TABLE).index("roll")])

@@ -579,6 +579,10 @@ class Transformer(nn.Module):
             self.labels = nn.Embedding(11, c)
         if spec.registers:
             self.registers = nn.Parameter(torch.zeros(spec.registers, c))
+        branches = [branch for block in spec.blocks for branch in block.branches]
+        self.kinds = {kind for branch in branches for kind in (branch.modulation, branch.gate)}
+        if any(block.style == "joint" for block in spec.blocks):
+            self.kinds.add("shared")
         self.shared = nn.Linear(c, 2 * c)
         self.by_frame = nn.Parameter(torch.zeros(spec.frames, c))
         self.by_token = nn.Parameter(torch.zeros(self.place.tokens, c))
@@ -601,13 +605,17 @@ class Transformer(nn.Module):
             c = c + self.time(timestep_features(t, 8).to(c.dtype))
         elif spec.clock == "linear":
             c = c + self.time(t.to(c.dtype)[:, None] / 1000)
-        front = self.place.extra
-        frame = (c[:, None] + self.by_frame).repeat_interleave(spec.height * spec.width, 1)
-        given = self.input_condition(x) + c[:, None]
-        return {
-            "sample": c, "shared": self.shared(F.silu(c)), "token": c[:, None] + self.by_token,
-            "frame": F.pad(frame, (0, 0, front, 0)), "input": F.pad(given, (0, 0, front, 0)),
-        }, text  # fmt: skip
+        made = {"sample": c}
+        if "shared" in self.kinds:
+            made["shared"] = self.shared(F.silu(c))
+        if "token" in self.kinds:
+            made["token"] = c[:, None] + self.by_token
+        if "frame" in self.kinds:
+            frame = (c[:, None] + self.by_frame).repeat_interleave(spec.height * spec.width, 1)
+            made["frame"] = F.pad(frame, (0, 0, self.place.extra, 0))
+        if "input" in self.kinds:
+            made["input"] = F.pad(self.input_condition(x) + c[:, None], (0, 0, self.place.extra, 0))
+        return made, text
 
     def run_block(self, i: int, block: Any, h: Tensor, s: Tensor | None, given: Any) -> tuple[Tensor, Tensor | None]:
         """The streams behind one block: a twin puts something else in its place."""
@@ -643,12 +651,12 @@ class Transformer(nn.Module):
 Made = TypeVar("Made", bound=Transformer)
 
 
-def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Transformer:
+def build(spec: Spec, dtype: torch.dtype | None = None) -> Transformer:
     """The model of a description, in eval mode."""
     return made(Transformer(spec), dtype)
 
 
-def made(model: Made, dtype: torch.dtype = torch.float32) -> Made:
+def made(model: Made, dtype: torch.dtype | None = None) -> Made:
     """The model with weights large enough that every branch matters; eval mode."""
     spec = model.spec
     generator = torch.Generator().manual_seed(spec.seed)
@@ -656,12 +664,13 @@ def made(model: Made, dtype: torch.dtype = torch.float32) -> Made:
         fan = parameter.shape[-1] if parameter.dim() > 1 else 4
         draw = torch.randn(parameter.shape, generator=generator)
         parameter.data = draw * (1.2 * min(1.0, fan**-0.5)) if "embed" not in name else draw * 0.7
-    return model.eval().to(dtype)
+    return model.eval().to(getattr(torch, spec.dtype) if dtype is None else dtype)
 
 
-def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype | None = None) -> list[tuple[Tensor, ...]]:
     """What each call of a run is given: the same every time, or a sampling's changing latents and falling times."""
     generator = torch.Generator().manual_seed(spec.seed + 1)
+    dtype = getattr(torch, spec.dtype) if dtype is None else dtype
     b = spec.batch
     shape = (b, 2, 2 * spec.height, 2 * spec.width) if spec.given == "picture" else (b, spec.tokens, 4)
     x = torch.randn(shape, generator=generator)
@@ -670,7 +679,9 @@ def inputs(spec: Spec, steps: int, constant: bool, dtype: torch.dtype = torch.fl
     calls: list[tuple[Tensor, ...]] = []
     for i in range(steps):
         now = 900.0 if constant else 900.0 - 90 * i
-        calls.append((x.to(dtype), torch.full(times, now).to(dtype), y.clone() if spec.fresh_text else y))
+        calls.append((x.to(dtype), torch.full(times, now).to(dtype), y if spec.given_text == "same" else y.clone()))
         if not constant:
             x = 0.8 * x + 0.6 * torch.randn(shape, generator=generator)
+            if spec.given_text in ("changed", "in_place") and spec.text:  # other labels would be another run
+                y = y * 0.9 + 0.1
     return calls

@@ -4,7 +4,8 @@
 * **full**: a step whose record says that it is full gives the uncached output (``FullCompute``: bit for bit);
 * **blend**: a run that reuses, or recomputes some tokens, is the model run densely with every branch's output blended by
   ``opt.fresh_tokens()`` with what it was;
-* **replay**: a policy gives the same outputs again after others were followed in between.
+* **replay**: a policy gives the same outputs again after others were followed in between; **restart**: after a run that
+  was given up; **contexts**: beside another run.
 
 And: errors are ``TocaError``s, nothing is warned of, and there are as many records as calls.
 """
@@ -79,9 +80,9 @@ class _Off(Exception):
 class Subject:
     """One model under test: traced once, then run under one policy after another."""
 
-    def __init__(self, spec: Spec, tally: Tally, dtype: torch.dtype = torch.float32, lowering: str = "eager") -> None:
-        self.spec, self.tally, self.dtype, self.lowering = spec, tally, dtype, lowering
-        self.model, self.twin = build(spec, dtype), made(Twin(spec), dtype)
+    def __init__(self, spec: Spec, tally: Tally, lowering: str = "eager") -> None:
+        self.spec, self.tally, self.lowering = spec, tally, lowering
+        self.model, self.twin = build(spec), made(Twin(spec))
         self.opt: Any = None
         self._plain: dict[tuple[bool, int], Tensor] = {}
         self.noise = self._rounding()
@@ -90,7 +91,7 @@ class Subject:
         """The uncached output at one call."""
         key = (constant, 0 if constant else step)
         if key not in self._plain:
-            self._plain[key] = self.twin(*inputs(self.spec, key[1] + 1, constant, self.dtype)[key[1]])
+            self._plain[key] = self.twin(*inputs(self.spec, key[1] + 1, constant)[key[1]])
         return self._plain[key]
 
     def _rounding(self) -> float:
@@ -99,12 +100,12 @@ class Subject:
         exact = _without_islands(self.spec)
         far = 0.0
         for constant, step in ((True, 0), (False, 2)):
-            given = inputs(self.spec, step + 1, constant, self.dtype)[step]
+            given = inputs(self.spec, step + 1, constant)[step]
             here = self.plain(constant, step).double()
             wide = build(exact, torch.float64)(*(_as(x, torch.float64) for x in given)).double()
             near = self.twin(*(x * (1 + 2e-7) if x.is_floating_point() else x for x in given)).double()
             far = max(far, float((wide - here).abs().max()), float((near - here).abs().max()))
-        return far if self.dtype != torch.float64 else far + 1e-7
+        return far if self.spec.dtype != "float64" else far + 1e-7
 
     def examine(self, policies: Sequence[Any]) -> list[Failure]:
         """All oracles on all policies. The first run is ``FullCompute``, which no model can be refused."""
@@ -125,8 +126,9 @@ class Subject:
             elif isinstance(outcome, list):
                 last = last or (policy, outcome)
         if last is not None and len(policies) > 1 and not found:
-            outcome = self._guarded(last[0], lambda: self._replayed(*last))
-            found += [outcome] if isinstance(outcome, Failure) else []
+            for work in (self._replayed, self._restarted, self._in_contexts):
+                outcome = self._guarded(last[0], lambda work=work: work(*last))
+                found += [outcome] if isinstance(outcome, Failure) else []
         self.tally.failures.update(failure.kind for failure in found)
         return found
 
@@ -159,7 +161,7 @@ class Subject:
         torch._dynamo.reset()
         self.opt = toca_compile.optimize(self.model, FullCompute(), lowering=self.lowering)
         for constant in (True, False):
-            for i, given in enumerate(inputs(self.spec, 2, constant, self.dtype)):
+            for i, given in enumerate(inputs(self.spec, 2, constant)):
                 out, wanted = self.opt(*given), self.plain(constant, i)
                 if not torch.equal(out, wanted):
                     raise _Off("bits", f"FullCompute at step {i}: {_distance(out, wanted)}")
@@ -174,7 +176,7 @@ class Subject:
         self.opt.policy = policy
         steps = policy.num_steps
         swell = _swell(policy)
-        self._run(policy, inputs(self.spec, steps, True, self.dtype), lambda i, out: self._compare(
+        self._run(policy, inputs(self.spec, steps, True), lambda i, out: self._compare(
             "constant", out, self.plain(True, i), f"constant inputs, step {i} ({self.opt.steps[-1].kind})", swell
         ))  # fmt: skip
         self.tally.applied["constant"] += 1
@@ -189,27 +191,62 @@ class Subject:
             if blend is not None:
                 blend(i, out)
 
-        self._run(policy, inputs(self.spec, steps, False, self.dtype), step)
+        self._run(policy, inputs(self.spec, steps, False), step)
         self.opt.reset()
         return outs
 
     def _run(self, policy: Any, calls: Sequence[tuple[Tensor, ...]], look: Callable[[int, Tensor], None]) -> None:
         self.tally.runs += 1
         self._calls = calls
-        for i, given in enumerate(calls):
+        for i, given in enumerate(self._given(calls)):
             out = self.opt(*given)
             look(i, out)
         records = [r.index for r in self.opt.steps]
         if records != list(range(len(calls))):
             raise _Off("steps", f"{len(calls)} calls, records {records}")
 
+    def _given(self, calls: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """What the model is called with: the calls' own tensors, or one text that is overwritten from call to call."""
+        text = calls[0][2].clone()
+        for x, t, y in calls:
+            if self.spec.given_text == "in_place":
+                text.copy_(y)
+            yield x, t, text if self.spec.given_text == "in_place" else y
+
     def _replayed(self, policy: Any, before: list[Tensor]) -> None:
         """The same policy once more, after others."""
         self.opt.policy = policy
-        self._run(policy, inputs(self.spec, policy.num_steps, False, self.dtype), lambda i, out: self._compare(
+        self._run(policy, inputs(self.spec, policy.num_steps, False), lambda i, out: self._compare(
             "replay", out, before[i], f"after other policies, step {i}", 1e-3
         ))  # fmt: skip
         self.tally.applied["replay"] += 1
+
+    def _restarted(self, policy: Any, before: list[Tensor]) -> None:
+        """A run that is given up, and the next one where the time jumps back: no reset is needed on the host."""
+        calls = inputs(self.spec, policy.num_steps, False)
+        if self.spec.clock != "sine" or len(calls) < 3:
+            return
+        self.opt.reset()
+        for given in self._given(calls[:3]):
+            self.opt(*given)
+        for i, given in enumerate(self._given(calls)):
+            self._compare("restart", self.opt(*given), before[i], f"after a run that was given up, step {i}", 1e-3)
+        self.tally.applied["restart"] += 1
+
+    def _in_contexts(self, policy: Any, before: list[Tensor]) -> None:
+        """Two runs in turns, each in a context of its own."""
+        self.opt.reset()
+        both = [self._given(inputs(self.spec, policy.num_steps, constant)) for constant in (False, True)]
+        for i, (changing, constant) in enumerate(zip(*both, strict=True)):
+            with self.opt.cache_context("changing"):
+                self._compare("contexts", self.opt(*changing), before[i], f"two runs in turns, step {i}", 1e-3)
+            with self.opt.cache_context("constant"):
+                out = self.opt(*constant)
+            self._compare(
+                "contexts", out, self.plain(True, i), f"two runs in turns, constant, step {i}", _swell(policy)
+            )
+        self.opt.reset()
+        self.tally.applied["contexts"] += 1
 
     def _blend(self, policy: Any) -> Callable[[int, Tensor], None] | None:
         """What holds each step of a run against the blended model; None where the policy is more than a blend."""
@@ -250,12 +287,16 @@ def examine(
 ) -> list[Failure]:  # fmt: skip
     """What fails of one model under these policies."""
     tally = Tally() if tally is None else tally
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.inference_mode() if spec.inference_mode else torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # the same arithmetic with and without the compiler
         try:
-            return Subject(spec, tally, lowering=lowering).examine(policies)
+            subject = Subject(spec, tally, lowering)
+            if not all(subject.plain(False, i).isfinite().all() for i in range(8)):
+                tally.not_applied["the model itself is not finite"] += 1
+                return []
+            return subject.examine(policies)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
 from tests.fuzz.oracles import examine
-from toca_compile import FullCompute, ToCa
+from toca_compile import Fora, FullCompute, TaylorToCa, ToCa
 from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share
 
 SOME = ToCa(6, 3, 0.4, "constant")
@@ -14,24 +14,40 @@ JOINT = Composition(
     2, Every(2), (Rule(Queries("keep"), ("joint_attention",)),), which=Selector("random"), how_many=Share(0.5)
 )  # fmt: skip
 
-FINDS: dict[str, tuple[Spec, Any]] = {
+FINDS: dict[str, tuple[Spec, list[Any]]] = {
     "a template whose first block has one value at two inputs": (
         Spec((Block((Branch("attention", gate="block"),), skip="add"),) * 2),
-        FullCompute(),
+        [FullCompute()],
     ),
     "scores of samples for a branch that mixes the batch": (
         Spec((Block((Branch("attention"), Branch(inside="batch_flip"))),)),
-        SOME,
+        [SOME],
     ),
     "autocast inside the model": (
         Spec((Block((Branch("attention", Attention(mask="per_head"), island="autocast"),)),)),
-        FullCompute(),
+        [FullCompute()],
     ),
-    "cached keys of two streams in one attention": (Spec((Block(style="joint"),) * 2, text="joint"), JOINT),
+    "cached keys of two streams in one attention": (Spec((Block(style="joint"),) * 2, text="joint"), [JOINT]),
+    "policies of graphs behind a graph break": (
+        Spec((Block((Branch("attention"),), breaks=True),)),
+        [Fora(4, 2), SOME, Fora(4, 3)],
+    ),
+    "strides of a reused step in front of a graph break": (
+        Spec(
+            (Block((Branch("attention", add="reversed"),), breaks=True), Block((Branch("attention"),))),
+            frames=4,
+            layout="fbsc",
+        ),
+        [Fora(2)],
+    ),
+    "the entropy of kept keys": (
+        Spec((Block(), Block((Branch("attention", Attention(keys="pooled"), inside="attends"),)))),
+        [TaylorToCa(3, score="entropy", keys="keep")],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FINDS)
 def test_found_once(name: str) -> None:
-    spec, policy = FINDS[name]
-    assert examine(spec, [policy]) == []
+    spec, policies = FINDS[name]
+    assert examine(spec, policies) == []
