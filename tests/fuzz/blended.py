@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.fuzz.grammar import Spec
 from tests.fuzz.mixes import TOKENWISE
-from tests.fuzz.models import Attend, Place, Transformer, as_it_is, both_as_they_are
+from tests.fuzz.models import Attend, Joint, Place, Transformer, as_it_is, both_as_they_are
 from toca_compile.policies import Composition, Compute, Queries, SkipBlocks
 
 
@@ -196,6 +196,14 @@ class Blended:
     def _watch_keys(self, part: Any, masks: dict[str, Tensor], kinds: dict[str, str]) -> None:
         """Keys and values of an attention that takes them from the cache."""
         path = getattr(part, "path", "")
+        cached = any(isinstance(rule.do, Queries) and rule.do.keys != "fresh" for rule in self.parts.rules)
+        if (
+            isinstance(part, Joint)
+            and cached
+            and any(bool(m.any()) for p, m in masks.items() if p.startswith(f"{path}#"))
+        ):
+            if not all(bool(m.all()) for p, m in masks.items() if p.startswith(f"{path}#")):
+                raise Ambiguous("cached keys that are more than an attention's own")
         does = self._does(kinds.get(path))
         if not isinstance(does, Queries) or does.keys == "fresh" or path not in masks:
             return
@@ -290,7 +298,9 @@ def owner_of(twin: Twin, site: Any) -> str:
         path for path in branches
         if (name == path[:-1] if path.endswith("!") else f"{name}.".startswith(f"{path.split('#')[0]}."))
     ]  # fmt: skip
-    if len(owners) > 1:
+    deepest = max((len(path.split("#")[0]) for path in owners), default=0)
+    owners = [path for path in owners if len(path.split("#")[0]) == deepest]
+    if len(owners) > 1:  # the streams of one attention
         owners = [path for path in owners if branches[path].tokens == site.tokens]
     if len(owners) != 1:
         raise Ambiguous("a site that is no single branch of the model")

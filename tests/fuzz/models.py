@@ -574,7 +574,7 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.zeros(spec.tokens, c))
         self.time = nn.Sequential(nn.Linear(8 if spec.clock == "sine" else 1, c), nn.SiLU(), nn.Linear(c, c))
         if spec.text:
-            self.words = nn.Linear(6, c)
+            self.words, self.pooled = nn.Linear(6, c), nn.Linear(6, c)
         else:
             self.labels = nn.Embedding(11, c)
         if spec.registers:
@@ -599,7 +599,8 @@ class Transformer(nn.Module):
     def _condition(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         spec = self.spec
         text = self.words(y) if spec.text else None
-        c = text.mean(1) if text is not None else self.labels(y)
+        # Made from the stream of the text, the conditioning would be a part of its branches.
+        c = self.pooled(y.mean(1)) if text is not None else self.labels(y)
         t = t.reshape(-1).expand(x.shape[0]) if spec.time != "b" else t
         if spec.clock == "sine":
             c = c + self.time(timestep_features(t, 8).to(c.dtype))
