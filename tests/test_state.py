@@ -6,7 +6,10 @@ import contextlib
 import copy
 import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -670,6 +673,15 @@ def test_a_machine_that_cannot_compile_is_named(trouble: str, monkeypatch: pytes
         opt(noise(), torch.full((2,), 900), torch.arange(2))
     assert torch.isfinite(steps(model, noise(), [900])).all()
     sample(optimized(model, FullCompute()), 1, noise())
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named() -> None:
+    """torch makes it when it is imported."""
+    code = "try:\n import toca_compile\nexcept Exception as e:\n print(type(e).__name__, e)"
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("LoweringError")
+    assert "TORCHINDUCTOR_CACHE_DIR" in told
 
 
 # -- verification ------------------------------------------------------------------------------------------------------
