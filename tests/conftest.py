@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 
 

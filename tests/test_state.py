@@ -6,7 +6,10 @@ import contextlib
 import copy
 import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -83,6 +86,7 @@ def test_an_abandoned_sampling_leaves_nothing(style: type[PlainDiT], entry: str)
     for calls in (1, 2, 3, 7):
         steps(opt, noise(seed=5), TIMES[:calls], shape=shape)
         assert torch.equal(steps(opt, noise(), TIMES, shape=shape), clean), calls
+        assert entry == "backend" or [r.index for r in opt.steps] == list(range(STEPS)), calls
 
 
 def test_another_strength_is_another_sampling() -> None:
@@ -147,6 +151,46 @@ def test_a_clock_that_the_host_cannot_see_is_said_once(caplog: pytest.LogCapture
     assert len([r for r in caplog.records if "call reset()" in r.message]) == 1
     assert "reset()" in str(toca_compile.explain(opt))
     assert "reset()" not in str(toca_compile.explain(_called(optimized(randomize(PlainDiT())))))
+
+
+class Featured(PlainDiT):
+    """The time comes as features: no small input tells it. A guidance scale that never changes must not be taken for
+    it."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, scale: float = 3.5, height: int = 8) -> Tensor:
+        h, _ = self.prepare(x, torch.zeros(x.shape[0]), y)
+        c = self.time(t) * scale + self.labels(y)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.finish(h, c)
+
+
+def test_without_a_visible_time_steps_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    opt, x = optimized(randomize(Featured())), noise()
+    with torch.no_grad():
+        for _ in range(2):
+            for t in TIMES:
+                x = x - opt(x, torch.full((2, 16), t / 1000), torch.arange(2), scale=2.0, height=8) / STEPS
+            assert kinds(opt) == "fpppfppp"
+    assert len([r for r in caplog.records if "call reset()" in r.message]) == 1
+
+
+def test_a_label_is_not_taken_for_the_time_for_long() -> None:
+    opt, x = optimized(randomize(Featured())), noise(1)
+    with torch.no_grad():
+        for i in range(2 * STEPS + 3):
+            x = x - opt(x, (1 - i / 20) * torch.linspace(0, 1, 16)[None], torch.zeros(1, dtype=torch.long)) / STEPS
+    assert kinds(opt) == "fpppfppp"
+
+
+def test_without_a_visible_time_turns_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    opt, x = optimized(randomize(Featured()), Fora(STEPS, 4)), noise()
+    with torch.no_grad():
+        for i, t in enumerate(TIMES):
+            given = _strided(x) if i % 2 else x
+            x = (x - opt(given, torch.full((2, 16), t / 1000), torch.arange(2)) / STEPS).contiguous()
+    assert kinds(opt) == "f" * STEPS  # for all that is known, each may be of another sampling
+    assert len([r for r in caplog.records if "take turns" in r.message]) == 1
 
 
 def _called(opt: Any) -> Any:
@@ -629,6 +673,15 @@ def test_a_machine_that_cannot_compile_is_named(trouble: str, monkeypatch: pytes
         opt(noise(), torch.full((2,), 900), torch.arange(2))
     assert torch.isfinite(steps(model, noise(), [900])).all()
     sample(optimized(model, FullCompute()), 1, noise())
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named() -> None:
+    """torch makes it when it is imported."""
+    code = "try:\n import toca_compile\nexcept Exception as e:\n print(type(e).__name__, e)"
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("LoweringError")
+    assert "TORCHINDUCTOR_CACHE_DIR" in told
 
 
 # -- verification ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """toca_compile: token-wise feature caching for any diffusion transformer, as a torch.compile pass."""
 
-from toca_compile.api import explain, optimize
 from toca_compile.errors import (
     InferenceModeError,
     LoweringError,
@@ -10,7 +9,15 @@ from toca_compile.errors import (
     TocaError,
     UnsupportedGraphError,
     VerifyError,
+    cannot_write,
 )
+
+try:
+    import torch._dynamo  # noqa: F401  (makes Inductor's cache folder)
+except OSError as _error:
+    raise cannot_write(_error) from _error
+
+from toca_compile.api import explain, optimize
 from toca_compile.evaluation import evaluate
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (

@@ -45,3 +45,11 @@ NO_SITE = (
     "has no residual branch on the axis of an attention's queries, so there is nothing to cache. toca_compile is for "
     "diffusion transformers; is this the right module?"
 )
+
+
+def cannot_write(error: OSError) -> LoweringError:
+    """The error for a machine on which Inductor's files cannot be written."""
+    return LoweringError(
+        f"Inductor could not write its files ({error}): make room, or set TORCHINDUCTOR_CACHE_DIR (and TMPDIR) to a "
+        "folder that can be written, or take lowering='eager'"
+    )

@@ -20,7 +20,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from toca_compile.errors import LoweringError
+from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
@@ -69,10 +69,7 @@ def machine_trouble(error: BaseException | None) -> LoweringError | None:
                 "it in CXX, or take lowering='eager'"
             )
         if isinstance(error, OSError):
-            return LoweringError(
-                f"Inductor could not write its files ({error}): make room, or set TORCHINDUCTOR_CACHE_DIR (and TMPDIR) "
-                "to a folder that can be written, or take lowering='eager'"
-            )
+            return cannot_write(error)
         error = getattr(error, "inner_exception", None) or error.__cause__
     return None
 

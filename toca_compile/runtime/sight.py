@@ -19,6 +19,8 @@ _COPIED = 1 << 22  # elements of a host tensor that is compared by value
 
 _BACK = 0.5  # a return of more than this share of the last step is no noise added by the sampler
 _GAP = 3.5  # a step this many times longer than any before leaves some out (quadratic schedules reach 3)
+_LANES = 64  # pictures sampled in turns at most
+_TRIES = 3  # calls at one time, each with other latents, after which what was taken for the time is none
 _JUMP = 0.3  # 1 − cosine of the latents of two neighbouring steps, where others were five times closer
 
 
@@ -84,8 +86,9 @@ class Sight:
 
     Attributes:
         graph: the graph that it reached first.
-        clock: the inputs that the analysis knows as the denoising time; None where they are not the host's.
-        signals: small host inputs, by argument.
+        clock: the inputs that the analysis knows as the denoising time; None where there are none, or they are not the
+            host's (``hidden``).
+        signals: small host inputs, by argument; those that are floating-point, and those that are tensors.
         tensors: the others.
         told: what the caller said.
     """
@@ -94,6 +97,8 @@ class Sight:
     clock: tuple[float, ...] | None
     signals: dict[Any, tuple[float, ...]] = field(default_factory=dict)
     floats: set[Any] = field(default_factory=set)
+    arrays: set[Any] = field(default_factory=set)
+    hidden: bool = False
     tensors: dict[Any, Seen] = field(default_factory=dict)
     told: Told | None = None
     lane: tuple[int, int] = (0, 0)  # which of the pictures that are sampled in turns, and which pass of it
@@ -104,6 +109,7 @@ class Sight:
         sight = cls(graph, read(clock), told=told)
         if told is not None and told.time is not None:
             sight.clock = (told.time,)
+        sight.hidden = bool(clock) and sight.clock is None
         times = {id(x) for x in clock}
         for key, value in inputs.items():
             if id(value) in times and isinstance(value, torch.Tensor):
@@ -116,6 +122,8 @@ class Sight:
                 sight.signals[key] = numbers
                 if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
                     sight.floats.add(key)
+                if isinstance(value, torch.Tensor):
+                    sight.arrays.add(key)
         return sight
 
 
@@ -131,6 +139,7 @@ class Watch:
         self.outputs: list[tuple[int, ...]] = []  # shapes of what the model yields: its latents look like that
         self.time_is_visible = True
         self.why = ""  # of the last new sampling
+        self.blind = False  # what was taken for the time turned out not to be
         self.doubt = False  # whether the next step may be of the sampling before
         self.restart()
 
@@ -203,6 +212,11 @@ class Watch:
         lane = self._nearest(known, now, latents)
         if lane is None:
             lane, self.lanes = self.lanes, self.lanes + 1
+        if now.clock is None and self.steps == 1 and self.lanes > _TRIES:
+            self.blind = True
+            return self._new("no input that the host sees is the time")
+        if self.lanes > _LANES:
+            return self._new("too many pictures are sampled in turns")
         now.lane = (lane, 0)
         return Verdict.PASS
 
@@ -256,10 +270,16 @@ class Watch:
         """The clocks at both calls; None where no time is visible."""
         if now.clock is not None and before.clock is not None and len(now.clock) == len(before.clock):
             return dict(enumerate(zip(before.clock, now.clock, strict=True)))
-        # No clock was found in the graph: a small input that is alike for the whole batch may be one.
+        if now.hidden or self.blind:
+            return None
+        # No clock was found in the graph: a small input that is alike for the whole batch may be one. Numbers of Python
+        # that never change (a guidance scale) say nothing of the time.
         alike = {k: (before.signals[k][0], v[0]) for k, v in now.signals.items() if _uniform(v) and k in before.signals}
-        wanted = self.moving or {k for k in alike if k in now.floats} or set(alike)
-        return {k: alike[k] for k in wanted if k in alike} or None
+        if self.moving:
+            return {k: alike[k] for k in self.moving if k in alike} or None
+        return {
+            k: pair for k, pair in alike.items() if k in now.arrays or (k in now.floats and pair[0] != pair[1])
+        } or None
 
     def _latents(self, now: Sight) -> Any:
         """Which input is the picture: it has the shape of the output but for one dimension; else the first tensor."""
