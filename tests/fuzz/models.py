@@ -25,6 +25,11 @@ def as_it_is(path: str, value: Tensor, lay: Callable[[Tensor], Tensor]) -> Tenso
     return value
 
 
+def mixed_as_it_is(out: Tensor) -> Tensor:
+    """What the model under test does with what an attention yields."""
+    return out
+
+
 def both_as_they_are(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What the model under test does with an attention's keys and values."""
     return k, v
@@ -157,6 +162,7 @@ class Attend(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.place, self.cross, self.on, self.keep_keys = spec, place, cross, on, both_as_they_are
+        self.hold: Callable[[Tensor], Tensor] = mixed_as_it_is
         self.heads, self.d = 2, channels // 2
         self.kv_heads = 1 if spec.keys in ("single", "grouped") else 2
         self.fused = spec.fused and not cross and self.kv_heads == 2
@@ -200,7 +206,7 @@ class Attend(nn.Module):
         if self.spec.rope and not self.cross:
             q, k = self._turned(q), self._turned(k)
         k, v = self.keep_keys(k, v)
-        out = self._scoped(q, k, v)
+        out = self.hold(self._scoped(q, k, v))
         return self.out(out) if self.spec.project else out
 
     def _project(self, h: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
