@@ -114,12 +114,13 @@ def entropy(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector:
 
 def can_measure_rows(site: Site, carry: Carry) -> bool:
     """Whether a partial step of a site makes rows of the map that ranks its tokens by entropy, and all that they are
-    measured from."""
+    measured from; queries that are the keys too would be asked for by their rows and whole."""
     if site.by_queries is None or site.by_queries.site != site.index or site.attention[-1].node not in carry.rows:
         return False
     attention = site.attention[-1]
     reads = (attention.map,) if attention.map is not None else _operands(attention)
-    return all(n is None or n in carry.rows or n in carry.whole or n not in site.region for n in reads)
+    made = all(n is None or n in carry.rows or n in carry.whole or n not in site.region for n in reads)
+    return made and reads[0] not in carry.whole
 
 
 def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:

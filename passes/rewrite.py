@@ -202,7 +202,7 @@ class _Rewriter:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
         if self.selector.score == "entropy" and can_measure_rows(site, carry):
             # The rows of the map that this step makes anew tell their tokens' scores anew.
-            scores = entropy(self._call, {**self.env, **whole, **values}, site, self.selector, self.types)
+            scores = entropy(self._call, {**self.env, **values, **whole}, site, self.selector, self.types)
             self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
 
