@@ -106,7 +106,7 @@ def draw(seed: int) -> Spec:
     layout = "bnc"
     if text in ("", "cross") and not registers and r.random() < 0.45:
         layout = r.choice(LAYOUTS[1:])
-    depth = r.choice([1, 1, 2, 2, 3])
+    depth = r.choice([1, 1, 1, 2, 2, 2, 3])
     first = _block(r, text, frames)
     blocks = [first]
     for i in range(1, depth):

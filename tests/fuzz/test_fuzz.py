@@ -32,7 +32,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("first", range(0, MODELS, CHUNK))
-def test_random_models(first: int) -> None:
+def test_random_models(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    monkeypatch.setenv("TOCA_VERIFY", "1")  # as users have it
     found = []
     for seed in range(first, first + CHUNK):
         r = random.Random(seed)
