@@ -7,7 +7,8 @@
 * **replay**: a policy gives the same outputs again after others were followed in between; **restart**: after a run that
   was given up; **contexts**: beside another run.
 
-And: errors are ``TocaError``s, nothing is warned of, and there are as many records as calls.
+And: errors are ``TocaError``s, nothing is warned of, there are as many records as calls, and each tells how many tokens
+were computed (**counts**).
 """
 
 import dataclasses
@@ -184,8 +185,16 @@ class Subject:
         self.opt.reset()
         outs: list[Tensor] = []
 
+        names = Counter(site.name for site in toca_compile.explain(self.opt).sites)
+
         def step(i: int, out: Tensor) -> None:
             outs.append(out)
+            told = self.opt.steps[-1].k
+            for name, mask in self.opt.fresh_tokens().items():
+                if names[name] == 1 and bool((mask.sum(1) != told[name]).any()):
+                    raise _Off(
+                        "counts", f"step {i}: {name} is told to compute {told[name]}, not {mask.sum(1).tolist()}"
+                    )
             if str(self.opt.steps[-1].kind) == "full":
                 self._compare("full", out, self.plain(False, i), f"full step {i}", 1.0)
             if blend is not None:
