@@ -116,6 +116,9 @@ class Faulty(torch.fx.Interpreter):
             cache, value = self.fetch_args_kwargs_from_env(n)[0]
             early = self.fault == "second store" and type(self).calls <= 4
             return toca.store_(cache, value) if early else cache
+        if n.target is toca.forecast.default and self.fault == "forecast":
+            cache, slope, power, order = self.fetch_args_kwargs_from_env(n)[0]
+            return toca.forecast(cache, slope, power + 1, order)
         if n.target is toca.mark_fresh_.default and self.fault == "mark":
             return self.fetch_args_kwargs_from_env(n)[0][0]
         return super().run_node(n)
@@ -124,7 +127,7 @@ class Faulty(torch.fx.Interpreter):
 @pytest.mark.parametrize(
     ("fault", "policy", "kind"),
     [("scatter", SOME, "constant"), ("scatter", ROWS, "constant"), ("gather", SOME, "constant"), ("store", SOME, "constant"),
-     ("second store", Fora(6, 3), "blend"), ("mark", SOME, "blend"), ("mark", ROWS, "blend")],
+     ("second store", Fora(6, 3), "blend"), ("mark", SOME, "counts"), ("mark", ROWS, "counts"), ("forecast", TaylorSeer(7, 3, 1), "blend")],
 )  # fmt: skip
 def test_a_wrong_emission_is_seen(monkeypatch: pytest.MonkeyPatch, fault: str, policy: Any, kind: str) -> None:
     monkeypatch.setenv("TOCA_VERIFY", "0")
