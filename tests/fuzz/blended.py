@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.fuzz.grammar import Spec
 from tests.fuzz.mixes import TOKENWISE
-from tests.fuzz.models import Attend, Place, Transformer, as_it_is, both_as_they_are
+from tests.fuzz.models import Attend, Joint, Place, Transformer, as_it_is, both_as_they_are, mixed_as_it_is
 from toca_compile.policies import Composition, Compute, Queries, SkipBlocks
 
 
@@ -130,6 +130,7 @@ class Blended:
         self.kept: dict[str, Series] = {}
         self.range: list[Series] = []
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self.held: dict[str, Tensor] = {}
         self.step = 0
 
     @property
@@ -165,6 +166,9 @@ class Blended:
             for part in keepers:
                 part.keep = lambda path, value, lay: self._keep(path, value, lay, masks.get(path), kinds.get(path))
                 self._watch_keys(part, masks, kinds)
+            for site in self.sites:
+                if site.kind == "parallel":
+                    self._hold(site, masks[owner_of(self.twin, site)])
             skipped = self._skipped(masks, kind) if self.skips is not None else frozenset()
             if self.skips is not None:
                 self.twin.around = lambda i, h, s, run: self._around(i, h, s, run, skipped, kind == "skip")
@@ -173,8 +177,32 @@ class Blended:
             self.twin.around = None
             for part in keepers:
                 part.keep = as_it_is
-                if isinstance(getattr(part, "body", None), Attend):
-                    part.body.keep_keys = both_as_they_are
+            for attend in self.twin.modules():
+                if isinstance(attend, Attend):
+                    attend.keep_keys, attend.hold = both_as_they_are, mixed_as_it_is
+
+    def _hold(self, site: Any, mask: Tensor) -> None:
+        """A site of attention beside an MLP, partial in the MLP alone: the attention is that of the last full step."""
+        path = owner_of(self.twin, site).rstrip("!")
+        inner = [(n, m) for n, m in self.twin.named_modules() if isinstance(m, Attend) and n.startswith(f"{path}.")]
+        partial = bool(mask.any()) and not bool(mask.all())
+        if partial and any(m.spec.core in ("mha", "linear", "sigmoid") or m.cross for _, m in inner):
+            raise Ambiguous("a partial site that holds more than softmax attention")
+        does = self._does(site.kind)
+        fresh = isinstance(does, Queries) and "queries" in site.actions
+        if partial and isinstance(does, Queries) and does.keys != "fresh":
+            raise Ambiguous("cached keys that are more than an attention's own")
+
+        def holder(name: str) -> Callable[[Tensor], Tensor]:
+            def hold(out: Tensor) -> Tensor:
+                if bool(mask.all()):
+                    self.held[name] = out
+                return out if fresh or not partial else self.held[name]
+
+            return hold
+
+        for name, attend in inner:
+            attend.hold = holder(name)
 
     def _keep(
         self, path: str, value: Tensor, lay: Callable[[Tensor], Tensor], mask: Tensor | None, kind: str | None
@@ -196,6 +224,14 @@ class Blended:
     def _watch_keys(self, part: Any, masks: dict[str, Tensor], kinds: dict[str, str]) -> None:
         """Keys and values of an attention that takes them from the cache."""
         path = getattr(part, "path", "")
+        cached = any(isinstance(rule.do, Queries) and rule.do.keys != "fresh" for rule in self.parts.rules)
+        if (
+            isinstance(part, Joint)
+            and cached
+            and any(bool(m.any()) for p, m in masks.items() if p.startswith(f"{path}#"))
+        ):
+            if not all(bool(m.all()) for p, m in masks.items() if p.startswith(f"{path}#")):
+                raise Ambiguous("cached keys that are more than an attention's own")
         does = self._does(kinds.get(path))
         if not isinstance(does, Queries) or does.keys == "fresh" or path not in masks:
             return
@@ -290,7 +326,9 @@ def owner_of(twin: Twin, site: Any) -> str:
         path for path in branches
         if (name == path[:-1] if path.endswith("!") else f"{name}.".startswith(f"{path.split('#')[0]}."))
     ]  # fmt: skip
-    if len(owners) > 1:
+    deepest = max((len(path.split("#")[0]) for path in owners), default=0)
+    owners = [path for path in owners if len(path.split("#")[0]) == deepest]
+    if len(owners) > 1:  # the streams of one attention
         owners = [path for path in owners if branches[path].tokens == site.tokens]
     if len(owners) != 1:
         raise Ambiguous("a site that is no single branch of the model")
@@ -309,8 +347,6 @@ def masks_of(twin: Twin, sites: Sequence[Any], fresh: dict[str, Tensor]) -> dict
         mask, owner = fresh[site.name], owner_of(twin, site)
         if owner in masks:
             raise Ambiguous("several sites in one branch")
-        if site.kind == "parallel" and bool(mask.any()) and not bool(mask.all()):
-            raise Ambiguous("a partial site that holds its attention")
         masks[owner] = _laid(mask, branches[owner], twin)
     return masks
 

@@ -25,6 +25,11 @@ def as_it_is(path: str, value: Tensor, lay: Callable[[Tensor], Tensor]) -> Tenso
     return value
 
 
+def mixed_as_it_is(out: Tensor) -> Tensor:
+    """What the model under test does with what an attention yields."""
+    return out
+
+
 def both_as_they_are(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What the model under test does with an attention's keys and values."""
     return k, v
@@ -157,6 +162,7 @@ class Attend(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.place, self.cross, self.on, self.keep_keys = spec, place, cross, on, both_as_they_are
+        self.hold: Callable[[Tensor], Tensor] = mixed_as_it_is
         self.heads, self.d = 2, channels // 2
         self.kv_heads = 1 if spec.keys in ("single", "grouped") else 2
         self.fused = spec.fused and not cross and self.kv_heads == 2
@@ -200,7 +206,7 @@ class Attend(nn.Module):
         if self.spec.rope and not self.cross:
             q, k = self._turned(q), self._turned(k)
         k, v = self.keep_keys(k, v)
-        out = self._scoped(q, k, v)
+        out = self.hold(self._scoped(q, k, v))
         return self.out(out) if self.spec.project else out
 
     def _project(self, h: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -574,7 +580,7 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.zeros(spec.tokens, c))
         self.time = nn.Sequential(nn.Linear(8 if spec.clock == "sine" else 1, c), nn.SiLU(), nn.Linear(c, c))
         if spec.text:
-            self.words = nn.Linear(6, c)
+            self.words, self.pooled = nn.Linear(6, c), nn.Linear(6, c)
         else:
             self.labels = nn.Embedding(11, c)
         if spec.registers:
@@ -599,7 +605,8 @@ class Transformer(nn.Module):
     def _condition(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         spec = self.spec
         text = self.words(y) if spec.text else None
-        c = text.mean(1) if text is not None else self.labels(y)
+        # Made from the stream of the text, the conditioning would be a part of its branches.
+        c = self.pooled(y.mean(1)) if text is not None else self.labels(y)
         t = t.reshape(-1).expand(x.shape[0]) if spec.time != "b" else t
         if spec.clock == "sine":
             c = c + self.time(timestep_features(t, 8).to(c.dtype))
