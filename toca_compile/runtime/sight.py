@@ -305,7 +305,8 @@ class Watch:
         changed = [k for k, v in now.signals.items() if k not in self.moving and first.signals.get(k, v) != v]
         if now.clock is None:
             return self.steps > 1 and bool(changed)
-        settled = [k for k in changed if k not in now.floats or self.steps > 1]
+        # At the first step what is alike for the whole batch may be the time in another form.
+        settled = [k for k in changed if self.steps > 1 or (k not in now.floats and not _uniform(now.signals[k]))]
         if not settled:
             self.moving |= set(changed)
         return bool(settled)
