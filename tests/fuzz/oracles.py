@@ -126,8 +126,9 @@ class Subject:
                 found.append(outcome)
             elif isinstance(outcome, list):
                 last = last or (policy, outcome)
-        if last is not None and len(policies) > 1 and not found:
-            for work in (self._replayed, self._restarted, self._in_contexts):
+        if last is not None and not found:
+            again = [self._replayed] if len(policies) > 1 else []
+            for work in (*again, self._restarted, self._in_contexts):
                 outcome = self._guarded(last[0], lambda work=work: work(*last))
                 found += [outcome] if isinstance(outcome, Failure) else []
         self.tally.failures.update(failure.kind for failure in found)
@@ -235,6 +236,7 @@ class Subject:
         calls = inputs(self.spec, policy.num_steps, False)
         if self.spec.clock != "sine" or len(calls) < 3:
             return
+        self.opt.policy = policy
         self.opt.reset()
         for given in self._given(calls[:3]):
             self.opt(*given)
@@ -244,6 +246,7 @@ class Subject:
 
     def _in_contexts(self, policy: Any, before: list[Tensor]) -> None:
         """Two runs in turns, each in a context of its own."""
+        self.opt.policy = policy
         self.opt.reset()
         both = [self._given(inputs(self.spec, policy.num_steps, constant)) for constant in (False, True)]
         for i, (changing, constant) in enumerate(zip(*both, strict=True)):
