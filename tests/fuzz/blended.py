@@ -155,6 +155,8 @@ class Blended:
                 raise Ambiguous("several streams through skipped blocks")
             if self.orders or cached:
                 raise Ambiguous("forecasts or cached keys beside skipped blocks")
+            if any(block.skip == "cat" for block in self.twin.spec.blocks):
+                raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
 
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""
