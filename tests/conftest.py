@@ -14,5 +14,6 @@ os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its d
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
