@@ -135,12 +135,12 @@ class OptimizedModel(OptimizedModule):
         entries.move_to_end(key)
         session = self._session
         before, session.uncached = session.seen, entry.uncached
-        known = {id(e) for e in session.executors}
+        known = len(session.executors)
         try:
             return entry.call(self._orig_mod, args, kwargs)
         finally:
             if session.seen != before:
-                entry.executors += [e for e in session.executors if id(e) not in known]
+                entry.executors += session.executors[known:]
 
     def _forget(self, entry: _Entry) -> None:
         remove_from_cache(entry.code)

@@ -68,7 +68,7 @@ class Seen:
     def of(cls, value: torch.Tensor) -> "Seen":
         """As the tensor is now."""
         version = None if value.is_inference() else value._version
-        copy = value.detach().clone() if _on_host(value) and value.numel() <= _COPIED else None
+        copy = value.detach().clone() if on_host(value) and value.numel() <= _COPIED else None
         return cls(weakref.ref(value), version, tuple(value.shape), value.is_floating_point(), copy, value.is_meta)
 
     def same(self, now: "Seen") -> bool:
@@ -204,7 +204,6 @@ class Watch:
         """Other latents at the same time: another picture, sampled beside or instead. The next step will tell which by
         whose latents it has; where they cannot be compared, all that is known is that what was kept is not theirs."""
         if _copies(self.group[-1], now, latents) is None:
-            self.restart()
             self.doubt = True
             return self._new("the same timestep came with other latents")
         taken = {sight.lane[0] for sight in self.group}
@@ -363,15 +362,17 @@ def _uniform(values: Sequence[float]) -> bool:
 
 def _is_signal(value: torch.Tensor) -> bool:
     """Few numbers in a row, a timestep or a label for each sample: pictures have more dimensions."""
-    return _on_host(value) and value.numel() <= _SIGNAL and sum(s != 1 for s in value.shape) <= 1
+    return on_host(value) and value.numel() <= _SIGNAL and sum(s != 1 for s in value.shape) <= 1
 
 
-def _on_host(value: torch.Tensor) -> bool:
-    return (
-        type(value) in (torch.Tensor, torch.nn.Parameter)
-        and value.device.type == "cpu"
-        and value.layout == torch.strided
-    )
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor is one piece of memory, no subclass or sparse layout."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+
+
+def on_host(value: torch.Tensor) -> bool:
+    """Whether a tensor's values can be read without waiting."""
+    return is_plain(value) and value.device.type == "cpu"
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:
@@ -386,7 +387,7 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
 def number(value: Any) -> float | None:
     """The mean of a host value; None where it is no number, or reading it would make the host wait."""
     if isinstance(value, torch.Tensor):
-        if not _on_host(value) or not value.numel() or value.numel() > 4096 or value.is_complex():
+        if not on_host(value) or not value.numel() or value.numel() > 4096 or value.is_complex():
             return None
         return float(value.detach().double().mean())
     return float(value) if isinstance(value, (int, float)) else None

@@ -24,7 +24,7 @@ import torch
 
 from toca_compile.ir.plan import kind_of
 from toca_compile.ir.types import Action, StepKind
-from toca_compile.runtime.sight import Sight, Told, Verdict, Watch
+from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on_host
 
 log = logging.getLogger(__name__)
 
@@ -88,18 +88,14 @@ def _unchanged(old: Any, new: Any) -> bool:
     return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
 
 
-def _is_plain(value: torch.Tensor) -> bool:
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
-
-
 def _address(value: torch.Tensor) -> int:
-    return value.data_ptr() if _is_plain(value) and not value.is_meta else 0
+    return value.data_ptr() if is_plain(value) and not value.is_meta else 0
 
 
 def _content(value: torch.Tensor) -> torch.Tensor | None:
     """What shows a write through ``.data`` or numpy, which leaves no trace but the values: inputs themselves; of
     weights, which are large, sums of every 16th row. None where the values are not the host's."""
-    if value.device.type != "cpu" or not _is_plain(value):
+    if not on_host(value):
         return None
     if isinstance(value, torch.nn.Parameter) and value.dim() > 1 and not value.is_complex():
         return value.detach()[::16].sum(-1, dtype=torch.float64)
