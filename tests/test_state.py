@@ -384,6 +384,22 @@ def test_threads_have_runs_of_their_own(context: str | None) -> None:
         assert torch.equal(result, wanted)
 
 
+def test_pipelines_of_several_lengths_share_a_model_in_threads() -> None:
+    """Each thread's pictures are those of its pipeline alone, whatever plan the others follow meanwhile."""
+    pipe, call = build("PixArtSigmaPipeline")
+    toca_compile.optimize(pipe, Fora(4, 2), lowering="eager")
+    lengths = (3, 5, 8)
+    expected = [run(pipe, call, n) for n in lengths]
+    pipes = [type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}) for _ in lengths]
+    for other in pipes:
+        other.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        results = _in_threads([lambda p=p, n=n: run(p, call, n) for p, n in zip(pipes, lengths, strict=True)])
+        for result, wanted in zip(results, expected, strict=True):
+            assert isinstance(result, Tensor), result
+            assert torch.equal(result, wanted)
+
+
 def test_tasks_have_runs_of_their_own() -> None:
     import asyncio
 

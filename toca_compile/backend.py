@@ -29,7 +29,7 @@ from toca_compile.passes.rewrite import rewrite
 from toca_compile.passes.skip_range import find_range, keep_range, probe_range, skip_range
 from toca_compile.pipeline import PIPELINE
 from toca_compile.policies.storage import checked_policy
-from toca_compile.runtime.executor import Compiled, Executor, example_buffer
+from toca_compile.runtime.executor import FOLLOWED, Compiled, Executor, example_buffer
 from toca_compile.runtime.skipping import Skipping, range_buffer
 from toca_compile.runtime.step_control import StepControl
 
@@ -60,7 +60,8 @@ class Session:
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
         self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
-        self.applied = policy  # what the current run follows
+        self.applied = policy  # what runs that begin follow
+        self._plans: list[tuple[Policy, dict[int, Plan]]] = []  # of policies, by graph
         self.lowering = lowering
         self._lower = find_lowering(lowering)
         self.control = StepControl(self.warn_once)
@@ -94,16 +95,26 @@ class Session:
         self.control.reset()
 
     def follow(self, policy: Policy) -> None:
-        """Let the next run follow ``policy`` (the user's own, with the numbers of that run)."""
+        """Let runs that begin follow ``policy`` (the user's own, with the numbers of that run). Runs of other threads
+        keep the plans that they began with: whoever calls for them says which, at each call."""
         if policy is self.applied or policy == self.applied:
             return
-        plans = [check_plan(policy, executor.unit, self.warn_once) for executor in self.executors]
-        for executor, plan in zip(self.executors, plans, strict=True):
-            self._explain_choices(executor.unit, plan)
+        plans = [self._plan(policy, executor.number, executor.unit) for executor in self.executors]
         for executor, plan in zip(self.executors, plans, strict=True):
             executor.set_plan(plan)
         self.applied = policy
-        self.control.reset()
+
+    def _plan(self, policy: Policy, number: int, unit: Unit) -> Plan:
+        """What a policy plans for a graph, checked, and said what the user should know of it; made once."""
+        plans = next((plans for known, plans in self._plans if known == policy), None)
+        if plans is None:
+            plans = {}
+            self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
+        if number not in plans:
+            plan = check_plan(policy, unit, self.warn_once)
+            self._explain_choices(unit, plan)
+            plans[number] = plan
+        return plans[number]
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph that Dynamo found."""
@@ -140,6 +151,7 @@ class Session:
         self.checked = {key: seconds for key, seconds in self.checked.items() if key[0] not in units}
         kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
+        self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
 
     def warn_once(self, message: str) -> None:
@@ -158,8 +170,7 @@ class Session:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not unit.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
-        plan = check_plan(self.applied, unit, self.warn_once)
-        self._explain_choices(unit, plan)
+        plan = self._plan(self.applied, self.seen, unit)
         executor = Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
         self.managers.append(manager)
         return executor

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from toca_compile.ir.plan import Policy
 from toca_compile.model import AROUND_CALL, OptimizedModel
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class _Run:
 
     def restart(self) -> None:
         """The scheduler was given its timesteps: the next model call is the first of a run."""
-        self.begun, self.stepped, self.passes, self.index = False, False, 0, 0
+        self.policy: Policy | None = None
+        self.stepped, self.passes, self.index = False, 0, 0
         self.model._session.control.reset(mine=True)
 
     def next_step(self) -> None:
@@ -147,9 +149,10 @@ class _Run:
     @contextlib.contextmanager
     def around_call(self) -> Iterator[None]:
         """Around one model call: the plan for the run before the first, and a context for each guidance pass."""
-        if not self.begun:
-            self.begun = True
-            self._plan()
+        if self.policy is None:
+            self.policy = self._policy()
+        # At each call: another thread may have sampled with the model by another plan since.
+        self.model._session.follow(self.policy)
         number, self.passes = self.passes, self.passes + 1
         named = self.model._session.control.context
         if named is None and number >= _PASSES:
@@ -162,14 +165,14 @@ class _Run:
             ):  # fmt: skip
                 yield
 
-    def _plan(self) -> None:
+    def _policy(self) -> Policy:
         """The policy for this run's number of steps, and for no guidance pair where there is no guidance."""
         steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
-        session = self.model._session
-        wanted: Any = session.policy
+        wanted: Any = self.model._session.policy
         names = {f.name for f in dataclasses.fields(wanted)} if dataclasses.is_dataclass(wanted) else set()
         changes: dict[str, Any] = {"num_steps": steps} if "num_steps" in names else {}
         if not self.guided and "shared_pair" in names:
             changes["shared_pair"] = False
         changes = {k: v for k, v in changes.items() if getattr(wanted, k) != v}
-        session.follow(dataclasses.replace(wanted, **changes) if changes else wanted)
+        policy: Policy = dataclasses.replace(wanted, **changes) if changes else wanted
+        return policy

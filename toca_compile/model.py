@@ -248,8 +248,8 @@ class OptimizedModel(OptimizedModule):
         return OptimizedModel, (self._orig_mod, self._session.fresh())
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers calls this when a pipeline is done."""
-        self.reset()
+        """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
+        self._session.control.reset(mine=True)
 
     def _check_mode(self) -> None:
         if self._orig_mod.training:

@@ -92,7 +92,7 @@ class Report:
         return replace(executor.plan, steps=tuple(
             StepPlan(step_kind(row), row)
             for i, step in enumerate(executor.plan.steps)
-            for row in (step.sites if i in skipped else executor.computed(step.sites),)
+            for row in (step.sites if i in skipped else executor.schedule.computed(step.sites),)
         ))  # fmt: skip
 
     def flop_speedup(self, counting: str = "published") -> float:

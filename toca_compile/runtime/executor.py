@@ -6,34 +6,26 @@ look-up and one list of arguments on top of the compiled variant.
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep, scored_sites
+from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep
 from toca_compile.ir.program import Mode, Segment, Slot, Unit
 from toca_compile.ir.types import Action, Site
+from toca_compile.runtime.schedule import Cell, Schedule
 from toca_compile.runtime.skipping import Skipping
 from toca_compile.runtime.step_control import Kept, Run, StepControl
 
 log = logging.getLogger(__name__)
 
 Compiled = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
+_Variant = tuple[int, tuple[Mode, ...], tuple[Memory, ...]]  # template, and what its sites do and keep
 
-
-@dataclass(frozen=True)
-class _Cell:
-    """One segment in one step: the modes of its sites and their host numbers."""
-
-    modes: tuple[Mode, ...]
-    memories: tuple[Memory, ...]
-    variant: int  # numbers modes and memories, cheaper to look up
-    numbers: dict[Slot, int]
+FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,16 @@ class _Bound:
     values: tuple[int, ...]
     buffers: tuple[torch.Tensor | None, ...]
     numbers: tuple[tuple[int, Slot], ...]
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """A plan as one graph follows it; ``free``: after each segment, which values nothing later needs."""
+
+    schedule: Schedule
+    skipping: Skipping | None
+    free: list[list[int]]
+    ready: dict[_Variant, Compiled]
 
 
 class Executor:
@@ -88,33 +90,43 @@ class Executor:
         self._output = graph.output_node().args[0]
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
-        self._shared: dict[Selector, dict[tuple[int, tuple[Mode, ...], tuple[Memory, ...]], Compiled]] = {}
-        self._last: tuple[weakref.ref[Run], tuple[int, ...], int] | None = None
+        self._shared: dict[Selector, dict[_Variant, Compiled]] = {}
+        self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
+        self._followed: list[_Followed] = []
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
-        """Follow another plan from the next run on."""
-        self.plan = plan
-        self._numbered: dict[Any, int] = {}
-        self._memories = [plan.memory_of(site.index) for site in self.unit.sites]
-        self._tokenwise = [plan.tokenwise(site.index) for site in self.unit.sites]
-        self._skipping = self._make_skipping(plan, self._place)
-        self._free = self._last_uses()
-        # What each step does as planned, and if it computes what it could skip.
-        self._rows = [step.sites for step in plan.steps]
-        self._unskipped = [self.computed(row) for row in self._rows]
-        self._scored = scored_sites(plan, self.unit.sites)
-        self._cells = [self._cell_row(i, *history) for i, history in enumerate(self._histories())]
-        # Variants know selector and memories, not the plan: plans that share those share them.
-        self.ready = self._shared.setdefault(plan.selector, {})
+        """Follow another plan in runs that begin; one that was followed before is laid out already."""
+        known = next((f for f in self._followed if f.schedule.plan is plan), None)
+        if known is None:
+            skipping = self._make_skipping(plan, self._place)
+            # Variants know selector and memories, not the plan: plans that share those share them.
+            ready = self._shared.setdefault(plan.selector, {})
+            known = _Followed(Schedule(self.unit, plan), skipping, self._last_uses(skipping), ready)
+            self._followed = [*self._followed[1 - FOLLOWED :], known]
+        self._now = known
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is followed."""
+        return self._now.schedule.plan
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan, laid out."""
+        return self._now.schedule
+
+    @property
+    def ready(self) -> dict[_Variant, Compiled]:
+        """The variants compiled so far for plans that rank tokens alike."""
+        return self._now.ready
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(self.parameter(inputs))
-        steps = None if self.plan.endless else len(self.plan.steps)
         with self.control.lock:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
-            run, key = self.control.enter_graph(self.number, instance, steps, seen, clock)
+            run, key = self.control.enter_graph(self.number, instance, self.schedule.steps, seen, clock)
             try:
                 results = self._execute(inputs, run, key)
             except BaseException:
@@ -132,11 +144,11 @@ class Executor:
         run = self._last[0]() if self._last is not None else None
         if run is None or self._last is None:
             return {}
-        _, key, index = self._last
+        _, key, index, schedule = self._last
         fresh = {}
         skipped = run.record is not None and run.record.skipped(key)
-        for site, todo in zip(self.unit.sites, (self._rows if skipped else self._unskipped)[index], strict=True):
-            shape = example_buffer(Slot("stamp", 0), site, self.unit, self.plan).shape
+        for site, todo in zip(self.unit.sites, (schedule.rows if skipped else schedule.unskipped)[index], strict=True):
+            shape = example_buffer(Slot("stamp", 0), site, self.unit, schedule.plan).shape
             stamp = run.buffers.get((*key, "stamp", site.index, 0))
             if todo.action in SELECTING and stamp is not None:
                 fresh[site.name] = stamp == index
@@ -146,20 +158,9 @@ class Executor:
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
-        slots = []
-        scored = set().union(*self._scored) if self._scored else set()
-        for site in self.unit.sites:
-            if not self.plan.reads(site.index):
-                continue
-            partial = self.plan.partial(site.index)
-            held = range(len(site.carry.held)) if self._holds(site) and site.carry is not None else ()
-            keys = range(len(site.queries.whole)) if site.queries and self.plan.keeps_keys(site.index) else ()
-            slots += [(Slot("keys", 0, i), site) for i in keys]
-            slots += [(Slot("diff", 0, i + 1), site) for i in range(self._memories[site.index].order)]
-            kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
-            slots += [(Slot(kind, 0), site) for kind in kinds] + [(Slot("held", 0, i), site) for i in held]
-        buffers = [example_buffer(slot, site, self.unit, self.plan) for slot, site in slots]
-        kept = self._constant_bytes() + (self._skipping.planned_bytes if self._skipping is not None else 0)
+        buffers = [example_buffer(slot, site, self.unit, self.plan) for slot, site in self._now.schedule.kept()]
+        skipping = self._now.skipping
+        kept = self._constant_bytes() + (skipping.planned_bytes if skipping is not None else 0)
         return sum(b.numel() * b.element_size() for b in buffers) + kept
 
     def _constant_bytes(self) -> int:
@@ -169,32 +170,33 @@ class Executor:
         return sum(v.numel() * v.element_size() for v in values)
 
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
-        index = min(run.step, len(self.plan.steps) - 1)
-        if index and run.last.get(key) != run.step - 1:
+        schedule, skipping, free = self._now.schedule, self._now.skipping, self._now.free
+        index = min(run.step, len(schedule.rows) - 1)
+        if index and (run.last.get(key) != run.step - 1 or run.schedules.get(key) is not schedule):
             # This graph did not run in the step before (another model shares the run, or a branch of the model was
-            # skipped), so its caches are not what the plan thinks: compute everything.
+            # skipped), or by another plan, so its caches are not what the plan thinks: compute everything.
             log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
             index = 0
             run.forget(key)
-        run.last[key] = run.step
-        self._last = (weakref.ref(run), key, index)
-        self._record(run, key, self._rows[index])
+        run.last[key], run.schedules[key] = run.step, schedule
+        self._last = (weakref.ref(run), key, index, schedule)
+        self._record(run, key, schedule.rows[index])
         values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
         for node, constant in self._constants:
             values[self._place[node]] = constant
         ready = run.bound.setdefault(key, {})
         done = self._restore(inputs, values, run, key) if self._constant else 0
-        skipping, stop = self._skipping, -1
-        for i, cell in enumerate(self._cells[index][done:], done):
+        stop = -1
+        for i, cell in enumerate(schedule.cells[index][done:], done):
             if skipping is not None and i == skipping.range.first:
                 stop = skipping.range.last
-                if skipping.decide(self._rows[index] is not self._unskipped[index], values, run, key):
+                if skipping.decide(schedule.rows[index] is not schedule.unskipped[index], values, run, key):
                     skipping.skip(values, run, key)
                 else:
-                    self._record(run, key, self._unskipped[index])
+                    self._record(run, key, schedule.unskipped[index])
                     stop = -1
             if i < stop:
-                for place in self._free[i]:
+                for place in free[i]:
                     values[place] = None
                 continue
             bound = ready.get((i, cell.variant))
@@ -208,7 +210,7 @@ class Executor:
                 values[place] = value
             if skipping is not None and i == skipping.range.last - 1:
                 skipping.keep(values, run, key)
-            for place in self._free[i]:
+            for place in free[i]:
                 values[place] = None
             if i == self._constant - 1:
                 self._keep(inputs, values, run, key)
@@ -233,16 +235,7 @@ class Executor:
         k = {site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)}
         self.control.record(run).note(key, frozenset(todo.action for todo in row), k)
 
-    def computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
-        """A row with nothing skipped; the same object where nothing was."""
-        if all(s.action is not Action.SKIP for s in row):
-            return row
-        return tuple(
-            SiteStep(Action.COMPUTE, site.axis.size) if s.action is Action.SKIP else s
-            for site, s in zip(self.unit.sites, row, strict=True)
-        )
-
-    def _bind(self, i: int, cell: _Cell, run: Run, key: tuple[int, ...]) -> _Bound:
+    def _bind(self, i: int, cell: Cell, run: Run, key: tuple[int, ...]) -> _Bound:
         """The variant of a segment, compiled if it was not, with this run's buffers."""
         segment = self.unit.segments[i]
         variant = (segment.template, cell.modes, cell.memories)
@@ -268,74 +261,13 @@ class Executor:
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
 
-    def _cell_row(self, index: int, since: Sequence[Sequence[int]], made: Sequence[int]) -> list[_Cell]:
-        row, scored = self._unskipped[index], self._scored[index]
-        cells = []
-        for segment in self.unit.segments:
-            modes: list[Mode] = []
-            memories = tuple(self._memories[number] for number in segment.sites)
-            numbers: dict[Slot, int] = {}
-            for position, number in enumerate(segment.sites):
-                site = self.unit.sites[number]
-                todo, history, memory = row[number], since[number], self._memories[number]
-                modes.append(self._mode(site, todo, number in scored))
-                numbers |= {
-                    Slot("k", position): todo.tokens,
-                    Slot("step", position): index,
-                    Slot("since", position): history[-1] if history else 0,
-                    Slot("site", position): number,
-                }
-                for order in range(1, memory.order + 1):
-                    used = order <= (made[number] if todo.action is Action.COMPUTE else todo.order)
-                    own = self._tokenwise[number]
-                    power = 0 if not used else 1 if own else memory.power(history, index, order)
-                    numbers[Slot("power", position, order)] = power
-                    numbers[Slot("spacing", position, order)] = memory.spacing([*history, index], order)
-            variant = self._numbered.setdefault((*modes, *memories), len(self._numbered))
-            cells.append(_Cell(tuple(modes), memories, variant, numbers))
-        return cells
-
-    def _mode(self, site: Site, todo: SiteStep, scored: bool) -> Mode:
-        own = Mode.TOKENS if self._tokenwise[site.index] else Mode.PLAIN
-        keys = self.plan.keeps_keys(site.index)
-        alone = Mode.PLAIN if todo.update else Mode.FORECAST  # the others are forecast, and nothing is kept
-        if todo.action is Action.QUERIES:
-            source = {"fresh": Mode.KEYS if keys else Mode.PLAIN, "keep": Mode.KEPT, "update": Mode.KEPT | Mode.UPDATE}
-            return Mode.PARTIAL | Mode.QUERIES | source[todo.keys] | own | alone
-        if todo.action is Action.REUSE:
-            return Mode.REUSE
-        if todo.action is not Action.COMPUTE:
-            return (Mode.PARTIAL | alone if todo.action is Action.PARTIAL else Mode.FORECAST) | own
-        if not self.plan.reads(site.index):
-            return Mode.SCORE if scored else Mode.PLAIN
-        kept = {Mode.SCORE: scored, Mode.HOLD: self._holds(site), Mode.KEYS: keys, Mode.DIFF: todo.order > 0}
-        return reduce(or_, (mode for mode, wanted in kept.items() if wanted), Mode.STORE | own)
-
-    def _holds(self, site: Site) -> bool:
-        """Whether partial steps take values from the cache that full steps must keep."""
-        partial = self.plan.ever(site.index, Action.PARTIAL)
-        return partial and site.carry is not None and bool(site.carry.held)
-
-    def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """For each step, of each site: the last steps before it that computed all, and how many differences are
-        kept."""
-        kept = max((memory.order for memory in self._memories), default=0) + 1
-        last: list[list[int]] = [[] for _ in self.unit.sites]
-        made = [0] * len(last)
-        for i, row in enumerate(self._rows):
-            yield [list(steps) for steps in last], list(made)
-            for site, todo in enumerate(row):
-                if todo.action is Action.COMPUTE:
-                    last[site] = [*last[site], i][-kept:]
-                    made[site] = todo.order
-
-    def _last_uses(self) -> list[list[int]]:
+    def _last_uses(self, skipping: Skipping | None) -> list[list[int]]:
         """After each segment, which values nothing later needs."""
         last: dict[int, int] = {}
         for i, (ins, outs) in enumerate(zip(self._segment_inputs, self._segment_outputs, strict=True)):
             for place in (*ins, *outs):
                 last[place] = i
-        for place, i in (self._skipping.uses(self._place) if self._skipping is not None else {}).items():
+        for place, i in (skipping.uses(self._place) if skipping is not None else {}).items():
             last[place] = max(last.get(place, 0), i)
         kept = {self._place[n] for n in self.unit.module.graph.output_node().all_input_nodes}
         free: list[list[int]] = [[] for _ in self.unit.segments]

@@ -111,6 +111,7 @@ class Run:
     step: int = 0
     record: StepRecord | None = None  # of the current step
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
+    schedules: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # and by which laid-out plan
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # steps that did not skip, the last ones
@@ -215,7 +216,7 @@ class StepControl:
         self._records: deque[tuple[weakref.ref[Any], StepRecord]] = deque(maxlen=_KEPT)
         self._directions: dict[Any, float] = {}
         self._call = _Call()
-        self._void = False  # the records are those of a sampling that is over
+        self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
         self.lock = threading.RLock()  # a model runs one call at a time
 
     # -- what users do ----------------------------------------------------------------------------------------------
@@ -227,9 +228,10 @@ class StepControl:
             for key in [k for k, s in streams.items() if context is None or s.name == context]:
                 del streams[key]
         self._call.run, self._call.stream, self._call.seen = None, None, {}
+        if context is None:
+            self._void.update([_owner()] if mine else [owner for owner in (o() for o, _ in self._records) if owner])
         if context is None and not mine:
             self._directions.clear()
-        self._void |= context is None
 
     def forget_graphs(self, numbers: set[int]) -> None:
         """Forget the runs that began with one of these graphs."""
@@ -424,8 +426,7 @@ class StepControl:
 
     def _begin_records(self, owner: Any, context: str) -> None:
         """A sampling begins: what is recorded is this one, not an earlier one of the same thread."""
-        mine = [r for o, r in self._records if o() is owner]
-        if self._void or any(r.context == context for r in mine):
-            kept = [] if self._void else [(o, r) for o, r in self._records if o() is not owner]
-            self._records = deque(kept, maxlen=_KEPT)
-        self._void = False
+        over = owner in self._void or any(o() is owner and r.context == context for o, r in self._records)
+        kept = [(o, r) for o, r in self._records if o() is not None and not (over and o() is owner)]
+        self._records = deque(kept, maxlen=_KEPT)
+        self._void.discard(owner)
