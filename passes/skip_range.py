@@ -17,10 +17,10 @@ from torch import fx
 
 import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.errors import PolicyError
-from toca_compile.ir.graph import source_line, value_of
+from toca_compile.ir.graph import ancestors, operand_nodes, source_line, value_of
 from toca_compile.ir.plan import Memory, Skip
 from toca_compile.ir.program import Entry, Range, Slot, Unit, Variant
-from toca_compile.ir.types import AxisTypes, Type
+from toca_compile.ir.types import AxisTypes, Site, Type
 from toca_compile.passes.series import Series
 
 toca = torch.ops.toca
@@ -46,7 +46,9 @@ def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
         unit.module.graph.output_node().all_input_nodes
     )  # fmt: skip
     outputs = tuple(n for s in unit.segments[first:last] for n in s.outputs if n in read)
-    sources = [s.source for s in unit.sites if s.index in skipped and s.source not in inside]
+    # What branches are added to enters; where they start may lie far before (a skip from an early block).
+    entered = [_residual(s) for s in unit.sites if s.index in skipped]
+    sources = [n for n in entered if n not in inside]
     # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it.
     entering = [n for s in unit.segments[first:last] for n in s.inputs if n not in inside]
     order = {node: i for i, node in enumerate(unit.module.graph.nodes)}
@@ -63,6 +65,11 @@ def find_range(unit: Unit, skipped: Set[int], skip: Skip) -> Range:
     if skip.threshold is not None:
         probe = _probe(unit, first, sources)
     return Range(first, last, outputs, entries, probe)
+
+
+def _residual(site: Site) -> fx.Node:
+    """The stream that a site's branch is added to."""
+    return next(n for n in operand_nodes(site.add) if site.output not in ancestors([n], stop=[site.source]))
 
 
 def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: Set[int]) -> Entry | None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
 from tests.fuzz.oracles import examine
-from toca_compile import Fora, FullCompute, TaylorToCa, ToCa
+from toca_compile import BlockCache, Fora, FullCompute, TaylorToCa, ToCa
 from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share
 
 SOME = ToCa(6, 3, 0.4, "constant")
@@ -43,6 +43,10 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
     "the entropy of kept keys": (
         Spec((Block(), Block((Branch("attention", Attention(keys="pooled"), inside="attends"),)))),
         [TaylorToCa(3, score="entropy", keys="keep")],
+    ),
+    "skipped blocks that a skip from before the first block enters": (
+        Spec((Block(), Block((Branch("attention"),), skip="add"))),
+        [BlockCache(4, interval=2), BlockCache(4, threshold=0.05)],
     ),
 }
 
