@@ -15,9 +15,10 @@ from common import RESULTS, hardware
 from peers import peers
 from rich.console import Console
 
-from toca_compile import demo, fashion, load_policy
-from toca_compile.evaluation import evaluate
+from toca_compile import load_policy
+from toca_compile.demo import fashion_dit, fashion_mnist
 from toca_compile.policies import ready_made
+from toca_compile.quality.evaluation import evaluate
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 
@@ -33,17 +34,17 @@ def main() -> None:
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()
-    model, sampler = demo.model_and_sampler()
-    features = fashion.Features()
-    real = features(fashion.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
-    classifier = fashion.load_classifier(demo.default_model().parent / "fashion_classifier")
-    labels = demo.labels(given.batch).repeat(given.samples // given.batch)
+    model, sampler = fashion_dit.model_and_sampler()
+    features = fashion_mnist.Features()
+    real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
+    classifier = fashion_mnist.load_classifier(fashion_dit.default_model().parent / "fashion_classifier")
+    labels = fashion_dit.labels(given.batch).repeat(given.samples // given.batch)
     others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
     tuned = {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("*.json"))}
     evaluate(
         model, sampler, ready_made(50) | tuned, seeds=given.seeds, samples=given.samples, batch=given.batch,
         out=given.out, lowering=given.lowering, features=features, real=real, others=others, console=Console(),
-        accuracy=lambda pictures: fashion.accuracy(classifier, pictures, labels),
+        accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels),
     )  # fmt: skip
     for suffix in ("md", "csv"):
         shutil.copy(given.out / f"table.{suffix}", RESULTS / f"quality.{suffix}")

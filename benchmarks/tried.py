@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import toca_compile
-from toca_compile import BlockCache, DuCa, TaylorSeer, TaylorToCa, demo
-from toca_compile.metrics import psnr
+from toca_compile import BlockCache, DuCa, TaylorSeer, TaylorToCa
+from toca_compile.demo import fashion_dit
+from toca_compile.quality.metrics import psnr
 
 Row = tuple[str, Any]
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", choices=list(GROUPS))
     given = parser.parse_args()
-    model, sampler = demo.model_and_sampler()
+    model, sampler = fashion_dit.model_and_sampler()
     reference = sampler(model, 50, 100, 10)
     opt = toca_compile.optimize(model, TaylorSeer(50, 2, 2), lowering="eager")
     for name in given.groups:

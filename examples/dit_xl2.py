@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from toca_compile import Fora, preset
-from toca_compile.compare import compare_pipeline
+from toca_compile.quality.compare import compare_pipeline
 
 
 def offline() -> Any:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from toca_compile import preset
-from toca_compile.compare import compare_pipeline
+from toca_compile.quality.compare import compare_pipeline
 
 
 def offline() -> tuple[Any, dict[str, Any]]:

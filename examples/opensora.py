@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from toca_compile import optimize, preset
-from toca_compile.compare import Row, measure, print_table, write_pictures
+from toca_compile.quality.compare import Row, measure, print_table, write_pictures
 
 
 def load(path: Path) -> STDiT3:

@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from toca_compile import preset
-from toca_compile.compare import compare_pipeline
+from toca_compile.quality.compare import compare_pipeline
 
 
 def offline() -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from toca_compile.fashion import Classifier, accuracy, read_pictures
+from toca_compile.demo.fashion_mnist import Classifier, accuracy, read_pictures
 
 HERE = Path(__file__).resolve().parent
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_compile.fashion import read_pictures
+from toca_compile.demo.fashion_mnist import read_pictures
 
 HERE = Path(__file__).resolve().parent
 

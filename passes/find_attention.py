@@ -13,7 +13,7 @@ from torch import fx
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.types import Attention, AxisTypes
-from toca_compile.passes.follow import label_at, occurrence_of
+from toca_compile.passes.proof.follow import label_at, occurrence_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten

@@ -8,17 +8,17 @@ block, else the next. So the blocks of a template ask alike.
 from dataclasses import replace
 
 from toca_compile.ir.factors import Product
-from toca_compile.ir.types import Attention, AxisTypes, Scorer, Site
+from toca_compile.ir.types import Attention, AxisTypes, ScoreSource, Site
 
 
 def find_scores(sites: tuple[Site, ...], types: AxisTypes) -> tuple[Site, ...]:
     """The sites with their scorers."""
-    return tuple(_with_scorers(site, sites, types) if site.carry or site.queries else site for site in sites)
+    return tuple(_with_scorers(site, sites, types) if site.row_proof or site.query_proof else site for site in sites)
 
 
 def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site:
-    keys: dict[int, Scorer] = {}
-    queries: dict[int, Scorer] = {}
+    keys: dict[int, ScoreSource] = {}
+    queries: dict[int, ScoreSource] = {}
     seen: set[object] = set()
     for other in sites:
         if not other.attention or other.attention[-1].node in seen:
@@ -34,10 +34,10 @@ def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site
             continue
         place = _place(types, attention.key_axis, site)
         if place is not None:
-            keys[other.index] = Scorer(other.index, place or None)
+            keys[other.index] = ScoreSource(other.index, place or None)
         if reads_other_tokens(attention, types) and attention.axis == site.axis.factors:
-            queries[other.index] = Scorer(other.index)
-    return replace(site, by_keys=_nearest(keys, site, sites), by_queries=_nearest(queries, site, sites))
+            queries[other.index] = ScoreSource(other.index)
+    return replace(site, score_by_keys=_nearest(keys, site, sites), score_by_queries=_nearest(queries, site, sites))
 
 
 def reads_other_tokens(attention: Attention, types: AxisTypes) -> bool:
@@ -57,7 +57,7 @@ def _place(types: AxisTypes, keys: Product, site: Site) -> tuple[int, int] | tup
     return None
 
 
-def _nearest(able: dict[int, Scorer], site: Site, sites: tuple[Site, ...]) -> Scorer | None:
+def _nearest(able: dict[int, ScoreSource], site: Site, sites: tuple[Site, ...]) -> ScoreSource | None:
     own = [i for i in able if sites[i].block == site.block]
     for among in (own, list(able)):
         before = [i for i in among if i <= site.index]

@@ -19,9 +19,9 @@ from torch import fx
 
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
-from toca_compile.ir.types import Attention, AxisTypes, Carry, Occurrence, Site, TokenAxis
-from toca_compile.passes.follow import Blocked
-from toca_compile.passes.prove import batch_of, prove, prove_queries
+from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
+from toca_compile.passes.proof.follow import Blocked
+from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def find_sites(
             continue
         inside = tuple(a for a in attentions if a.node in region)
         proofs = [_prove(types, branch.source, output, region, tokens, inside) for tokens in choices]
-        tokens, proof, batch = next((p for p in proofs if isinstance(p[1], Carry)), proofs[0])
+        tokens, proof, batch = next((p for p in proofs if isinstance(p[1], RowProof)), proofs[0])
         queries = _queries(types, branch.source, output, region, tokens, proof)
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
@@ -76,9 +76,9 @@ def find_sites(
                 add=branch.add,
                 region=region,
                 attention=inside,
-                carry=None if isinstance(proof, Blocked) else proof,
+                row_proof=None if isinstance(proof, Blocked) else proof,
                 reason=str(proof) if isinstance(proof, Blocked) else None,
-                queries=queries if isinstance(queries, Carry) else None,
+                query_proof=queries if isinstance(queries, RowProof) else None,
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
             )
         )
@@ -88,14 +88,14 @@ def find_sites(
 
 def _token_dims(
     types: AxisTypes, output: fx.Node, shape: Sequence[int], token_factors: set[int]
-) -> list[tuple[Occurrence, ...]]:
+) -> list[tuple[FactorPos, ...]]:
     """Where the tokens may lie in a branch's output, best choice first.
 
     Tokens in neighbouring dimensions that hold nothing else (frames and patches) are one axis, if the branch allows it.
     Else the largest dimension that holds nothing else is selected from, and the others number samples.
     """
     dims = types.type_of(output)
-    by_dim = {d: tuple(Occurrence(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
+    by_dim = {d: tuple(FactorPos(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
     whole = [d for d, places in by_dim.items() if places and len(places) == len(dims[d])]
     run: list[int] = []
     for d in whole:
@@ -110,9 +110,9 @@ def _prove(
     source: fx.Node,
     output: fx.Node,
     region: frozenset[fx.Node],
-    tokens: tuple[Occurrence, ...],
+    tokens: tuple[FactorPos, ...],
     inside: tuple[Attention, ...],
-) -> tuple[tuple[Occurrence, ...], Carry | Blocked, Product]:
+) -> tuple[tuple[FactorPos, ...], RowProof | Blocked, Product]:
     """The proof for one choice of tokens, and the factors that number samples.
 
     A branch through attention beside arithmetic of its own (a parallel block) is token-wise if what the attention
@@ -120,12 +120,12 @@ def _prove(
     """
     factors = {types.type_of(output)[t.dim][t.index] for t in tokens}
     mixing = [a.node for a in inside if factors & types.factors.atoms(a.key_axis)]
-    first: tuple[Carry | Blocked, Product] | None = None
+    first: tuple[RowProof | Blocked, Product] | None = None
     for held in ((), tuple(mixing)) if mixing else ((),):
         batch = batch_of(types, source, output, region, tokens, held)
         proof = prove(types, source, output, region, tokens, batch, held)
         numbers = tuple(types.type_of(output)[o.dim][o.index] for o in batch)
-        if isinstance(proof, Carry) and (not held or _computes(proof, source, output, region)):
+        if isinstance(proof, RowProof) and (not held or _computes(proof, source, output, region)):
             return tokens, proof, numbers
         first = first or (proof, numbers)
     assert first is not None
@@ -137,19 +137,19 @@ def _queries(
     source: fx.Node,
     output: fx.Node,
     region: frozenset[fx.Node],
-    tokens: tuple[Occurrence, ...],
-    proof: Carry | Blocked,
-) -> Carry | Blocked | None:
+    tokens: tuple[FactorPos, ...],
+    proof: RowProof | Blocked,
+) -> RowProof | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens."""
-    if isinstance(proof, Carry) and not proof.held:
+    if isinstance(proof, RowProof) and not proof.stale_inputs:
         return None
     return prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
 
 
-def _computes(carry: Carry, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
+def _computes(proof: RowProof, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
     """Whether a partial step does arithmetic on the input, and what follows from held values is needed here alone."""
-    own = _users_within(source, carry.rows)
-    after = {n for node in carry.held for n in (node, *_users_within(node, region))} - {output}
+    own = _users_within(source, proof.rows)
+    after = {n for node in proof.stale_inputs for n in (node, *_users_within(node, region))} - {output}
     apart = all(user in region for node in after for user in node.users)
     return apart and any(work_of(n) in _ARITHMETIC for n in own)
 
@@ -245,7 +245,7 @@ def _users_within(node: fx.Node, region: AbstractSet[fx.Node]) -> set[fx.Node]:
 
 
 def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object, types: AxisTypes) -> str:
-    if isinstance(proof, Carry) and proof.held:
+    if isinstance(proof, RowProof) and proof.stale_inputs:
         return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"

@@ -15,7 +15,7 @@ import toca_compile
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TaylorToCa
-from toca_compile.ir.plan import Memory, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
+from toca_compile.ir.plan import CacheSpec, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
 from toca_compile.ir.types import Action, StepKind
 
 N = 16  # tokens of the model, whose sites are an attention and an MLP
@@ -115,13 +115,13 @@ LIES: list[tuple[Any, str]] = [
     # Selectors, memories, skips.
     (lambda: plan(full(), selector=Selector("loud")), "score must be one of .*not 'loud'"), (lambda: plan(full(), selector=Selector(stride=-2)), "stride .*not -2"),
     (lambda: plan(full(), selector=Selector(cell=0)), "cell .*not 0"), (lambda: plan(full(), selector="error"), r"plan\.selector must be a Selector, not 'error'"),
-    (lambda: plan(full(), memory=Memory(dtype=torch.int8)), r"plan\.memory\.dtype .*not torch\.int8"), (lambda: plan(full(), memory=Memory(dtype="bfloat16")), r"plan\.memory\.dtype .*not 'bfloat16'"),
-    (lambda: plan(full(), memory=Memory(dtype=torch.float8_e8m0fnu)), r"plan\.memory\.dtype .*both signs"), (lambda: plan(full(), memory=Memory(basis="fourier")), r"plan\.memory\.basis .*not 'fourier'"),
-    (lambda: plan(full(), memory=None), r"plan\.memory must be a Memory, not None"), (lambda: plan(full(), skip=Skip(threshold=float("nan"))), r"plan\.skip\.threshold .*not nan"),
+    (lambda: plan(full(), memory=CacheSpec(dtype=torch.int8)), r"plan\.memory\.dtype .*not torch\.int8"), (lambda: plan(full(), memory=CacheSpec(dtype="bfloat16")), r"plan\.memory\.dtype .*not 'bfloat16'"),
+    (lambda: plan(full(), memory=CacheSpec(dtype=torch.float8_e8m0fnu)), r"plan\.memory\.dtype .*both signs"), (lambda: plan(full(), memory=CacheSpec(basis="fourier")), r"plan\.memory\.basis .*not 'fourier'"),
+    (lambda: plan(full(), memory=None), r"plan\.memory must be a CacheSpec, not None"), (lambda: plan(full(), skip=Skip(threshold=float("nan"))), r"plan\.skip\.threshold .*not nan"),
     (lambda: plan(full(), skip=Skip(limit=0)), r"plan\.skip\.limit .*not 0"), (lambda: plan(full(), skip=Skip(limit=2)), r"plan\.skip\.limit goes with a threshold"),
-    (lambda: plan(full(), skip=Skip(memory=Memory(order=9))), r"plan\.skip\.memory\.order .*not 9"), (lambda: plan(full(), endless=1), r"plan\.endless must be True or False, not 1"),
+    (lambda: plan(full(), skip=Skip(memory=CacheSpec(order=9))), r"plan\.skip\.memory\.order .*not 9"), (lambda: plan(full(), endless=1), r"plan\.endless must be True or False, not 1"),
     # What relates several steps.
-    (lambda: plan(full(), full(1), step(REUSED, replace(PARTIAL, order=1)), memory=Memory(basis="newton")), r"blocks\.0\.mlp keeps tokens one by one, .*taylor"),
+    (lambda: plan(full(), full(1), step(REUSED, replace(PARTIAL, order=1)), memory=CacheSpec(basis="newton")), r"blocks\.0\.mlp keeps tokens one by one, .*taylor"),
     *((lambda s=s: plan(full(), full(1), step(REUSED, s), endless=True), rf"blocks\.0\.mlp is {s.action.value} in the last step of an endless plan") for s in (PARTIAL, forecast(1))),
 ]  # fmt: skip
 

@@ -23,9 +23,9 @@ from tests.pipelines import flux, pixart
 from tests.sampling import noise, sample
 from tests.test_paper_systems import gaussian, sample_flux, sample_pixart
 from toca_compile import Fora, FullCompute, ToCa, preset
-from toca_compile.ir import ops
 from toca_compile.ir.plan import SCORES
 from toca_compile.ir.types import Action
+from toca_compile.ops import scores
 
 pytest.importorskip("diffusers")
 
@@ -66,7 +66,7 @@ def test_2_depth_is_the_models_own() -> None:
     step = opt._session.executors[0].plan.steps[3]
     ks = [
         s.tokens
-        for s, site in zip(step.sites, opt._session.executors[0].unit.sites, strict=True)
+        for s, site in zip(step.sites, opt._session.executors[0].program.sites, strict=True)
         if site.kind == "parallel"
     ]
     assert (ks[0], ks[-1]) == (42, 16)  # 0.5·1.6·(1.5, 0.5) of 42 tokens: more than all, and 0.4
@@ -76,7 +76,7 @@ def test_2_depth_is_the_models_own() -> None:
 def test_3_any_grid() -> None:
     opt = toca_compile.optimize(randomize(PlainDiT((6, 14))), preset("dit-xl-2/ddim-50", cell=4), lowering="eager")
     sample(opt, 50, noise(size=(6, 14)))
-    assert opt._session.executors[0].unit.sites[1].axis.grid == (3, 7)
+    assert opt._session.executors[0].program.sites[1].axis.grid == (3, 7)
 
 
 def test_4_no_map_is_made_or_kept() -> None:
@@ -93,7 +93,7 @@ def test_4_no_map_is_made_or_kept() -> None:
 
     q, k = torch.randn(1, 1, 4096, 4), torch.randn(1, 1, 300, 4)
     with Largest() as seen:
-        ops.attention_entropy(q, k, None, None, False, 1e-7)
+        scores.attention_entropy(q, k, None, None, False, 1e-7)
     assert seen.size <= 4096 * 300 // 16
     wide = toca_compile.optimize(pixart(), preset("pixart-alpha/dpm-20"), lowering="eager")
     sample_pixart(wide, 8, 1, (8, 12), False)
@@ -119,7 +119,7 @@ def test_5_text_is_not_packed_over_the_batch() -> None:
 def test_6_only_what_is_read_is_scored() -> None:
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"))
     scored = {name[-2] for run in opt._session.control.runs for name in run.buffers if name[-3] == "score"}
-    kinds = {opt._session.executors[0].unit.sites[i].kind for i in scored}
+    kinds = {opt._session.executors[0].program.sites[i].kind for i in scored}
     assert kinds == {"cross_attention"}
 
 
@@ -222,8 +222,8 @@ def test_11_nothing_is_done_for_no_token() -> None:
     """OpenSora's cross-attention selects nothing: between its full steps it is the cache, and nothing else."""
     opt = toca_compile.optimize(video(2), preset("opensora-1.2/rflow-30"), lowering="eager")
     sample_video(opt, gaussian(1, 2, 3, 4, 4), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=29)
-    unit, plan = opt._session.executors[0].unit, opt._session.executors[0].plan
-    cross = [s.index for s in unit.sites if s.kind == "cross_attention"]
+    program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
+    cross = [s.index for s in program.sites if s.kind == "cross_attention"]
     assert {step.sites[i].action for step in plan.steps for i in cross} == {Action.COMPUTE, Action.REUSE}
     (run,) = opt._session.control.runs
     stamps = {name[-2] for name in run.buffers if name[-3] == "stamp"}
@@ -240,14 +240,14 @@ def test_11_selection_is_a_function_of_its_inputs() -> None:
 def test_12_all_tokens_are_computed_densely() -> None:
     """PixArt's early layers clamp to every token: no gather, no scatter."""
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"), 20, depth=3)
-    unit, plan = opt._session.executors[0].unit, opt._session.executors[0].plan
-    mlp = next(s.index for s in unit.sites if s.kind == "mlp")
+    program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
+    mlp = next(s.index for s in program.sites if s.kind == "mlp")
     assert plan.steps[1].sites[mlp].action is Action.COMPUTE
     assert plan.steps[1].kind == "partial"
     for step in plan.steps:
         assert all(
             s.tokens < site.axis.size
-            for s, site in zip(step.sites, unit.sites, strict=True)
+            for s, site in zip(step.sites, program.sites, strict=True)
             if s.action is Action.PARTIAL
         )
 

@@ -148,10 +148,10 @@ def test_what_is_found_in_each_style() -> None:
         for site in report.sites:
             assert ("partial" in site.actions) == (site.kind == "mlp"), name
             assert (site.reason is None) == (site.kind == "mlp"), name
-        unit = opt._session.executors[0].unit
-        assert unit.sites[1].axis.grid == (4, 4), name
-        assert unit.sites[1].axis.offset == (3 if name == "register" else 0), name
-        blocks = [s.template for s in unit.segments if s.sites]
+        program = opt._session.executors[0].program
+        assert program.sites[1].axis.grid == (4, 4), name
+        assert program.sites[1].axis.offset == (3 if name == "register" else 0), name
+        blocks = [s.template for s in program.segments if s.sites]
         assert blocks == [blocks[0]] * 3, f"{name}: one template for all blocks"
 
 
@@ -204,7 +204,7 @@ def test_a_grid_that_the_graph_does_not_show_can_be_given(caplog: pytest.LogCapt
         with torch.no_grad():
             for _ in range(3):
                 opt(x, t, y)
-        grids.append(opt._session.executors[0].unit.sites[1].axis.grid)
+        grids.append(opt._session.executors[0].program.sites[1].axis.grid)
     assert grids == [None, (4, 6), (6, 4)]
     assert len([r for r in caplog.records if "grid=(height, width)" in r.message]) == 1
 

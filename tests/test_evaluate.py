@@ -12,10 +12,10 @@ from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TocaError, load_policy, save_policy
 from toca_compile.cli import main
-from toca_compile.evaluation import evaluate
-from toca_compile.metrics import feature_distance, kid, psnr
 from toca_compile.policies import Listed
-from toca_compile.tuning import Target, tune
+from toca_compile.quality.evaluation import evaluate
+from toca_compile.quality.metrics import feature_distance, kid, psnr
+from toca_compile.quality.tuning import Target, tune
 
 SIZE = (6, 10)
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
 
 
 def test_kid_is_shown_only_where_it_ranks() -> None:
-    from toca_compile.evaluation import Result, _drop_kid
+    from toca_compile.quality.evaluation import Result, _drop_kid
 
     def rows(full: list[float], few: list[float]) -> list[Result]:
         return [Result("uncached", 1, 1, [], kid=full), Result("3 steps", 4, 4, [30.0], kid=few)]
@@ -163,7 +163,7 @@ def test_a_target_out_of_reach() -> None:
 
 def test_the_command_evaluates_presets_files_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers")
-    from toca_compile.demo import default_model, load
+    from toca_compile.demo.fashion_dit import default_model, load
 
     model, scheduler = load(default_model())
     scheduler.save_pretrained(tmp_path / "small" / "scheduler")

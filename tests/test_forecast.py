@@ -12,8 +12,8 @@ from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.oracles.taylor import TaylorOracle
 from tests.sampling import noise, sample
 from toca_compile import PolicyError, TaylorSeer
-from toca_compile.ir import ops
-from toca_compile.ir.plan import Memory
+from toca_compile.ir.plan import CacheSpec
+from toca_compile.ops import series
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
@@ -32,18 +32,18 @@ def test_equal_to_taylorseer(interval: int, order: int, warmup: int, steps: int,
     assert ["full" if r.kind == "full" else "cached" for r in opt.steps] == oracle.kinds
 
 
-def forecast(memory: Memory, values: torch.Tensor, full: Sequence[int], step: int) -> torch.Tensor:
+def forecast(memory: CacheSpec, values: torch.Tensor, full: Sequence[int], step: int) -> torch.Tensor:
     """What the graph does, on one number: differences at each full step, the series at ``step``."""
     kept: list[torch.Tensor] = []
     for n, at in enumerate(full):
         fresh = [values[at]]
         for order in range(1, min(n, memory.order) + 1):
-            fresh.append(ops.difference(fresh[-1], kept[order - 1], memory.spacing(full[: n + 1], order)))
+            fresh.append(series.difference(fresh[-1], kept[order - 1], memory.spacing(full[: n + 1], order)))
         kept = fresh
     total = kept[0]
     for order, d in enumerate(kept[1:], 1):
         factor = order if memory.basis == "taylor" else 0
-        total = ops.forecast(total, d, memory.power(full, step, order), factor)
+        total = series.forecast(total, d, memory.power(full, step, order), factor)
     return total
 
 
@@ -59,7 +59,7 @@ def test_newton_is_exact_on_polynomials_of_its_order(data: st.DataObject, order:
     x = torch.arange(step + 1, dtype=torch.float64) / 8
     values = sum((c * x**i for i, c in enumerate(coefficients)), start=torch.zeros_like(x)).float()
     for basis in ("newton", "taylor") if order < 2 else ("newton",):
-        actual = forecast(Memory(order, basis=basis), values, full, step)
+        actual = forecast(CacheSpec(order, basis=basis), values, full, step)
         torch.testing.assert_close(actual, values[step], rtol=1e-3, atol=1e-2)
 
 

@@ -28,7 +28,7 @@ from toca_compile import (
     UnsupportedGraphError,
     VerifyError,
 )
-from toca_compile.passes import rewrite
+from toca_compile.passes.variants import rewrite
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
 
 WIDTH, HEADS, TOKENS, STEPS = 8, 2, 16, 3

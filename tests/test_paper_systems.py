@@ -141,7 +141,7 @@ def test_text_keys_and_values_are_computed_once_a_run() -> None:
 
     run([text] * 4)
     executor = opt._session.executors[0]
-    constant = [s for s in executor.unit.segments if s.constant]
+    constant = [s for s in executor.program.segments if s.constant]
     assert len(constant) == 3  # the caption's projection, and both blocks' keys and values
     calls = []
     for (template, modes, memories), (call, values, slots) in list(executor.ready.items()):
@@ -198,7 +198,7 @@ def test_opensora(depth: int, videos: int, latents: tuple[int, int, int], given:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert results[0].isfinite().all()
     same_selections(oracle.caches.selected, math.prod(latents) // 4)
-    by_kind = {s.kind: s.index for s in opt._session.executors[0].unit.sites}
+    by_kind = {s.kind: s.index for s in opt._session.executors[0].program.sites}
     steps = opt._session.executors[0].plan.steps
     for kind, full in {
         "self_attention": [0, 1, 2, *range(3, 30, 3)],
@@ -212,12 +212,12 @@ def test_opensora_is_one_axis_of_frames_and_places() -> None:
     model = randomize(STDiT3(width=24, heads=2, depth=2, caption_channels=8, in_channels=2))
     opt = toca_compile.optimize(model, preset("opensora-1.2/rflow-30"), lowering="eager")
     sample_video(opt, gaussian(1, 2, 3, 6, 8), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=1)
-    unit = opt._session.executors[0].unit
-    (axis,) = {s.axis for s in unit.sites}
+    program = opt._session.executors[0].program
+    (axis,) = {s.axis for s in program.sites}
     assert (axis.size, axis.frames, axis.grid) == (36, 3, (3, 4))
-    blocks = [s.template for s in unit.segments if s.sites]
+    blocks = [s.template for s in program.segments if s.sites]
     assert blocks == [blocks[0]] * 2
-    kinds = [s.kind for s in unit.sites if s.block == 0]
+    kinds = [s.kind for s in program.sites if s.block == 0]
     assert kinds == ["self_attention", "cross_attention", "mlp"] * 2
 
 

@@ -12,13 +12,13 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import PassError, ToCa, VerifyError
+from toca_compile.compiler.pass_manager import PassManager
+from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.printer import print_graph
-from toca_compile.ir.program import Mode, Pass, Unit
+from toca_compile.ir.program import Mode, Pass, Program
 from toca_compile.ir.spec import AxisSpec, elementwise
-from toca_compile.pass_manager import PassManager
-from toca_compile.passes.rewrite import rewrite
-from toca_compile.pipeline import PIPELINE
+from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.rules.registry import RULES
 
 aten = torch.ops.aten
@@ -43,12 +43,12 @@ class Tiny(nn.Module):
         return h
 
 
-def unit_of(model: nn.Module, *inputs: Tensor) -> Unit:
-    found: list[Unit] = []
+def unit_of(model: nn.Module, *inputs: Tensor) -> Program:
+    found: list[Program] = []
 
     def backend(gm: fx.GraphModule, args: list[Any]) -> Any:
         static = tuple(isinstance(a, nn.Parameter) for a in args)
-        found.append(PassManager(PIPELINE).run(Unit(gm, static, tuple(args))))
+        found.append(PassManager(PIPELINE).run(Program(gm, static, tuple(args))))
         return gm.forward
 
     with torch.no_grad():
@@ -57,12 +57,12 @@ def unit_of(model: nn.Module, *inputs: Tensor) -> Unit:
 
 
 @pytest.fixture
-def unit() -> Unit:
+def program() -> Program:
     return unit_of(Tiny().eval(), torch.randn(2, 1, 4, 6), torch.randn(2, 1, 4))
 
 
-def test_capture(unit: Unit) -> None:
-    text = print_graph(unit.module.graph).split("\n")
+def test_capture(program: Program) -> None:
+    text = print_graph(program.module.graph).split("\n")
     assert_expected_inline(
         "\n".join([t for t in text if "input" not in t][:17]),
         """\
@@ -86,13 +86,13 @@ add_1 = add.Tensor(add, mul)  # [2, 6, 4]""",
     )
 
 
-def test_infer_axes(unit: Unit) -> None:
+def test_infer_axes(program: Program) -> None:
     """h and w are the picture's axes in tokens; the residual stream and the attention share them."""
-    assert unit.types is not None
+    assert program.types is not None
     lines = []
-    for node in unit.module.graph.nodes:
+    for node in program.module.graph.nodes:
         if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
-            lines.append(f"{node.name}: {' '.join(str(d) for d in unit.types.type_of(node))}")
+            lines.append(f"{node.name}: {' '.join(str(d) for d in program.types.type_of(node))}")
     assert_expected_inline(
         "\n".join(lines[:11]),
         """\
@@ -110,11 +110,11 @@ add: (4,) (27, 28) (0,)""",
     )
 
 
-def test_find_sites(unit: Unit) -> None:
+def test_find_sites(program: Program) -> None:
     lines = [
         f"{s.index} {s.kind} axis={s.axis.size} grid={s.axis.grid} {s.source}..{s.output} -> {s.add} "
-        f"score={s.by_keys and s.by_keys.site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
-        for s in unit.sites
+        f"score={s.score_by_keys and s.score_by_keys.site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
+        for s in program.sites
     ]
     assert_expected_inline(
         "\n".join(lines),
@@ -126,17 +126,17 @@ def test_find_sites(unit: Unit) -> None:
     )
 
 
-def test_find_attention(unit: Unit) -> None:
-    assert [(a.node.name, a.axis == a.key_axis, a.map) for a in unit.attentions] == [
+def test_find_attention(program: Program) -> None:
+    assert [(a.node.name, a.axis == a.key_axis, a.map) for a in program.attentions] == [
         ("scaled_dot_product_attention", True, None),
         ("scaled_dot_product_attention_1", True, None),
     ]
 
 
-def test_outline(unit: Unit) -> None:
+def test_outline(program: Program) -> None:
     lines = [
         f"template {s.template} sites {s.sites}: {[n.name for n in s.nodes]} -> {list(s.outputs)}"
-        for s in unit.segments
+        for s in program.segments
     ]
     assert_expected_inline(
         "\n".join(lines),
@@ -147,18 +147,18 @@ template 1 sites (2, 3): ['linear_3', 'unsqueeze_1', 'split_1', 'getitem_3', 'ge
     )
 
 
-def variant(unit: Unit, *modes: Mode, dense: bool = False) -> str:
-    segment = next(s for s in unit.segments if s.sites)
-    assert unit.types is not None
+def variant(program: Program, *modes: Mode, dense: bool = False) -> str:
+    segment = next(s for s in program.segments if s.sites)
+    assert program.types is not None
     made = rewrite(
-        segment, [unit.sites[i] for i in segment.sites], modes, unit.types, Selector(weight=0.1), dense=dense
+        segment, [program.sites[i] for i in segment.sites], modes, program.types, Selector(weight=0.1), dense=dense
     )
     return print_graph(made.module.graph)
 
 
-def test_rewrite_partial(unit: Unit) -> None:
+def test_rewrite_partial(program: Program) -> None:
     assert_expected_inline(
-        variant(unit, Mode.REUSE, Mode.PARTIAL),
+        variant(program, Mode.REUSE, Mode.PARTIAL),
         """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
@@ -188,9 +188,9 @@ return [add_1]""",
     )
 
 
-def test_rewrite_partial_dense(unit: Unit) -> None:
+def test_rewrite_partial_dense(program: Program) -> None:
     assert_expected_inline(
-        variant(unit, Mode.REUSE, Mode.PARTIAL, dense=True),
+        variant(program, Mode.REUSE, Mode.PARTIAL, dense=True),
         """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
@@ -219,9 +219,9 @@ return [add_1]""",
     )
 
 
-def test_rewrite_full(unit: Unit) -> None:
+def test_rewrite_full(program: Program) -> None:
     assert_expected_inline(
-        variant(unit, Mode.STORE | Mode.SCORE, Mode.STORE),
+        variant(program, Mode.STORE | Mode.SCORE, Mode.STORE),
         """\
 in0_transpose = input  # [2, 6, 4]
 in1_arg3_1 = input  # [12, 4]
@@ -257,9 +257,9 @@ return [add_1]""",
     )
 
 
-def test_rewrite_reuse(unit: Unit) -> None:
+def test_rewrite_reuse(program: Program) -> None:
     assert_expected_inline(
-        variant(unit, Mode.REUSE, Mode.REUSE),
+        variant(program, Mode.REUSE, Mode.REUSE),
         """\
 in0_transpose = input  # [2, 6, 4]
 in7_arg9_1 = input  # [2, 1, 4]
@@ -272,26 +272,26 @@ return [add_1]""",
     )
 
 
-def test_plain_is_the_model(unit: Unit) -> None:
-    assert "toca" not in variant(unit, Mode.PLAIN, Mode.PLAIN)
+def test_plain_is_the_model(program: Program) -> None:
+    assert "toca" not in variant(program, Mode.PLAIN, Mode.PLAIN)
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------
 
 
 def breaking(**change: Any) -> Pass:
-    def broken_pass(unit: Unit) -> Unit:
-        return replace(unit, **{k: f(unit) for k, f in change.items()})
+    def broken_pass(program: Program) -> Program:
+        return replace(program, **{k: f(program) for k, f in change.items()})
 
     return Pass(broken_pass)
 
 
-def mutates(unit: Unit) -> fx.GraphModule:
-    graph = unit.module.graph
+def mutates(program: Program) -> fx.GraphModule:
+    graph = program.module.graph
     node = next(n for n in graph.nodes if n.target is aten.relu.default)
     with graph.inserting_after(node):
         graph.call_function(aten.relu_.default, (node,)).meta.update(node.meta)
-    return unit.module
+    return program.module
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def broken_unit(passes: tuple[Pass, ...]) -> None:
 
     def backend(gm: fx.GraphModule, args: list[Any]) -> Any:
         try:
-            PassManager(passes).run(Unit(gm, tuple(isinstance(a, nn.Parameter) for a in args), tuple(args)))
+            PassManager(passes).run(Program(gm, tuple(isinstance(a, nn.Parameter) for a in args), tuple(args)))
         except PassError as error:
             errors.append(error)
         return gm.forward

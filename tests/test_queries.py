@@ -15,7 +15,7 @@ from tests.oracles.token_series import TokenSeriesOracle
 from tests.sampling import noise, sample
 from toca_compile import Composition, Fora, FullCompute, PolicyError, TaylorToCa, VerifyError
 from toca_compile.lowerings import LOWERINGS
-from toca_compile.passes.restrict import Restriction
+from toca_compile.passes.variants.restrict import Restriction
 from toca_compile.policies import Every, Queries, Rule, Selector, Share
 
 
@@ -232,11 +232,11 @@ def test_a_restriction_that_forgets_the_window_is_caught(monkeypatch: pytest.Mon
     right = Restriction._leaf
 
     def wrong(self: Restriction, *args: Any) -> Any:
-        carry, self.carry = self.carry, replace(self.carry, windows={})
+        carry, self.proof = self.proof, replace(self.proof, windows={})
         try:
             return right(self, *args)
         finally:
-            self.carry = carry
+            self.proof = carry
 
     monkeypatch.setattr(Restriction, "_leaf", wrong)
     model, call = joint_models()["flux"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toca_compile.ir import ops
+from toca_compile.ops import scores, selection
 
 
 @settings(deadline=None, max_examples=25)
@@ -26,7 +26,7 @@ def test_attention_received_is_the_column_sum(n: int, keys: int, heads: int, see
         mask = torch.randn(1, 1, n, keys, generator=g)
         logits = logits + mask
     expected = logits.softmax(-1).sum(-2)
-    torch.testing.assert_close(ops.attention_received(q, k, mask, None, False, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.attention_received(q, k, mask, None, False, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_received_causal_and_grouped() -> None:
@@ -34,14 +34,14 @@ def test_attention_received_causal_and_grouped() -> None:
     full = k.repeat_interleave(2, 1)
     logits = (q @ full.transpose(-1, -2)) * 0.7
     logits = logits.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
-    torch.testing.assert_close(ops.attention_received(q, k, None, 0.7, True, 1), logits.softmax(-1).sum(-2))
+    torch.testing.assert_close(scores.attention_received(q, k, None, 0.7, True, 1), logits.softmax(-1).sum(-2))
 
 
 @pytest.mark.parametrize("stride", [2, 3, 7])
 def test_a_stride_asks_every_so_many_rows(stride: int) -> None:
     q, k = torch.randn(2, 2, 50, 4), torch.randn(2, 2, 20, 4)
     expected = (q[:, :, ::stride] @ k.transpose(-1, -2) / 2).softmax(-1).sum(-2)
-    torch.testing.assert_close(ops.attention_received(q, k, None, None, False, stride), expected)
+    torch.testing.assert_close(scores.attention_received(q, k, None, None, False, stride), expected)
 
 
 def test_no_map_of_all_queries_is_made() -> None:
@@ -58,14 +58,14 @@ def test_no_map_of_all_queries_is_made() -> None:
 
     q = torch.randn(1, 1, 2048, 4)
     with Largest() as seen:
-        ops.attention_received(q, q, None, None, False, 1)
+        scores.attention_received(q, q, None, None, False, 1)
     assert seen.size <= 2048 * 2048 // 16
 
 
 def select(score: torch.Tensor, k: int, **kwargs: object) -> torch.Tensor:
     settings_ = {"step": 1, "since": 0, "weight": 0.0, "grid": [], "cell": 1, "bonus": 0.0, **kwargs}
     stamp = settings_.pop("stamp", torch.zeros(score.shape, dtype=torch.int32))
-    return ops.select_tokens(score, stamp, k, **settings_).sort(1).values  # type: ignore[arg-type]
+    return selection.select_tokens(score, stamp, k, **settings_).sort(1).values  # type: ignore[arg-type]
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=40), st.data())
@@ -92,7 +92,7 @@ def test_the_bonus_goes_to_the_best_of_each_cell() -> None:
     # A 3×5 picture behind one register, cells of 2: those at the right and lower border are smaller.
     picture = torch.tensor([[9.0, 1, 1, 1, 2], [1, 8.9, 1, 7, 1], [3, 1, 1, 6, 5]])
     score = torch.cat([torch.tensor([100.0]), picture.flatten()])[None]
-    raised = ops._cell_bonus(score, [3, 5, 1, 1], 2, 0.5)
+    raised = selection._cell_bonus(score, [3, 5, 1, 1], 2, 0.5)
     best = {(0, 0): 13.5, (1, 3): 10.5, (0, 4): 3.0, (2, 0): 4.5, (2, 3): 9.0, (2, 4): 7.5}
     expected = picture.clone()
     for place, value in best.items():
@@ -103,7 +103,7 @@ def test_the_bonus_goes_to_the_best_of_each_cell() -> None:
 
 def test_random_scores_are_uniform_reproducible_and_the_same_for_every_sample() -> None:
     like = torch.zeros(3, 4096, dtype=torch.int32)
-    a, b, c = (ops.random_scores(like, step, site, 0) for step, site in ((1, 2), (1, 2), (2, 2)))
+    a, b, c = (scores.random_scores(like, step, site, 0) for step, site in ((1, 2), (1, 2), (2, 2)))
     assert torch.equal(a, b)
     assert torch.equal(a[0], a[2])
     assert not torch.equal(a, c)

@@ -18,7 +18,6 @@ except OSError as _error:
     raise cannot_write(_error) from _error
 
 from toca_compile.api import explain, optimize
-from toca_compile.evaluation import evaluate
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
@@ -33,7 +32,8 @@ from toca_compile.policies import (
     preset,
     save_policy,
 )
-from toca_compile.tuning import Target, tune
+from toca_compile.quality.evaluation import evaluate
+from toca_compile.quality.tuning import Target, tune
 
 __all__ = [
     "BlockCache",

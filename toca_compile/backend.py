@@ -13,21 +13,22 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from toca_compile import numeric_check
-from toca_compile.check_plan import check_plan
+from toca_compile.compiler import numeric_check
+from toca_compile.compiler.check_plan import check_plan
+from toca_compile.compiler.pass_manager import PassManager
+from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import source_line, value_of
-from toca_compile.ir.plan import Memory, Plan, Policy
-from toca_compile.ir.program import Mode, Segment, Slot, Unit, Variant
+from toca_compile.ir.plan import CacheSpec, Plan, Policy
+from toca_compile.ir.program import Mode, Program, Segment, Slot, Variant
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import lowering as find_lowering
-from toca_compile.pass_manager import PassManager
-from toca_compile.passes.measure_scores import check_score
-from toca_compile.passes.rewrite import rewrite
-from toca_compile.passes.skip_range import find_range, keep_range, probe_range, skip_range
-from toca_compile.pipeline import PIPELINE
+from toca_compile.passes.proof.block_range import find_range
+from toca_compile.passes.variants.measure_scores import check_score
+from toca_compile.passes.variants.rewrite import rewrite
+from toca_compile.passes.variants.skip_range import keep_range, probe_range, skip_range
 from toca_compile.policies.storage import checked_policy
 from toca_compile.runtime.executor import FOLLOWED, Compiled, Executor, example_buffer
 from toca_compile.runtime.skipping import Skipping, range_buffer
@@ -99,20 +100,20 @@ class Session:
         keep the plans that they began with: whoever calls for them says which, at each call."""
         if policy is self.applied or policy == self.applied:
             return
-        plans = [self._plan(policy, executor.number, executor.unit) for executor in self.executors]
+        plans = [self._plan(policy, executor.number, executor.program) for executor in self.executors]
         for executor, plan in zip(self.executors, plans, strict=True):
             executor.set_plan(plan)
         self.applied = policy
 
-    def _plan(self, policy: Policy, number: int, unit: Unit) -> Plan:
+    def _plan(self, policy: Policy, number: int, program: Program) -> Plan:
         """What a policy plans for a graph, checked, and said what the user should know of it; made once."""
         plans = next((plans for known, plans in self._plans if known == policy), None)
         if plans is None:
             plans = {}
             self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
         if number not in plans:
-            plan = check_plan(policy, unit, self.warn_once)
-            self._explain_choices(unit, plan)
+            plan = check_plan(policy, program, self.warn_once)
+            self._explain_choices(program, plan)
             plans[number] = plan
         return plans[number]
 
@@ -147,8 +148,8 @@ class Session:
 
     def forget(self, executors: Sequence[Executor]) -> None:
         """Drop graphs that no call will reach again, and their runs."""
-        numbers, units = {e.number for e in executors}, {id(e.unit) for e in executors}
-        self.checked = {key: seconds for key, seconds in self.checked.items() if key[0] not in units}
+        numbers, programs = {e.number for e in executors}, {id(e.program) for e in executors}
+        self.checked = {key: seconds for key, seconds in self.checked.items() if key[0] not in programs}
         kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
@@ -161,25 +162,25 @@ class Session:
             log.warning(message)
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Executor:
-        unit = Unit(gm, _static_inputs(gm, inputs), tuple(inputs), self.grid)
+        program = Program(gm, _static_inputs(gm, inputs), tuple(inputs), self.grid)
         passes = PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"]
         manager = PassManager(passes)
-        unit = manager.run(unit)
-        for node in unit.module.graph.nodes:
+        program = manager.run(program)
+        for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
-        if not unit.sites:
+        if not program.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
-        plan = self._plan(self.applied, self.seen, unit)
-        executor = Executor(unit, plan, self.control, self._variants(unit), self._skipping(unit), self.seen)
+        plan = self._plan(self.applied, self.seen, program)
+        executor = Executor(program, plan, self.control, self._variants(program), self._skipping(program), self.seen)
         self.managers.append(manager)
         return executor
 
-    def _skipping(self, unit: Unit) -> Callable[[Plan, dict[fx.Node, int]], Skipping | None]:
+    def _skipping(self, program: Program) -> Callable[[Plan, dict[fx.Node, int]], Skipping | None]:
         def make(plan: Plan, place: dict[fx.Node, int]) -> Skipping | None:
             if not plan.skipped:
                 return None
-            found = find_range(unit, plan.skipped, plan.skip)
+            found = find_range(program, plan.skipped, plan.skip)
 
             def compiled(name: str) -> Compiled:
                 if name in ("keep", "skip"):
@@ -195,64 +196,66 @@ class Session:
 
         return make
 
-    def _variants(self, unit: Unit) -> Callable[[Segment, tuple[Mode, ...], tuple[Memory, ...], Plan], Compiled]:
+    def _variants(
+        self, program: Program
+    ) -> Callable[[Segment, tuple[Mode, ...], tuple[CacheSpec, ...], Plan], Compiled]:
         def compiled(
-            segment: Segment, modes: tuple[Mode, ...], memories: tuple[Memory, ...], plan: Plan
+            segment: Segment, modes: tuple[Mode, ...], memories: tuple[CacheSpec, ...], plan: Plan
         ) -> Compiled:  # fmt: skip
-            variant = self.variant(unit, segment, modes, memories, plan)
+            variant = self.variant(program, segment, modes, memories, plan)
             examples = [_example(segment.inputs[i]) for i in variant.values]
-            sites = [unit.sites[i] for i in segment.sites]
-            examples += [_slot_example(slot, sites[slot.position], unit, plan) for slot in variant.slots]
+            sites = [program.sites[i] for i in segment.sites]
+            examples += [_slot_example(slot, sites[slot.position], program, plan) for slot in variant.slots]
             return self._lower(variant, examples), variant.values, variant.slots
 
         return compiled
 
     def variant(
-        self, unit: Unit, segment: Segment, modes: tuple[Mode, ...], memories: tuple[Memory, ...], plan: Plan
+        self, program: Program, segment: Segment, modes: tuple[Mode, ...], memories: tuple[CacheSpec, ...], plan: Plan
     ) -> Variant:
         """The rewritten graph of a segment, checked against what it stands for."""
-        assert unit.types is not None
+        assert program.types is not None
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
-        exemplar = next(s for s in unit.segments if s.template == segment.template)
-        sites = [unit.sites[i] for i in exemplar.sites]
+        exemplar = next(s for s in program.segments if s.template == segment.template)
+        sites = [program.sites[i] for i in exemplar.sites]
         dense = self.lowering == "dense"
-        variant = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=dense)
-        _propagate(variant, exemplar, unit, plan)
+        variant = rewrite(exemplar, sites, modes, program.types, plan.selector, memories, dense=dense)
+        _propagate(variant, exemplar, program, plan)
         verify_variant(variant, exemplar)
-        if any(Mode.PARTIAL in m for m in modes) and not dense and self._is_due(unit, segment, modes):
+        if any(Mode.PARTIAL in m for m in modes) and not dense and self._is_due(program, segment, modes):
             began = time.perf_counter()
-            meaning = rewrite(exemplar, sites, modes, unit.types, plan.selector, memories, dense=True)
+            meaning = rewrite(exemplar, sites, modes, program.types, plan.selector, memories, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
-                examples[slot] = _slot_example(slot, sites[slot.position], unit, plan)
+                examples[slot] = _slot_example(slot, sites[slot.position], program, plan)
             names, shared = [s.name for s in sites], plan.selector.shared_pair
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
-            self.checked[id(unit), segment.template, modes] = time.perf_counter() - began
+            self.checked[id(program), segment.template, modes] = time.perf_counter() - began
         return variant
 
-    def _is_due(self, unit: Unit, segment: Segment, modes: tuple[Mode, ...]) -> bool:
+    def _is_due(self, program: Program, segment: Segment, modes: tuple[Mode, ...]) -> bool:
         """Whether a partial variant is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
         asked = numeric_check.wanted()
-        if asked is numeric_check.Checks.NONE or (id(unit), segment.template, modes) in self.checked:
+        if asked is numeric_check.Checks.NONE or (id(program), segment.template, modes) in self.checked:
             return False
-        first = not any(key[:2] == (id(unit), segment.template) for key in self.checked)
+        first = not any(key[:2] == (id(program), segment.template) for key in self.checked)
         return first or asked is numeric_check.Checks.ALL
 
-    def _explain_choices(self, unit: Unit, plan: Plan) -> None:
-        assert unit.types is not None
-        found = find_range(unit, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
+    def _explain_choices(self, program: Program, plan: Plan) -> None:
+        assert program.types is not None
+        found = find_range(program, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
         for node, entry in zip(found.outputs, found.entries, strict=True) if found is not None else ():
             if entry is None:
                 self.warn_once(
                     f"no stream like {node.name} ({source_line(node)}) enters the blocks to skip, so what they add to "
                     "it is not known: a step that skips them reuses the stream itself"
                 )
-        partial = [s for s in unit.sites if plan.partial(s.index)]
+        partial = [s for s in program.sites if plan.partial(s.index)]
         score = plan.selector.score
         for site in partial if plan.selector.scored else ():
             scorer = site.scorer(score)
-            if scorer is not None and unit.sites[scorer.site].attention:
-                check_score(unit.sites[scorer.site].attention[-1], score, unit.types)
+            if scorer is not None and program.sites[scorer.site].attention:
+                check_score(program.sites[scorer.site].attention[-1], score, program.types)
             elif scorer is None:
                 kind = "cross-attention" if score == "entropy" else "self-attention"
                 self.warn_once(f"no {kind} runs over the tokens of {site.name}: they are ranked by age alone")
@@ -384,18 +387,18 @@ def _example(node: fx.Node) -> Any:
     return value if given else value.new_empty(value.shape)
 
 
-def _slot_example(slot: Slot, site: Site, unit: Unit, plan: Plan) -> Any:
+def _slot_example(slot: Slot, site: Site, program: Program, plan: Plan) -> Any:
     """A fake buffer, or a number that could be one: some K, some step."""
     if slot.is_buffer:
-        return example_buffer(slot, site, unit, plan)
+        return example_buffer(slot, site, program, plan)
     return max(1, site.axis.size // 2) if slot.kind == "k" else 3
 
 
-def _propagate(variant: Variant, exemplar: Segment, unit: Unit, plan: Plan) -> None:
+def _propagate(variant: Variant, exemplar: Segment, program: Program, plan: Plan) -> None:
     """Give every node of a variant its value, as fake tensors, with some K."""
     examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
-    sites = [unit.sites[i] for i in exemplar.sites]
-    examples += [_slot_example(slot, sites[slot.position], unit, plan) for slot in variant.slots]
+    sites = [program.sites[i] for i in exemplar.sites]
+    examples += [_slot_example(slot, sites[slot.position], program, plan) for slot in variant.slots]
     modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
     with modes.pop() if modes else torch.no_grad():
         _Propagate(variant.module).run(*examples)

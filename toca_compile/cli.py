@@ -66,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(given: argparse.Namespace) -> None:
-    from toca_compile import demo
+    from toca_compile.demo import fashion_dit
 
-    demo.run(
+    fashion_dit.run(
         model_path=given.model, out=given.out, steps=given.steps, samples=given.samples, repeats=given.repeats,
         seed=given.seed, device=given.device,
     )  # fmt: skip
@@ -77,31 +77,31 @@ def _demo(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from toca_compile import demo, fashion
-    from toca_compile.evaluation import evaluate
+    from toca_compile.demo import fashion_dit, fashion_mnist
+    from toca_compile.quality.evaluation import evaluate
 
-    model, sampler = demo.model_and_sampler(given.model, given.device)
-    labels = demo.labels(given.batch).repeat(given.samples // given.batch)
-    classifier = fashion.load_classifier(demo.default_model().parent / "fashion_classifier")
-    features = None if given.no_features else fashion.Features()
+    model, sampler = fashion_dit.model_and_sampler(given.model, given.device)
+    labels = fashion_dit.labels(given.batch).repeat(given.samples // given.batch)
+    classifier = fashion_mnist.load_classifier(fashion_dit.default_model().parent / "fashion_classifier")
+    features = None if given.no_features else fashion_mnist.Features()
     real = None
     if features is not None and given.data is not None:
-        real = features(fashion.read_pictures(given.data, "t10k")[0][:2000])
+        real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000])
     evaluate(
         model, sampler, _policies(given.policy, given.steps), steps=given.steps, fewer=given.fewer, seeds=given.seeds,
         samples=given.samples, batch=given.batch, out=given.out, lowering=given.lowering, features=features, real=real,
-        accuracy=lambda pictures: fashion.accuracy(classifier, pictures, labels), console=Console(),
+        accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels), console=Console(),
     )  # fmt: skip
 
 
 def _tune(given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from toca_compile import demo
+    from toca_compile.demo import fashion_dit
     from toca_compile.policies import save_policy
-    from toca_compile.tuning import Target, tune
+    from toca_compile.quality.tuning import Target, tune
 
-    model, sampler = demo.model_and_sampler(given.model, given.device)
+    model, sampler = fashion_dit.model_and_sampler(given.model, given.device)
     policy = tune(
         model, sampler, target=Target(given.flops, given.latency, given.psnr), steps=given.steps,
         seeds=tuple(given.seeds), samples=given.samples, seconds=given.seconds, trials=given.trials, out=given.out,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from toca_compile.backend import Session
-from toca_compile.cost import CostModel, K
+from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.ir.printer import print_graph
@@ -108,7 +108,7 @@ class Report:
     def _cost(self, graph: int, counting: str = "published") -> CostModel:
         """The cost model of a graph, made once: it remembers what each node costs."""
         if (graph, counting) not in self._models:
-            self._models[graph, counting] = CostModel(self._session.executors[graph].unit, counting)
+            self._models[graph, counting] = CostModel(self._session.executors[graph].program, counting)
         return self._models[graph, counting]
 
     @property
@@ -123,8 +123,8 @@ class Report:
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
             for template, modes, memories in executor.ready:
-                segment = next(s for s in executor.unit.segments if s.template == template)
-                variant = self._session.variant(executor.unit, segment, modes, memories, executor.plan)
+                segment = next(s for s in executor.program.segments if s.template == template)
+                variant = self._session.variant(executor.program, segment, modes, memories, executor.plan)
                 texts[f"{prefix}template{template}[{_mode_names(modes)}]"] = print_graph(variant.module.graph)
         return texts
 
@@ -167,9 +167,9 @@ def make_report(session: Session) -> Report:
 
 
 def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
-    total = sum(int(cost.site(s, Action.COMPUTE).subs(cost.values)) for s in executor.unit.sites) or 1
+    total = sum(int(cost.site(s, Action.COMPUTE).subs(cost.values)) for s in executor.program.sites) or 1
     rows = []
-    for site in executor.unit.sites:
+    for site in executor.program.sites:
         full = int(cost.site(site, Action.COMPUTE).subs(cost.values))
         partial = cost.site(site, Action.PARTIAL).subs(cost.values) if Action.PARTIAL in site.actions else None
         actions = frozenset(a.value for a in site.actions)
@@ -192,10 +192,10 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
 
 def _actions(executor: Executor, kind: str) -> list[Action]:
     if kind == "full":
-        return [Action.COMPUTE] * len(executor.unit.sites)
+        return [Action.COMPUTE] * len(executor.program.sites)
     if kind in ("reuse", "forecast"):
-        return [Action.REUSE] * len(executor.unit.sites)
-    return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.unit.sites]
+        return [Action.REUSE] * len(executor.program.sites)
+    return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.program.sites]
 
 
 def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:

@@ -73,7 +73,7 @@ class Selector(Checked):
 
 
 @dataclass(frozen=True)
-class Memory:
+class CacheSpec:
     """What a site keeps: its output and ``order`` differences, in ``dtype`` (None: the output's own).
 
     Differences are those of a ``"taylor"`` series, repeated slopes between neighbouring full steps, or the divided
@@ -96,7 +96,7 @@ class Memory:
         return prod(step - at for at in full[-order:])
 
 
-OUTPUT_ONLY = Memory()
+OUTPUT_ONLY = CacheSpec()
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Skip:
     """
 
     residual: bool = True
-    memory: Memory = OUTPUT_ONLY
+    memory: CacheSpec = OUTPUT_ONLY
     threshold: Threshold | None = None
     limit: Count | None = None
 
@@ -127,14 +127,14 @@ class Plan:
     steps: tuple[StepPlan, ...]
     selector: Selector = Selector()
     endless: bool = False
-    memory: Memory = OUTPUT_ONLY
+    memory: CacheSpec = OUTPUT_ONLY
     skip: Skip = Skip()
 
     def reads(self, site: int) -> bool:
         """Whether any step reads the site's cache; without, nothing is stored."""
         return self.ever(site, *SELECTING, Action.REUSE, Action.FORECAST)
 
-    def memory_of(self, site: int) -> Memory:
+    def cache_spec(self, site: int) -> CacheSpec:
         """What a site keeps: as many differences as its steps ask for."""
         return replace(self.memory, order=max(s.order for s in self._does[site]))
 
@@ -158,7 +158,7 @@ class Plan:
 
     def tokenwise(self, site: int) -> bool:
         """Whether each token of the site has a history of its own."""
-        return self.memory_of(site).order > 0 and any(s.action in SELECTING and s.update for s in self._does[site])
+        return self.cache_spec(site).order > 0 and any(s.action in SELECTING and s.update for s in self._does[site])
 
     def keeps_keys(self, site: int) -> bool:
         """Whether any step takes the site's keys and values from the cache."""

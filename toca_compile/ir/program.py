@@ -29,7 +29,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Program:
     """What the passes work on: one captured graph and all that is known of it. A pass fills in the next field."""
 
     module: fx.GraphModule
@@ -57,7 +57,7 @@ class Unit:
 class Pass:
     """One step of the pipeline. Its name is its function's, so that logs cannot lie."""
 
-    run: Callable[[Unit], Unit]
+    run: Callable[[Program], Program]
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Range:
+class BlockRange:
     """The segments from ``first`` to before ``last``, which some steps skip, and what they make that others read.
 
     ``entries`` are, for each output, what enters the range in its place; None where nothing of its kind does.

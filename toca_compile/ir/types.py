@@ -40,7 +40,7 @@ class StepKind(str, Enum):
 
 
 @dataclass(frozen=True)
-class Occurrence:
+class FactorPos:
     """One factor in the type of a value: the ``index``-th factor of dimension ``dim``."""
 
     dim: int
@@ -101,31 +101,32 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Carry:
+class RowProof:
     """The proof that a branch is token-wise: for each node from its input to its output, where in its type the token
     factors and the batch factors lie. Restricting all of them to the same rows commutes with every op between.
 
-    ``held`` are values of the branch that the proof takes from the cache (the attention of a parallel block): the
-    branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
-    ``whole`` are values of the branch that it reads for all tokens (keys and values of an attention); its input, which
-    it may read so too, is none of them: that is there at every step. ``updates`` are, where those are token-wise in the
-    branch's input, the proofs. In the values of ``windows`` the tokens are a part of a concatenation, from a start on
-    and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations and which of their operands it is.
+    ``stale_inputs`` are values of the branch that the proof takes from the cache (the attention of a parallel block):
+    the branch is token-wise in them and in its input together. ``rows`` are the nodes that a partial step computes.
+    ``dense_inputs`` are values of the branch that it reads for all tokens (keys and values of an attention); its input,
+    which it may read so too, is none of them: that is there at every step. ``updates`` are, where those are token-wise
+    in the branch's input, the proofs. In the values of ``windows`` the tokens are a part of a concatenation, from a
+    start on and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations and which of their
+    operands it is.
     """
 
-    tokens: Mapping[fx.Node, tuple[Occurrence, ...]]
-    batch: Mapping[fx.Node, tuple[Occurrence, ...]]
+    tokens: Mapping[fx.Node, tuple[FactorPos, ...]]
+    batch: Mapping[fx.Node, tuple[FactorPos, ...]]
     rows: frozenset[fx.Node]
-    held: tuple[fx.Node, ...] = ()
-    whole: tuple[fx.Node, ...] = ()
-    updates: "tuple[Carry, ...]" = ()
+    stale_inputs: tuple[fx.Node, ...] = ()
+    dense_inputs: tuple[fx.Node, ...] = ()
+    updates: "tuple[RowProof, ...]" = ()
     windows: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
     cuts: frozenset[fx.Node] = frozenset()
     joins: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ScoreSource:
     """Whose attention ranks a site's tokens: the site that holds it, and which of the attention's keys they are (None:
     all)."""
 
@@ -136,7 +137,7 @@ class Scorer:
 @dataclass(frozen=True)
 class Site:
     """A residual branch ``x ← x + g(M(f(x)))`` on a token axis. ``output`` is M's output, before the gate: the cached
-    value. ``carry`` holds the proof that the branch may be computed on a subset of tokens, ``reason`` why not."""
+    value. ``row_proof`` holds the proof that the branch may be computed on a subset of tokens, ``reason`` why not."""
 
     index: int
     name: str
@@ -148,12 +149,12 @@ class Site:
     add: fx.Node
     region: frozenset[fx.Node]
     attention: tuple[Attention, ...]
-    carry: Carry | None
+    row_proof: RowProof | None
     reason: str | None
-    queries: Carry | None = None  # the proof that it may be, given keys and values of all tokens
+    query_proof: RowProof | None = None  # the proof that it may be, given keys and values of all tokens
     no_queries: str | None = None  # or why not
-    by_keys: Scorer | None = None  # an attention that has the tokens as keys
-    by_queries: Scorer | None = None  # a cross-attention that has them as queries
+    score_by_keys: ScoreSource | None = None  # an attention that has the tokens as keys
+    score_by_queries: ScoreSource | None = None  # a cross-attention that has them as queries
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack
@@ -161,12 +162,12 @@ class Site:
     @property
     def actions(self) -> frozenset[Action]:
         """The legal actions."""
-        partial = {Action.PARTIAL} if self.carry is not None else set()
-        partial |= {Action.QUERIES} if self.queries is not None else set()
+        partial = {Action.PARTIAL} if self.row_proof is not None else set()
+        partial |= {Action.QUERIES} if self.query_proof is not None else set()
         return frozenset({Action.COMPUTE, Action.REUSE, Action.FORECAST, Action.SKIP} | partial)
 
-    def scorer(self, score: str) -> Scorer | None:
+    def scorer(self, score: str) -> ScoreSource | None:
         """Who measures a score of this site's tokens; None where nobody can."""
         if score == "error":
-            return Scorer(self.index)
-        return self.by_queries if score == "entropy" else self.by_keys
+            return ScoreSource(self.index)
+        return self.score_by_queries if score == "entropy" else self.score_by_keys

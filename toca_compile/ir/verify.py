@@ -1,4 +1,4 @@
-"""What a legal unit is after each pass. The pass manager checks it; a pass that breaks it is named in the error."""
+"""What a legal program is after each pass. The pass manager checks it; a pass that breaks it is named in the error."""
 
 from collections.abc import Collection
 
@@ -8,30 +8,30 @@ from torch import fx
 from toca_compile.errors import VerifyError
 from toca_compile.ir.calls import shape, tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.program import Segment, Slot, Unit, Variant
+from toca_compile.ir.program import Program, Segment, Slot, Variant
 
 
-def verify(unit: Unit) -> None:
-    """Check every fact that the unit claims against the graph.
+def verify(program: Program) -> None:
+    """Check every fact that the program claims against the graph.
 
     Raises:
         VerifyError: the first that does not hold.
     """
-    graph = unit.module.graph
+    graph = program.module.graph
     graph.lint()
     _functional(graph)
-    if unit.types is not None:
-        _types(unit)
+    if program.types is not None:
+        _types(program)
     nodes = set(graph.nodes)
-    for site in unit.sites:
+    for site in program.sites:
         _require(site.add in nodes and site.output in site.region, f"site {site.name} is not part of the graph")
         _require(site.source not in site.region, f"site {site.name} starts inside its own branch")
-        if site.carry is not None:
-            _require(site.source in site.carry.tokens, f"site {site.name}: the proof does not reach its input")
-    if unit.segments:
-        _segments(unit)
-        for segment in unit.segments:
-            lost = {n for i in segment.sites for n in unit.sites[i].region} - set(segment.nodes)
+        if site.row_proof is not None:
+            _require(site.source in site.row_proof.tokens, f"site {site.name}: the proof does not reach its input")
+    if program.segments:
+        _segments(program)
+        for segment in program.segments:
+            lost = {n for i in segment.sites for n in program.sites[i].region} - set(segment.nodes)
             _require(not lost, f"segment {segment.template} does not make its sites' {lost}")
 
 
@@ -79,20 +79,20 @@ def _functional(graph: fx.Graph) -> None:
         _require(node.op != "call_method", f"{node} is a method call; the captured graph has ATen ops only")
 
 
-def _types(unit: Unit) -> None:
-    assert unit.types is not None
-    for node, results in unit.types.results.items():
+def _types(program: Program) -> None:
+    assert program.types is not None
+    for node, results in program.types.results.items():
         values = tensors(value_of(node))
         for i, value in enumerate(values[: len(results)]):
-            sizes = tuple(unit.types.factors.size(d) for d in unit.types.type_of(node, i))
+            sizes = tuple(program.types.factors.size(d) for d in program.types.type_of(node, i))
             _require(sizes == shape(value), f"{node}: its axes multiply to {sizes}, its shape is {shape(value)}")
 
 
-def _segments(unit: Unit) -> None:
-    ready = {n for n in unit.module.graph.nodes if n.op in ("placeholder", "get_attr")}
+def _segments(program: Program) -> None:
+    ready = {n for n in program.module.graph.nodes if n.op in ("placeholder", "get_attr")}
     first: dict[int, Segment] = {}
     done: set[fx.Node] = set()
-    for segment in unit.segments:
+    for segment in program.segments:
         _require(set(segment.inputs) <= ready, f"segment {segment.template} runs before its inputs are there")
         _require(not done & set(segment.nodes), f"segment {segment.template} repeats nodes of another")
         _require(len(set(segment.inputs)) == len(segment.inputs), f"segment {segment.template} has an input twice")
@@ -102,7 +102,7 @@ def _segments(unit: Unit) -> None:
         for ours, theirs in ((segment.inputs, exemplar.inputs), (segment.outputs, exemplar.outputs)):
             same = [_kind(value_of(n)) for n in ours] == [_kind(value_of(n)) for n in theirs]
             _require(same, f"segments of template {segment.template} differ at their boundary")
-    missing = [n for n in unit.module.graph.nodes if n.op == "call_function" and n not in done]
+    missing = [n for n in program.module.graph.nodes if n.op == "call_function" and n not in done]
     _require(not missing, f"no segment computes {missing[:3]}")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Natural, Order, Steps
-from toca_compile.ir.plan import Keys, Memory, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
+from toca_compile.ir.plan import CacheSpec, Keys, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
 from toca_compile.ir.types import Action, Site
 from toca_compile.policies.schedules import RatioSchedule, counted
 from toca_compile.policies.when import Adaptive, Every, Listed, When, check_range
@@ -202,7 +202,7 @@ class Composition(Checked):
                 row.append(todo)
             steps.append(StepPlan(step_kind(tuple(row)), tuple(row)))
         dtype = self._dtype()
-        return Plan(tuple(steps), self.which, memory=Memory(0, dtype, self.basis), skip=self._skip())
+        return Plan(tuple(steps), self.which, memory=CacheSpec(0, dtype, self.basis), skip=self._skip())
 
     def _site(self, site: Site, call: int, phase: int, block: tuple[int, int], made: int) -> SiteStep:
         if phase == 0:
@@ -226,9 +226,9 @@ class Composition(Checked):
             return rest if k == 0 else SiteStep(Action.COMPUTE)
         if not isinstance(do, Queries):
             return SiteStep(action, k, order, update=update)
-        assert site.queries is not None
+        assert site.query_proof is not None
         # Keys that are not token-wise (a token mixer makes them) cannot be updated for some tokens.
-        fresh = do.keys == "update" and not site.queries.updates
+        fresh = do.keys == "update" and not site.query_proof.updates
         fresh = fresh or bool(do.refresh and phase % do.refresh == 0)
         return SiteStep(action, k, order, "fresh" if fresh else do.keys, update)
 
@@ -236,7 +236,7 @@ class Composition(Checked):
         does = [r.do for r in (*self.rules, *self.alternate) if isinstance(r.do, SkipBlocks)]
         if not does:
             return Skip()
-        memory = Memory(does[0].order, self._dtype(), self.basis)
+        memory = CacheSpec(does[0].order, self._dtype(), self.basis)
         test = (self.when.threshold, self.when.limit) if isinstance(self.when, Adaptive) else (None, None)
         return Skip(does[0].residual, memory, *test)
 

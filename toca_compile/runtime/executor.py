@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import SELECTING, Memory, Plan, Selector, SiteStep
-from toca_compile.ir.program import Mode, Segment, Slot, Unit
+from toca_compile.ir.plan import SELECTING, CacheSpec, Plan, Selector, SiteStep
+from toca_compile.ir.program import Mode, Program, Segment, Slot
 from toca_compile.ir.types import Action, Site
 from toca_compile.runtime.schedule import Cell, Schedule
 from toca_compile.runtime.skipping import Skipping
@@ -23,7 +23,7 @@ from toca_compile.runtime.step_control import Kept, Run, StepControl
 log = logging.getLogger(__name__)
 
 Compiled = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
-_Variant = tuple[int, tuple[Mode, ...], tuple[Memory, ...]]  # template, and what its sites do and keep
+_Variant = tuple[int, tuple[Mode, ...], tuple[CacheSpec, ...]]  # template, and what its sites do and keep
 
 FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
 
@@ -52,7 +52,7 @@ class Executor:
     """A captured graph with a plan. Called with the graph's inputs; returns its outputs.
 
     Args:
-        unit: the graph after all passes.
+        program: the graph after all passes.
         plan: what each site does at each step.
         control: says which step a call is.
         compiled: makes (or finds) the callable of a segment's variant.
@@ -62,34 +62,34 @@ class Executor:
 
     def __init__(
         self,
-        unit: Unit,
+        program: Program,
         plan: Plan,
         control: StepControl,
-        compiled: Callable[[Segment, tuple[Mode, ...], tuple[Memory, ...], Plan], Compiled],
+        compiled: Callable[[Segment, tuple[Mode, ...], tuple[CacheSpec, ...], Plan], Compiled],
         skipping: Callable[[Plan, dict[fx.Node, int]], Skipping | None],
         number: int,
     ) -> None:
-        self.unit, self.control, self._compiled, self._make_skipping = unit, control, compiled, skipping
+        self.program, self.control, self._compiled, self._make_skipping = program, control, compiled, skipping
         self.number = number
-        self._state = next((i for i, fixed in enumerate(unit.static_inputs) if fixed), None)
-        graph = unit.module.graph
+        self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
+        graph = program.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
         self._inputs = len(self._place)
-        self._clock = [self._place[n] for n in unit.clock]
+        self._clock = [self._place[n] for n in program.clock]
         # Segments that are constant during a run stand first; these are the inputs on which they depend.
-        self._constant = sum(s.constant for s in unit.segments)
-        self._varying = [self._place[n] for n in unit.varying]
-        read = {n for s in unit.segments[: self._constant] for n in s.inputs}
+        self._constant = sum(s.constant for s in program.segments)
+        self._varying = [self._place[n] for n in program.varying]
+        read = {n for s in program.segments[: self._constant] for n in s.inputs}
         self._watched = sorted(self._place[n] for n in read if n in self._place)
-        self._constants = [(n, _attribute(unit.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
-        for segment in unit.segments:
+        self._constants = [(n, _attribute(program.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
+        for segment in program.segments:
             for node in segment.outputs:
                 self._place.setdefault(node, len(self._place))
         for node, _ in self._constants:
             self._place[node] = len(self._place)
         self._output = graph.output_node().args[0]
-        self._segment_inputs = [[self._place[n] for n in s.inputs] for s in unit.segments]
-        self._segment_outputs = [[self._place[n] for n in s.outputs] for s in unit.segments]
+        self._segment_inputs = [[self._place[n] for n in s.inputs] for s in program.segments]
+        self._segment_outputs = [[self._place[n] for n in s.outputs] for s in program.segments]
         self._shared: dict[Selector, dict[_Variant, Compiled]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
@@ -102,7 +102,7 @@ class Executor:
             skipping = self._make_skipping(plan, self._place)
             # Variants know selector and memories, not the plan: plans that share those share them.
             ready = self._shared.setdefault(plan.selector, {})
-            known = _Followed(Schedule(self.unit, plan), skipping, self._last_uses(skipping), ready)
+            known = _Followed(Schedule(self.program, plan), skipping, self._last_uses(skipping), ready)
             self._followed = [*self._followed[1 - FOLLOWED :], known]
         self._now = known
 
@@ -147,8 +147,10 @@ class Executor:
         _, key, index, schedule = self._last
         fresh = {}
         skipped = run.record is not None and run.record.skipped(key)
-        for site, todo in zip(self.unit.sites, (schedule.rows if skipped else schedule.unskipped)[index], strict=True):
-            shape = example_buffer(Slot("stamp", 0), site, self.unit, schedule.plan).shape
+        for site, todo in zip(
+            self.program.sites, (schedule.rows if skipped else schedule.unskipped)[index], strict=True
+        ):
+            shape = example_buffer(Slot("stamp", 0), site, self.program, schedule.plan).shape
             stamp = run.buffers.get((*key, "stamp", site.index, 0))
             if todo.action in SELECTING and stamp is not None:
                 fresh[site.name] = stamp == index
@@ -158,13 +160,13 @@ class Executor:
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
-        buffers = [example_buffer(slot, site, self.unit, self.plan) for slot, site in self._now.schedule.kept()]
+        buffers = [example_buffer(slot, site, self.program, self.plan) for slot, site in self._now.schedule.kept()]
         skipping = self._now.skipping
         kept = self._constant_bytes() + (skipping.planned_bytes if skipping is not None else 0)
         return sum(b.numel() * b.element_size() for b in buffers) + kept
 
     def _constant_bytes(self) -> int:
-        front, rest = self.unit.segments[: self._constant], self.unit.segments[self._constant :]
+        front, rest = self.program.segments[: self._constant], self.program.segments[self._constant :]
         read = {n for s in rest for n in s.inputs}
         values = [n.meta["val"] for s in front for n in s.outputs if n in read]
         return sum(v.numel() * v.element_size() for v in values)
@@ -232,12 +234,12 @@ class Executor:
 
     def _record(self, run: Run, key: tuple[int, ...], row: Sequence[SiteStep]) -> None:
         """What this step does, for the user to read."""
-        k = {site.name: todo.tokens for site, todo in zip(self.unit.sites, row, strict=True)}
+        k = {site.name: todo.tokens for site, todo in zip(self.program.sites, row, strict=True)}
         self.control.record(run).note(key, frozenset(todo.action for todo in row), k)
 
     def _bind(self, i: int, cell: Cell, run: Run, key: tuple[int, ...]) -> _Bound:
         """The variant of a segment, compiled if it was not, with this run's buffers."""
-        segment = self.unit.segments[i]
+        segment = self.program.segments[i]
         variant = (segment.template, cell.modes, cell.memories)
         ready = self.ready.get(variant)
         if ready is None:
@@ -253,10 +255,10 @@ class Executor:
     def _buffer(
         self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
     ) -> torch.Tensor:
-        site = self.unit.sites[segment.sites[slot.position]]
+        site = self.program.sites[segment.sites[slot.position]]
         name = (*key, *buffer_name(slot, site, self.plan.selector.score))
         if name not in buffers:
-            like = example_buffer(slot, site, self.unit, self.plan)
+            like = example_buffer(slot, site, self.program, self.plan)
             with torch.inference_mode(False):
                 buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         return buffers[name]
@@ -269,34 +271,36 @@ class Executor:
                 last[place] = i
         for place, i in (skipping.uses(self._place) if skipping is not None else {}).items():
             last[place] = max(last.get(place, 0), i)
-        kept = {self._place[n] for n in self.unit.module.graph.output_node().all_input_nodes}
-        free: list[list[int]] = [[] for _ in self.unit.segments]
+        kept = {self._place[n] for n in self.program.module.graph.output_node().all_input_nodes}
+        free: list[list[int]] = [[] for _ in self.program.segments]
         for place, i in last.items():
             if place not in kept and place >= self._inputs:
                 free[i].append(place)
         return free
 
 
-def example_buffer(slot: Slot, site: Site, unit: Unit, plan: Plan) -> torch.Tensor:
+def example_buffer(slot: Slot, site: Site, program: Program, plan: Plan) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a slot's buffer."""
     output: torch.Tensor = site.output.meta["val"]
     score, kept = plan.selector.score, plan.memory.dtype
     if slot.kind in ("cache", "diff"):
         return output.new_empty(output.shape, dtype=kept)
     if slot.kind in ("held", "keys"):
-        carry = site.carry if slot.kind == "held" else site.queries
-        assert carry is not None
-        value: torch.Tensor = (carry.held if slot.kind == "held" else carry.whole)[slot.index].meta["val"]
+        proof = site.row_proof if slot.kind == "held" else site.query_proof
+        assert proof is not None
+        value: torch.Tensor = (proof.stale_inputs if slot.kind == "held" else proof.dense_inputs)[slot.index].meta[
+            "val"
+        ]
         return value.new_empty(value.shape, dtype=kept)
-    assert unit.types is not None
-    batch = unit.types.factors.size(site.batch)
+    assert program.types is not None
+    batch = program.types.factors.size(site.batch)
     if slot.kind == "stamp":
         return output.new_empty([batch, site.axis.size], dtype=torch.int32)
     if score == "error":
         return output.new_empty([batch, site.axis.size], dtype=torch.float32)
-    attention = unit.sites[buffer_name(slot, site, score)[1]].attention[-1]
+    attention = program.sites[buffer_name(slot, site, score)[1]].attention[-1]
     over = attention.axis if score == "entropy" else attention.key_axis
-    return output.new_empty([batch, unit.types.factors.size(over)], dtype=torch.float32)
+    return output.new_empty([batch, program.types.factors.size(over)], dtype=torch.float32)
 
 
 def buffer_name(slot: Slot, site: Site, score: str) -> tuple[str, int, int]:

@@ -7,8 +7,8 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from toca_compile.ir.plan import Memory, Plan, SiteStep, scored_sites
-from toca_compile.ir.program import Mode, Slot, Unit
+from toca_compile.ir.plan import CacheSpec, Plan, SiteStep, scored_sites
+from toca_compile.ir.program import Mode, Program, Slot
 from toca_compile.ir.types import Action, Site
 
 
@@ -17,7 +17,7 @@ class Cell:
     """One segment in one step: the modes of its sites and their host numbers."""
 
     modes: tuple[Mode, ...]
-    memories: tuple[Memory, ...]
+    memories: tuple[CacheSpec, ...]
     variant: int  # numbers modes and memories, cheaper to look up
     numbers: dict[Slot, int]
 
@@ -31,14 +31,14 @@ class Schedule:
         cells: of each step, what each segment does.
     """
 
-    def __init__(self, unit: Unit, plan: Plan) -> None:
-        self.unit, self.plan = unit, plan
-        self.memories = [plan.memory_of(site.index) for site in unit.sites]
-        self._tokenwise = [plan.tokenwise(site.index) for site in unit.sites]
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program, self.plan = program, plan
+        self.memories = [plan.cache_spec(site.index) for site in program.sites]
+        self._tokenwise = [plan.tokenwise(site.index) for site in program.sites]
         self._numbered: dict[Any, int] = {}
         self.rows = [step.sites for step in plan.steps]
         self.unskipped = [self.computed(row) for row in self.rows]
-        self._scored = scored_sites(plan, unit.sites)
+        self._scored = scored_sites(plan, program.sites)
         self.cells = [self._cell_row(i, *history) for i, history in enumerate(self._histories())]
 
     @property
@@ -50,12 +50,16 @@ class Schedule:
         """The buffers that live from step to step, each with its site."""
         slots = []
         scored = set().union(*self._scored) if self._scored else set()
-        for site in self.unit.sites:
+        for site in self.program.sites:
             if not self.plan.reads(site.index):
                 continue
             partial = self.plan.partial(site.index)
-            held = range(len(site.carry.held)) if self._holds(site) and site.carry is not None else ()
-            keys = range(len(site.queries.whole)) if site.queries and self.plan.keeps_keys(site.index) else ()
+            held = range(len(site.row_proof.stale_inputs)) if self._holds(site) and site.row_proof is not None else ()
+            keys = (
+                range(len(site.query_proof.dense_inputs))
+                if site.query_proof and self.plan.keeps_keys(site.index)
+                else ()
+            )
             slots += [(Slot("keys", 0, i), site) for i in keys]
             slots += [(Slot("diff", 0, i + 1), site) for i in range(self.memories[site.index].order)]
             kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
@@ -68,18 +72,18 @@ class Schedule:
             return row
         return tuple(
             SiteStep(Action.COMPUTE, site.axis.size) if s.action is Action.SKIP else s
-            for site, s in zip(self.unit.sites, row, strict=True)
+            for site, s in zip(self.program.sites, row, strict=True)
         )
 
     def _cell_row(self, index: int, since: Sequence[Sequence[int]], made: Sequence[int]) -> list[Cell]:
         row, scored = self.unskipped[index], self._scored[index]
         cells = []
-        for segment in self.unit.segments:
+        for segment in self.program.segments:
             modes: list[Mode] = []
             memories = tuple(self.memories[number] for number in segment.sites)
             numbers: dict[Slot, int] = {}
             for position, number in enumerate(segment.sites):
-                site = self.unit.sites[number]
+                site = self.program.sites[number]
                 todo, history, memory = row[number], since[number], self.memories[number]
                 modes.append(self._mode(site, todo, number in scored))
                 numbers |= {
@@ -117,13 +121,13 @@ class Schedule:
     def _holds(self, site: Site) -> bool:
         """Whether partial steps take values from the cache that full steps must keep."""
         partial = self.plan.ever(site.index, Action.PARTIAL)
-        return partial and site.carry is not None and bool(site.carry.held)
+        return partial and site.row_proof is not None and bool(site.row_proof.stale_inputs)
 
     def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
         """For each step, of each site: the last steps before it that computed all, and how many differences are
         kept."""
         kept = max((memory.order for memory in self.memories), default=0) + 1
-        last: list[list[int]] = [[] for _ in self.unit.sites]
+        last: list[list[int]] = [[] for _ in self.program.sites]
         made = [0] * len(last)
         for i, row in enumerate(self.rows):
             yield [list(steps) for steps in last], list(made)

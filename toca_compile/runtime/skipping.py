@@ -8,7 +8,7 @@ from torch import fx
 
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Skip
-from toca_compile.ir.program import Range, Slot
+from toca_compile.ir.program import BlockRange, Slot
 from toca_compile.runtime.step_control import Run
 
 Graph = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
@@ -25,7 +25,7 @@ class Skipping:
     """
 
     def __init__(
-        self, found: Range, skip: Skip, place: Mapping[fx.Node, int], compiled: Callable[[str], Graph]
+        self, found: BlockRange, skip: Skip, place: Mapping[fx.Node, int], compiled: Callable[[str], Graph]
     ) -> None:
         self.range, self.skip_by, self._compiled = found, skip, compiled
         ends = found.probe or ()
@@ -97,7 +97,7 @@ class Skipping:
         return run.buffers[name]
 
 
-def range_buffer(slot: Slot, found: Range, skip: Skip) -> torch.Tensor:
+def range_buffer(slot: Slot, found: BlockRange, skip: Skip) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a buffer of the range."""
     node = found.probe[0] if slot.kind == "change" and found.probe is not None else found.outputs[slot.position]
     value: torch.Tensor = value_of(node)

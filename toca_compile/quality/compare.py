@@ -12,8 +12,8 @@ from torch import Tensor
 
 from toca_compile.api import explain, optimize
 from toca_compile.ir.plan import Policy
-from toca_compile.metrics import psnr
 from toca_compile.model import OptimizedModel
+from toca_compile.quality.metrics import psnr
 
 
 @dataclass

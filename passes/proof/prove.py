@@ -17,8 +17,8 @@ from torch import fx
 
 from toca_compile.ir.graph import ancestors, operand_nodes
 from toca_compile.ir.spec import Dims
-from toca_compile.ir.types import AxisTypes, Carry, Occurrence
-from toca_compile.passes.follow import Blocked, Trace, Walk, follow, label_at, occurrence_of
+from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
+from toca_compile.passes.proof.follow import Blocked, Trace, Walk, follow, label_at, occurrence_of
 from toca_compile.rules.registry import RULES
 
 
@@ -27,11 +27,11 @@ def prove(
     source: fx.Node,
     output: fx.Node,
     region: AbstractSet[fx.Node],
-    tokens: tuple[Occurrence, ...],
-    batch: Mapping[Occurrence, Trace],
+    tokens: tuple[FactorPos, ...],
+    batch: Mapping[FactorPos, Trace],
     held: tuple[fx.Node, ...] = (),
     walk: Walk | None = None,
-) -> Carry | Blocked:
+) -> RowProof | Blocked:
     """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
 
     ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
@@ -47,18 +47,18 @@ def prove(
     nodes = list(traces[0])
     if source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(output, "does not need the tokens of its input")
-    carry = Carry(
+    proof = RowProof(
         # In a concatenation the factors of a part are one.
         tokens={n: tuple(dict.fromkeys(t[n] for t in traces)) for n in nodes},
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
         rows=frozenset(walk.visited),
-        held=held,
-        whole=tuple(n for n in walk.whole or () if n is not source),
+        stale_inputs=held,
+        dense_inputs=tuple(n for n in walk.whole or () if n is not source),
         windows=dict(walk.windows),
         cuts=frozenset(walk.cuts),
         joins=dict(walk.joins),
     )
-    return _layout(types, source, output, carry) or carry
+    return _layout(types, source, output, proof) or proof
 
 
 def prove_queries(
@@ -66,43 +66,43 @@ def prove_queries(
     source: fx.Node,
     output: fx.Node,
     region: AbstractSet[fx.Node],
-    tokens: tuple[Occurrence, ...],
-    batch: Mapping[Occurrence, Trace],
-) -> Carry | Blocked:
+    tokens: tuple[FactorPos, ...],
+    batch: Mapping[FactorPos, Trace],
+) -> RowProof | Blocked:
     """The proof that ``output`` may be restricted along ``tokens`` if what the branch reads whole (keys and values) is
-    there for all of them. Where those are token-wise too, it says how (``Carry.updates``)."""
+    there for all of them. Where those are token-wise too, it says how (``RowProof.updates``)."""
     whole: dict[fx.Node, None] = {}
-    carry = prove(types, source, output, region, tokens, batch, walk=Walk(whole))
-    if isinstance(carry, Blocked):
-        return carry
-    for reader in carry.rows:
-        if set(operand_nodes(reader)) & set(whole) and reader not in carry.tokens:
+    proof = prove(types, source, output, region, tokens, batch, walk=Walk(whole))
+    if isinstance(proof, Blocked):
+        return proof
+    for reader in proof.rows:
+        if set(operand_nodes(reader)) & set(whole) and reader not in proof.tokens:
             return Blocked(reader, "reads one value both by its rows and whole")
     factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
     updates = []
-    for node in carry.whole:
+    for node in proof.dense_inputs:
         dims = types.type_of(node)
-        places = [next((Occurrence(d, dim.index(f)) for d, dim in enumerate(dims) if f in dim), None) for f in factors]
+        places = [next((FactorPos(d, dim.index(f)) for d, dim in enumerate(dims) if f in dim), None) for f in factors]
         if None in places:
-            return carry
+            return proof
         at = tuple(p for p in places if p is not None)
-        own = prove(types, source, node, region & ancestors([node]), at, batch_like(types, source, node, region, carry))
+        own = prove(types, source, node, region & ancestors([node]), at, batch_like(types, source, node, region, proof))
         if isinstance(own, Blocked):
-            return carry
+            return proof
         updates.append(own)
-    return replace(carry, updates=tuple(updates))
+    return replace(proof, updates=tuple(updates))
 
 
 def batch_like(
-    types: AxisTypes, source: fx.Node, node: fx.Node, region: AbstractSet[fx.Node], carry: Carry
-) -> dict[Occurrence, Trace]:
-    """The traces of a value's factors that are the carry's batch at the input."""
+    types: AxisTypes, source: fx.Node, node: fx.Node, region: AbstractSet[fx.Node], proof: RowProof
+) -> dict[FactorPos, Trace]:
+    """The traces of a value's factors that are the proof's batch at the input."""
     found = {}
     for d, dim in enumerate(types.type_of(node)):
-        for occurrence in (Occurrence(d, i) for i in range(len(dim))):
+        for occurrence in (FactorPos(d, i) for i in range(len(dim))):
             walk = Walk()
             trace = follow(types, source, node, region & ancestors([node]), occurrence, walk=walk)
-            if isinstance(trace, dict) and walk.straight and trace.get(source) in carry.batch[source]:
+            if isinstance(trace, dict) and walk.straight and trace.get(source) in proof.batch[source]:
                 found[occurrence] = trace
     return found
 
@@ -112,14 +112,14 @@ def batch_of(
     source: fx.Node,
     output: fx.Node,
     region: AbstractSet[fx.Node],
-    tokens: tuple[Occurrence, ...],
+    tokens: tuple[FactorPos, ...],
     held: tuple[fx.Node, ...] = (),
-) -> dict[Occurrence, Trace]:
+) -> dict[FactorPos, Trace]:
     """The factors of ``output`` beside the tokens that every op back to ``source`` carries, with their traces: they
     number samples."""
     found = {}
     for d, dim in enumerate(types.type_of(output)):
-        for occurrence in (Occurrence(d, i) for i in range(len(dim))):
+        for occurrence in (FactorPos(d, i) for i in range(len(dim))):
             walk = Walk()
             trace = None if occurrence in tokens else follow(types, source, output, region, occurrence, held, walk)
             if isinstance(trace, dict) and walk.straight:
@@ -127,66 +127,66 @@ def batch_of(
     return found
 
 
-def reads_whole(types: AxisTypes, node: fx.Node, carry: Carry) -> list[bool]:
+def reads_whole(types: AxisTypes, node: fx.Node, proof: RowProof) -> list[bool]:
     """For each operand of an op of the branch, whether the op reads it for all tokens and not by its rows. One op may
     read one value both ways: an attention of a value with itself."""
-    if node not in carry.tokens:  # an op with several results, of which the first is not needed
+    if node not in proof.tokens:  # an op with several results, of which the first is not needed
         return [False] * len(operand_nodes(node))
-    return [not any(leaf_places(types, node, carry, dims)[0]) for dims in types.specs[node].operands]
+    return [not any(leaf_places(types, node, proof, dims)[0]) for dims in types.specs[node].operands]
 
 
 def leaf_places(
-    types: AxisTypes, node: fx.Node, carry: Carry, dims: Dims
-) -> tuple[tuple[Occurrence | None, ...], tuple[Occurrence | None, ...]]:
+    types: AxisTypes, node: fx.Node, proof: RowProof, dims: Dims
+) -> tuple[tuple[FactorPos | None, ...], tuple[FactorPos | None, ...]]:
     """Where the tokens and the batch lie in an operand of ``node`` (its dimensions ``dims``); None: it broadcasts."""
-    if node not in carry.tokens:
+    if node not in proof.tokens:
         return (), ()
     spec = types.specs[node]
 
-    def locate(places: tuple[Occurrence, ...]) -> tuple[Occurrence | None, ...]:
+    def locate(places: tuple[FactorPos, ...]) -> tuple[FactorPos | None, ...]:
         labels = [label_at(types, node, spec.results[0], o) for o in places]
         return tuple(occurrence_of(types, node, dims, label) if label else None for label in labels)
 
-    return locate(carry.tokens[node]), locate(carry.batch[node])
+    return locate(proof.tokens[node]), locate(proof.batch[node])
 
 
-def span(places: Sequence[Occurrence | None]) -> tuple[int, int]:
+def span(places: Sequence[FactorPos | None]) -> tuple[int, int]:
     """The dimensions that hold these factors, first and last; (−1, −1) where there are none."""
     dims = [p.dim for p in places if p is not None]
     return (min(dims), max(dims)) if dims else (-1, -1)
 
 
-def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, carry: Carry) -> Blocked | None:
+def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof) -> Blocked | None:
     """What in a proven restriction cannot be gathered or scattered as rows.
 
     Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows, so the op
     must not care how many dimensions there are.
     """
-    for node, places in carry.tokens.items():
+    for node, places in proof.tokens.items():
         first, last = span(places)
         if last > first and not _whole(types, node, places):
             return Blocked(node, "spreads the tokens over several dimensions")
-        ends = node in (source, output) or node in carry.held
-        if ends and not (_whole(types, node, places) and _whole(types, node, carry.batch[node])):
+        ends = node in (source, output) or node in proof.stale_inputs
+        if ends and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
             return Blocked(node, "has tokens or samples in one dimension with something else")
-        if ends and len({p.dim for p in carry.batch[node]}) > 1:
+        if ends and len({p.dim for p in proof.batch[node]}) > 1:
             return Blocked(node, "has samples in several dimensions")
-    for node in carry.rows:
+    for node in proof.rows:
         spec = types.specs.get(node)
-        spread = _spread(carry, node) or any(_spread(carry, o) for o in operand_nodes(node) if o in carry.tokens)
+        spread = _spread(proof, node) or any(_spread(proof, o) for o in operand_nodes(node) if o in proof.tokens)
         if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
             return Blocked(node, "spreads the tokens over several dimensions")
         for operand, dims in zip(operand_nodes(node), spec.operands if spec else (), strict=False):
-            if operand in carry.tokens:
+            if operand in proof.tokens:
                 continue
-            tokens, batch = leaf_places(types, node, carry, dims)
+            tokens, batch = leaf_places(types, node, proof, dims)
             if not any(tokens):
                 continue
             pointwise = RULES[node.target].pointwise  # type: ignore[index]
             partly = None in tokens or not _whole(types, operand, tokens)  # type: ignore[arg-type]
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
-            shared = carry.batch[node] and not any(batch)
+            shared = proof.batch[node] and not any(batch)
             if shared and not pointwise:
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
@@ -196,21 +196,21 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, carry: Carry) ->
     return None
 
 
-def _spread(carry: Carry, node: fx.Node) -> bool:
-    first, last = span(carry.tokens.get(node, ()))
+def _spread(proof: RowProof, node: fx.Node) -> bool:
+    first, last = span(proof.tokens.get(node, ()))
     return last > first
 
 
-def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[Occurrence | None]) -> bool:
+def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]) -> bool:
     """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
     there = [p for p in places if p is not None]
     return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
 
 
-def _whole(types: AxisTypes, node: fx.Node, places: tuple[Occurrence, ...]) -> bool:
+def _whole(types: AxisTypes, node: fx.Node, places: tuple[FactorPos, ...]) -> bool:
     """Whether the places fill whole neighbouring dimensions of the value, in order (or there are none)."""
     if not places:
         return True
     first, last = span(places)
-    held = [Occurrence(d, i) for d in range(first, last + 1) for i in range(len(types.type_of(node)[d]))]
+    held = [FactorPos(d, i) for d in range(first, last + 1) for i in range(len(types.type_of(node)[d]))]
     return list(places) == held

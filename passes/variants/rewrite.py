@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from torch import fx
 
-import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.errors import PassError, VerifyError
 from toca_compile.ir.graph import operand_nodes, value_of
-from toca_compile.ir.plan import OUTPUT_ONLY, Memory, Selector
+from toca_compile.ir.plan import OUTPUT_ONLY, CacheSpec, Selector
 from toca_compile.ir.program import Mode, Segment, Slot, Variant
-from toca_compile.ir.types import AxisTypes, Carry, Site
+from toca_compile.ir.types import AxisTypes, RowProof, Site
 from toca_compile.ir.verify import verify_kept
-from toca_compile.passes.measure_scores import can_measure_rows, entropy, measure
-from toca_compile.passes.needed import carry_of, kept_slots, needed_nodes
-from toca_compile.passes.prove import reads_whole
-from toca_compile.passes.restrict import Restriction, in_turn, place
-from toca_compile.passes.series import Series
+from toca_compile.passes.proof.prove import reads_whole
+from toca_compile.passes.variants.measure_scores import can_measure_rows, entropy, measure
+from toca_compile.passes.variants.needed import kept_slots, needed_nodes, proof_of
+from toca_compile.passes.variants.restrict import Restriction, in_turn, place
+from toca_compile.passes.variants.series import Series
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ def rewrite(
     modes: Sequence[Mode],
     types: AxisTypes,
     selector: Selector,
-    memories: Sequence[Memory] = (),
+    memories: Sequence[CacheSpec] = (),
     *,
     dense: bool = False,
 ) -> Variant:
@@ -72,7 +72,7 @@ class _Rewriter:
         modes: Sequence[Mode],
         types: AxisTypes,
         selector: Selector,
-        memories: Sequence[Memory],
+        memories: Sequence[CacheSpec],
         dense: bool,
     ) -> None:
         self.segment, self.sites, self.modes = segment, sites, modes
@@ -84,13 +84,13 @@ class _Rewriter:
         self.held = {
             node: (i, j, mode)
             for i, (site, mode) in enumerate(zip(sites, modes, strict=True))
-            for j, node in enumerate(site.carry.held if site.carry else ())
+            for j, node in enumerate(site.row_proof.stale_inputs if site.row_proof else ())
             if Mode.QUERIES not in mode
         }
         self.keys = [
             (node, Slot("keys", i, j))  # one value may be the keys of several sites (streams that attend jointly)
             for i, (site, mode) in enumerate(zip(sites, modes, strict=True))
-            for j, node in enumerate(site.queries.whole if site.queries and Mode.KEYS in mode else ())
+            for j, node in enumerate(site.query_proof.dense_inputs if site.query_proof and Mode.KEYS in mode else ())
         ]
 
     def run(self) -> Variant:
@@ -152,9 +152,9 @@ class _Rewriter:
         )  # fmt: skip
 
     def _place(self, site: Site) -> tuple[int, ...]:
-        carry = site.carry or site.queries
-        assert carry is not None
-        return place(carry, site.output)
+        proof = site.row_proof or site.query_proof
+        assert proof is not None
+        return place(proof, site.output)
 
     def _scores(self, site: Site, position: int, mode: Mode) -> fx.Node:
         """The scores of all tokens at a step that computes them all, before anything of it is kept."""
@@ -174,24 +174,24 @@ class _Rewriter:
     # -- partial ----------------------------------------------------------------------------------------------------
 
     def _partial(self, site: Site, position: int, mode: Mode) -> fx.Node:
-        carry, series = carry_of(site, mode), self._series(site, position, mode)
+        proof, series = proof_of(site, mode), self._series(site, position, mode)
         age = series.age() if Mode.TOKENS in mode else None
         expected = series.forecast(age) if mode & (Mode.TOKENS | Mode.FORECAST) else None
         if expected is series.kept[0]:
             expected = self._call(aten._to_copy.default, expected)  # this step's alone: the cache stays as it is
         index = self._select(site, position)
-        out = place(carry, site.output)
+        out = place(proof, site.output)
         whole, parts = self._whole(site, position, mode, index)
         if self.dense:
             values = dict(self.env)
             for node in self.segment.nodes:
-                if node in (carry.rows if whole else {site.output}):
-                    values[node] = self._with_whole(node, carry, values, whole)
+                if node in (proof.rows if whole else {site.output}):
+                    values[node] = self._with_whole(node, proof, values, whole)
             made = values[site.output]
         else:
             given = {site.source: self.env[site.source]}
-            given |= {node: self._slot("held", position, n) for n, node in enumerate(carry.held)}
-            values = self._restriction(carry, position, index, whole).run(self.segment.nodes, given, parts)
+            given |= {node: self._slot("held", position, n) for n, node in enumerate(proof.stale_inputs)}
+            values = self._restriction(proof, position, index, whole).run(self.segment.nodes, given, parts)
             made = values[site.output]
         if expected is not None:
             rows = self._call(toca.gather_tokens.default, made, index, *out) if self.dense else made
@@ -200,19 +200,19 @@ class _Rewriter:
                 series.keep_rows(rows, index, age)
         else:
             fresh = self._call(self._update, self._slot("cache", position), index, made, *out)
-        if self.selector.score == "entropy" and can_measure_rows(site, carry):
+        if self.selector.score == "entropy" and can_measure_rows(site, proof):
             # The rows of the map that this step makes anew tell their tokens' scores anew.
             scores = entropy(self._call, {**self.env, **values, **whole}, site, self.selector, self.types)
             self._call(self._update, self._slot("score", position), index, scores, 1, 0)
         return fresh
 
     def _with_whole(
-        self, node: fx.Node, carry: Carry, values: Mapping[fx.Node, fx.Node], whole: Mapping[fx.Node, fx.Node]
+        self, node: fx.Node, proof: RowProof, values: Mapping[fx.Node, fx.Node], whole: Mapping[fx.Node, fx.Node]
     ) -> fx.Node:  # fmt: skip
         """An op of a branch for all tokens, given what it reads ``whole`` as a step on some of them is given it."""
         if node not in self.types.specs:
             return self.graph.node_copy(node, lambda n: values[n])
-        reads = zip(operand_nodes(node), reads_whole(self.types, node, carry), strict=True)
+        reads = zip(operand_nodes(node), reads_whole(self.types, node, proof), strict=True)
         operands = [whole.get(o, values[o]) if all_of_it else values[o] for o, all_of_it in reads]
         return self.graph.node_copy(node, in_turn(operands, values))
 
@@ -222,10 +222,10 @@ class _Rewriter:
         return toca.blend_tokens_.default if self.dense else toca.scatter_tokens_.default
 
     def _restriction(
-        self, carry: Carry, position: int, index: fx.Node, whole: Mapping[fx.Node, fx.Node]
+        self, proof: RowProof, position: int, index: fx.Node, whole: Mapping[fx.Node, fx.Node]
     ) -> Restriction:  # fmt: skip
         return Restriction(
-            self._call, self.graph.node_copy, self.env, carry, self.types, index, lambda: self._slot("k", position),
+            self._call, self.graph.node_copy, self.env, proof, self.types, index, lambda: self._slot("k", position),
             whole,
         )  # fmt: skip
 
@@ -233,15 +233,15 @@ class _Rewriter:
         self, site: Site, position: int, mode: Mode, index: fx.Node
     ) -> tuple[dict[fx.Node, fx.Node], list[Restriction]]:
         """What the branch reads whole (keys and values) from the cache, and the rows made to update it."""
-        carry = carry_of(site, mode)
+        proof = proof_of(site, mode)
         if Mode.KEPT not in mode:
             return {}, []
         whole: dict[fx.Node, fx.Node] = {}
         parts: list[Restriction] = []
-        for n, node in enumerate(carry.whole):
+        for n, node in enumerate(proof.dense_inputs):
             kept = self._slot("keys", position, n)
             if Mode.UPDATE in mode:
-                own = carry.updates[n]
+                own = proof.updates[n]
                 made = self.env.get(node)
                 if not self.dense:
                     part = self._restriction(own, position, index, {})

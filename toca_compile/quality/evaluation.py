@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
-from toca_compile.metrics import feature_distance, kid, psnr
 from toca_compile.policies.storage import as_data
+from toca_compile.quality.metrics import feature_distance, kid, psnr
 
 
 class Sampler(Protocol):

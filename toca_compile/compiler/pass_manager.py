@@ -7,14 +7,14 @@ from pathlib import Path
 
 from toca_compile.errors import PassError, TocaError, UnsupportedGraphError
 from toca_compile.ir.printer import print_graph
-from toca_compile.ir.program import Pass, Unit
+from toca_compile.ir.program import Pass, Program
 from toca_compile.ir.verify import verify
 
 log = logging.getLogger(__name__)
 
 
 class PassManager:
-    """An ordered run over one unit. After it, ``graphs`` holds the printed graph after each pass, ``seconds`` its time.
+    """An ordered run over one program. After it, ``graphs`` holds the text after each pass, ``seconds`` its time.
 
     Args:
         passes: in order.
@@ -27,18 +27,18 @@ class PassManager:
         self.graphs: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
-    def run(self, unit: Unit) -> Unit:
+    def run(self, program: Program) -> Program:
         """Run all passes.
 
         Raises:
-            PassError: a pass failed or broke the unit; it names the pass and those that ran before.
+            PassError: a pass failed or broke the program; it names the pass and those that ran before.
             UnsupportedGraphError: as the capture pass raises it.
         """
         for i, step in enumerate(self.passes):
             start = time.perf_counter()
             try:
-                unit = step.run(unit)
-                verify(unit)
+                program = step.run(program)
+                verify(program)
             except UnsupportedGraphError:
                 raise
             except (TocaError, AssertionError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -46,8 +46,8 @@ class PassManager:
                 raise PassError(f"{step.name} failed after {before}: {error}") from error
             self.seconds[step.name] = time.perf_counter() - start
             log.debug("%s: %.0f ms", step.name, self.seconds[step.name] * 1e3)
-            self.graphs[step.name] = text = print_graph(unit.module.graph)
+            self.graphs[step.name] = text = print_graph(program.module.graph)
             if self.dump_dir is not None:
                 self.dump_dir.mkdir(parents=True, exist_ok=True)
                 (self.dump_dir / f"{i:02}.{step.name}.txt").write_text(text)
-        return unit
+        return program

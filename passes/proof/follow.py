@@ -13,9 +13,9 @@ from torch import fx
 
 from toca_compile.ir.graph import operand_nodes, source_line
 from toca_compile.ir.spec import Dims
-from toca_compile.ir.types import AxisTypes, Occurrence
+from toca_compile.ir.types import AxisTypes, FactorPos
 
-Trace = dict[fx.Node, Occurrence]  # where one factor lies in each value of a branch
+Trace = dict[fx.Node, FactorPos]  # where one factor lies in each value of a branch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def follow(
     source: fx.Node,
     output: fx.Node,
     region: AbstractSet[fx.Node],
-    start: Occurrence,
+    start: FactorPos,
     held: tuple[fx.Node, ...] = (),
     walk: Walk | None = None,
 ) -> Trace | Blocked:
@@ -78,7 +78,7 @@ class _Follow:
         self.labels: dict[fx.Node, tuple[str, int]] = {}
         self.factor = 0  # which of the factors of a part that was cut out is followed
 
-    def run(self, output: fx.Node, start: Occurrence) -> Trace | Blocked:
+    def run(self, output: fx.Node, start: FactorPos) -> Trace | Blocked:
         order = {node: i for i, node in enumerate(output.graph.nodes)}
         reason = self.demand(output, start, None)
         pending = {output}
@@ -94,7 +94,7 @@ class _Follow:
             reason = self.operands(node, pending)
         return self.place if reason is None else reason
 
-    def demand(self, node: fx.Node, at: Occurrence, window: tuple[int, int] | None, result: int = 0) -> Blocked | None:
+    def demand(self, node: fx.Node, at: FactorPos, window: tuple[int, int] | None, result: int = 0) -> Blocked | None:
         """Ask for a value (or one result of an op) along the dimension at ``at``."""
         twice = Blocked(node, "is needed along two different axes")
         if node.target is operator.getitem:
@@ -159,7 +159,7 @@ class _Follow:
             return Blocked(node, "joins the tokens with others")
         return None
 
-    def _part(self, node: fx.Node, label: str, dims: Dims, window: tuple[int, int] | None) -> Occurrence | None:
+    def _part(self, node: fx.Node, label: str, dims: Dims, window: tuple[int, int] | None) -> FactorPos | None:
         """Where the tokens lie in an operand of a concatenation, if it is the one that the window covers."""
         spec, begin = self.types.specs[node], 0
         for name in spec.concat[label]:
@@ -175,7 +175,7 @@ class _Follow:
         return self.walk.seen.setdefault(node, window) != window
 
 
-def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: Occurrence) -> tuple[str, int] | None:
+def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: FactorPos) -> tuple[str, int] | None:
     """The label that an occurrence of a value belongs to, and which of the label's factors it is."""
     index = at.index
     for label in dims[at.dim]:
@@ -186,12 +186,12 @@ def label_at(types: AxisTypes, node: fx.Node, dims: Dims, at: Occurrence) -> tup
     return None
 
 
-def occurrence_of(types: AxisTypes, node: fx.Node, dims: Dims, label: tuple[str, int]) -> Occurrence | None:
+def occurrence_of(types: AxisTypes, node: fx.Node, dims: Dims, label: tuple[str, int]) -> FactorPos | None:
     """Where a label's factor lies among ``dims``, or None where the operand broadcasts along it."""
     for d, dim in enumerate(dims):
         index = 0
         for name in dim:
             if name == label[0]:
-                return Occurrence(d, index + label[1])
+                return FactorPos(d, index + label[1])
             index += len(types.label(node, name))
     return None

@@ -10,12 +10,12 @@ from math import log, prod
 import torch
 from torch import fx
 
-import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.errors import PolicyError
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Selector
-from toca_compile.ir.types import Attention, AxisTypes, Carry, Site, Type
+from toca_compile.ir.types import Attention, AxisTypes, RowProof, Site, Type
 from toca_compile.passes.infer_axes import call_of
 
 aten = torch.ops.aten
@@ -112,15 +112,19 @@ def entropy(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector:
     return emit(aten.add.Tensor, value, 1 + (log(2) if paired else 0.0))
 
 
-def can_measure_rows(site: Site, carry: Carry) -> bool:
+def can_measure_rows(site: Site, proof: RowProof) -> bool:
     """Whether a partial step of a site makes rows of the map that ranks its tokens by entropy, and all that they are
     measured from; queries that are the keys too would be asked for by their rows and whole."""
-    if site.by_queries is None or site.by_queries.site != site.index or site.attention[-1].node not in carry.rows:
+    if (
+        site.score_by_queries is None
+        or site.score_by_queries.site != site.index
+        or site.attention[-1].node not in proof.rows
+    ):
         return False
     attention = site.attention[-1]
     reads = (attention.map,) if attention.map is not None else _operands(attention)
-    made = all(n is None or n in carry.rows or n in carry.whole or n not in site.region for n in reads)
-    return made and reads[0] not in carry.whole
+    made = all(n is None or n in proof.rows or n in proof.dense_inputs or n not in site.region for n in reads)
+    return made and reads[0] not in proof.dense_inputs
 
 
 def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:

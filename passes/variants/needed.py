@@ -5,22 +5,22 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from toca_compile.ir.plan import Memory
+from toca_compile.ir.plan import CacheSpec
 from toca_compile.ir.program import Mode, Segment, Slot
-from toca_compile.ir.types import Carry, Site
+from toca_compile.ir.types import RowProof, Site
 
 
-def carry_of(site: Site, mode: Mode) -> Carry:
+def proof_of(site: Site, mode: Mode) -> RowProof:
     """The proof by which a partial step of a site is legal."""
-    carry = site.queries if Mode.QUERIES in mode else site.carry
-    assert carry is not None
-    return carry
+    proof = site.query_proof if Mode.QUERIES in mode else site.row_proof
+    assert proof is not None
+    return proof
 
 
 def row_nodes(site: Site, mode: Mode) -> frozenset[fx.Node]:
     """The nodes that a partial step computes for the selected tokens."""
-    carry = carry_of(site, mode)
-    return carry.rows.union(*(own.rows for own in carry.updates)) if Mode.UPDATE in mode else carry.rows
+    proof = proof_of(site, mode)
+    return proof.rows.union(*(own.rows for own in proof.updates)) if Mode.UPDATE in mode else proof.rows
 
 
 def needed_nodes(
@@ -29,7 +29,7 @@ def needed_nodes(
     """The nodes computed for all tokens. A reused branch needs none of its own, a partial one those that its rows are
     gathered from."""
     ends = {s.output: (s, m) for s, m in zip(sites, modes, strict=True)}
-    held = {n for s, m in zip(sites, modes, strict=True) if Mode.PARTIAL in m for n in carry_of(s, m).held}
+    held = {n for s, m in zip(sites, modes, strict=True) if Mode.PARTIAL in m for n in proof_of(s, m).stale_inputs}
     needed: set[fx.Node] = set()
     todo = [*segment.outputs, *(s.add for s in sites)]
     inside = set(segment.nodes)
@@ -42,22 +42,24 @@ def needed_nodes(
         if (Mode.PARTIAL not in mode and mode & (Mode.REUSE | Mode.FORECAST)) or node in held:
             continue
         if site is not None and Mode.PARTIAL in mode and not dense:
-            rows, carry = row_nodes(site, mode), carry_of(site, mode)
-            inner = {*rows, *carry.held, *(carry.whole if Mode.KEPT in mode else ())}
-            todo += [i for n in rows if n not in carry.joins for i in n.all_input_nodes if i not in inner]
-            todo += () if Mode.KEPT in mode else carry.whole
+            rows, proof = row_nodes(site, mode), proof_of(site, mode)
+            inner = {*rows, *proof.stale_inputs, *(proof.dense_inputs if Mode.KEPT in mode else ())}
+            todo += [i for n in rows if n not in proof.joins for i in n.all_input_nodes if i not in inner]
+            todo += () if Mode.KEPT in mode else proof.dense_inputs
         else:
             todo += node.all_input_nodes
     return needed
 
 
-def kept_slots(sites: Sequence[Site], modes: Sequence[Mode], memories: Sequence[Memory]) -> set[Slot]:
+def kept_slots(sites: Sequence[Site], modes: Sequence[Mode], memories: Sequence[CacheSpec]) -> set[Slot]:
     """The buffers that a variant must write, by its modes: what it does not, later steps would read as it was."""
     kept: set[Slot] = set()
     for i, (site, mode, memory) in enumerate(zip(sites, modes, memories, strict=True)):
         updated = Mode.PARTIAL in mode and Mode.FORECAST not in mode
-        held = site.carry.held if site.carry is not None and Mode.HOLD in mode else ()
-        keys = site.queries.whole if site.queries is not None and mode & (Mode.KEYS | Mode.UPDATE) else ()
+        held = site.row_proof.stale_inputs if site.row_proof is not None and Mode.HOLD in mode else ()
+        keys = (
+            site.query_proof.dense_inputs if site.query_proof is not None and mode & (Mode.KEYS | Mode.UPDATE) else ()
+        )
         kept |= {Slot("cache", i)} if updated or Mode.STORE in mode else set()
         kept |= {Slot("diff", i, order) for order in range(1, memory.order + 1) if Mode.DIFF in mode}
         kept |= {Slot("score", i)} if Mode.SCORE in mode else set()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from toca_compile.api import explain, optimize
-from toca_compile.compare import Row, measure, print_table
 from toca_compile.errors import TocaError
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
+from toca_compile.quality.compare import Row, measure, print_table
 
 GUIDANCE = 1.5
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -23,7 +23,7 @@ def default_model() -> Path:
     Raises:
         TocaError: the package is not installed from a checkout.
     """
-    path = Path(__file__).resolve().parent.parent / "examples" / "fashion_dit"
+    path = Path(__file__).resolve().parents[2] / "examples" / "fashion_dit"
     if not (path / "config.json").exists():
         raise TocaError("the demo's model is in the repository (examples/fashion_dit): give its path with --model")
     return path

@@ -17,10 +17,10 @@ from torch import fx
 from toca_compile.errors import TocaError
 from toca_compile.ir.graph import ancestors, value_of
 from toca_compile.ir.plan import SELECTING, Plan, Selector, StepPlan, scored_sites
-from toca_compile.ir.program import Mode, Segment, Unit
+from toca_compile.ir.program import Mode, Program, Segment
 from toca_compile.ir.types import Action, Site
-from toca_compile.passes.narrow import pieces
-from toca_compile.passes.needed import carry_of, needed_nodes, row_nodes
+from toca_compile.passes.variants.narrow import pieces
+from toca_compile.passes.variants.needed import needed_nodes, proof_of, row_nodes
 from toca_compile.rules.registry import RULES, Work
 
 B, K, C = sympy.symbols("B K C", positive=True, integer=True)
@@ -38,32 +38,32 @@ _KEYS = {"fresh": Mode.PLAIN, "update": Mode.KEPT | Mode.UPDATE, "keep": Mode.KE
 class CostModel:
     """FLOPs of the steps of one compiled graph."""
 
-    def __init__(self, unit: Unit, counting: str = "published") -> None:
+    def __init__(self, program: Program, counting: str = "published") -> None:
         if counting not in ("published", "torch"):
             raise TocaError(f"counting is 'published' or 'torch', not {counting!r}")
-        assert unit.types is not None
-        self.unit, self.types, self.counting = unit, unit.types, counting
-        self.axes = {s.axis.factors: sympy.Symbol(self._symbol(s), positive=True, integer=True) for s in unit.sites}
-        self.batch = {f for s in unit.sites for f in s.batch}
-        self.width = max((self._features(s) for s in unit.sites), default=1)
+        assert program.types is not None
+        self.program, self.types, self.counting = program, program.types, counting
+        self.axes = {s.axis.factors: sympy.Symbol(self._symbol(s), positive=True, integer=True) for s in program.sites}
+        self.batch = {f for s in program.sites for f in s.batch}
+        self.width = max((self._features(s) for s in program.sites), default=1)
         self._seen: dict[tuple[fx.Node, bool], sympy.Expr] = {}
 
     @property
     def values(self) -> dict[sympy.Symbol, int]:
         """What the symbols stand for in this graph (K apart)."""
         numbers = {symbol: self.types.factors.size(factors) for factors, symbol in self.axes.items()}
-        site = self.unit.sites[0] if self.unit.sites else None
+        site = self.program.sites[0] if self.program.sites else None
         return {**numbers, B: self.types.factors.size(site.batch) if site else 1, C: self.width}
 
     def step(self, plan: StepPlan) -> int:
         """FLOPs of one step of a plan, without what is computed once a run."""
         total = 0
         skipped = {i for i, s in enumerate(plan.sites) if s.action is Action.SKIP}
-        inside = [i for i, s in enumerate(self.unit.segments) if skipped & set(s.sites)]
-        for i, segment in enumerate(self.unit.segments):
+        inside = [i for i, s in enumerate(self.program.segments) if skipped & set(s.sites)]
+        for i, segment in enumerate(self.program.segments):
             if not self._counted(segment, constant=False) or (inside and inside[0] <= i <= inside[-1]):
                 continue
-            sites = [self.unit.sites[i] for i in segment.sites]
+            sites = [self.program.sites[i] for i in segment.sites]
             rows = [plan.sites[i] for i in segment.sites]
             modes = [_MODES[r.action] | (_KEYS[r.keys] if r.action is Action.QUERIES else Mode.PLAIN) for r in rows]
             total += self._number(segment, sites, modes, [r.tokens for r in rows])
@@ -73,7 +73,7 @@ class CostModel:
         """FLOPs of all steps of a plan."""
         total = sum(self.step(step) for step in plan.steps) + int(self._constants().subs(self.values))
         if self.counting == "torch":
-            scored = [self.unit.sites[i] for step in scored_sites(plan, self.unit.sites) for i in step]
+            scored = [self.program.sites[i] for step in scored_sites(plan, self.program.sites) for i in step]
             total += sum(self.scoring(site, plan.selector) for site in scored)
         return total
 
@@ -93,7 +93,7 @@ class CostModel:
         uncached = all(a is Action.COMPUTE for a in actions)
         total = self._constants() if uncached else sympy.Integer(0)
         for segment in self._segments(constant=False):
-            sites = [self.unit.sites[i] for i in segment.sites]
+            sites = [self.program.sites[i] for i in segment.sites]
             parts = self._parts(segment, sites, [_MODES[actions[i]] for i in segment.sites])
             total += sum((expr for expr, _ in parts), sympy.Integer(0))
         return sympy.expand(total)
@@ -103,7 +103,7 @@ class CostModel:
         if action in (Action.REUSE, Action.FORECAST, Action.SKIP):
             return sympy.Integer(0)
         if action in SELECTING:
-            whole = carry_of(site, _MODES[action]).whole
+            whole = proof_of(site, _MODES[action]).dense_inputs
             fresh = site.region & ancestors(whole, stop=[site.source]) if whole else ()
             return sympy.expand(self._rows(site, _MODES[action]) + sum(self._node(n, False) for n in fresh))
         return sympy.expand(sum(self._node(n, False) for n in site.region))
@@ -126,7 +126,7 @@ class CostModel:
         return sympy.sympify(sum(self._node(n, False) for n in nodes))
 
     def _segments(self, *, constant: bool) -> list[Segment]:
-        return [s for s in self.unit.segments if self._counted(s, constant=constant)]
+        return [s for s in self.program.segments if self._counted(s, constant=constant)]
 
     def _counted(self, segment: Segment, *, constant: bool) -> bool:
         inside = bool(segment.sites) or segment.in_block or self.counting == "torch"
@@ -210,7 +210,7 @@ class CostModel:
         return expr * B ** (1 if any(f in self.batch for f in counted) else 0) * rest * products, tokens
 
     def _symbol(self, site: Site) -> str:
-        names = list(dict.fromkeys(s.axis.name for s in self.unit.sites))
+        names = list(dict.fromkeys(s.axis.name for s in self.program.sites))
         return "n" if len(names) == 1 else f"n_{site.axis.name}"
 
     def _features(self, site: Site) -> int:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from toca_compile.api import explain, optimize
 from toca_compile.errors import PolicyError, TocaError
-from toca_compile.evaluation import Sampler
 from toca_compile.ir.plan import Policy
-from toca_compile.metrics import psnr
 from toca_compile.model import OptimizedModel
 from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
 from toca_compile.policies.storage import as_data, from_data
 from toca_compile.policies.when import Every, Listed, When
+from toca_compile.quality.evaluation import Sampler
+from toca_compile.quality.metrics import psnr
 
 _DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 _SLACK = 0.005  # by how much a speed-up may miss its target

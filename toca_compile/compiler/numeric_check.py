@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from toca_compile.errors import TocaError, VerifyError
-from toca_compile.ir import ops as toca_ops
 from toca_compile.ir.program import Variant
+from toca_compile.ops import scores
 
 _TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.complex64: 1e-3,
@@ -98,4 +98,4 @@ def _random(example: Any, key: Any, generators: dict[torch.device, torch.Generat
     if getattr(key, "kind", "") not in ("score", "scores of"):
         return value
     # No score is negative; a selection is only compared where both variants make the same one.
-    return toca_ops.pair_mean(value.abs()) if shared_pair else value.abs()
+    return scores.pair_mean(value.abs()) if shared_pair else value.abs()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
-from toca_compile.ir.plan import Memory
+import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
+from toca_compile.ir.plan import CacheSpec
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ class Series:
         self,
         emit: Callable[..., fx.Node],
         slot: Callable[[str, int], fx.Node],
-        memory: Memory,
+        memory: CacheSpec,
         tokens: tuple[int, ...] | None = None,
     ) -> None:
         self.emit, self.slot, self.memory, self.tokens = emit, slot, memory, tokens

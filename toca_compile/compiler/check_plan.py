@@ -10,29 +10,29 @@ from toca_compile.errors import PolicyError, TocaError
 from toca_compile.ir.fields import MAX_STEPS, accept, checked, told
 from toca_compile.ir.plan import SELECTING, Plan, Policy, SiteStep, StepPlan, step_kind
 from toca_compile.ir.precision import rounding_error, unusable
-from toca_compile.ir.program import Unit
+from toca_compile.ir.program import Program
 from toca_compile.ir.types import Action, Site, StepKind
-from toca_compile.passes.skip_range import find_range
+from toca_compile.passes.proof.block_range import find_range
 
 _COARSE = 0.01  # relative error from which on a cache's dtype is worth a warning
 
 
-def check_plan(policy: Policy, unit: Unit, warn: Callable[[str], None]) -> Plan:
+def check_plan(policy: Policy, program: Program, warn: Callable[[str], None]) -> Plan:
     """The policy's plan for the sites of a graph.
 
     Args:
         policy: the user's.
-        unit: the graph after all passes.
+        program: the graph after all passes.
         warn: is told what the user should know of a plan that can be followed.
 
     Raises:
         PolicyError: it is no plan, asks a site for what it cannot do, or reads a cache before it was written. The
             message names the step, the site and the value.
     """
-    plan = _planned(policy, unit.sites)
+    plan = _planned(policy, program.sites)
     made: dict[int, int] = {}  # of each site that is written, how many differences
     for i, step in enumerate(plan.steps):
-        for site, todo in zip(unit.sites, step.sites, strict=True):
+        for site, todo in zip(program.sites, step.sites, strict=True):
             why = _cannot(site, todo, made.get(site.index))
             if why is not None:
                 raise PolicyError(f"step {i}: {site.name} {why}")
@@ -41,7 +41,7 @@ def check_plan(policy: Policy, unit: Unit, warn: Callable[[str], None]) -> Plan:
         if step.kind is not step_kind(step.sites):
             raise PolicyError(f"step {i} says {step.kind}, and what its sites do makes it {step_kind(step.sites)}")
     skipped = plan.skipped
-    for site in unit.sites:
+    for site in program.sites:
         _check_site(site, plan, plan.skip.threshold is not None and site.index in skipped)
     if plan.skip.limit is not None and plan.skip.threshold is None:
         raise PolicyError("plan.skip.limit goes with a threshold: without one the steps themselves say what is skipped")
@@ -49,8 +49,8 @@ def check_plan(policy: Policy, unit: Unit, warn: Callable[[str], None]) -> Plan:
            for step in plan.steps):  # fmt: skip
         raise PolicyError("all steps that skip blocks must skip the same ones")
     if skipped:
-        find_range(unit, skipped, plan.skip)
-    _check_dtypes(plan, unit, warn)
+        find_range(program, skipped, plan.skip)
+    _check_dtypes(plan, program, warn)
     return plan
 
 
@@ -112,7 +112,12 @@ def _cannot(site: Site, todo: SiteStep, made: int | None) -> str | None:
     own = size if action is Action.COMPUTE else 0
     if action not in SELECTING and todo.tokens not in (0, own):
         return f"computes {own} tokens where it is {action.value}, not {todo.tokens}"
-    if action is Action.QUERIES and todo.keys == "update" and site.queries is not None and not site.queries.updates:
+    if (
+        action is Action.QUERIES
+        and todo.keys == "update"
+        and site.query_proof is not None
+        and not site.query_proof.updates
+    ):
         return "cannot update its keys: they are not token-wise in its input; take keys='fresh' or 'keep'"
     most = made or 0
     if action is Action.COMPUTE:
@@ -144,14 +149,14 @@ def _check_site(site: Site, plan: Plan, undecided: bool) -> None:
         )
 
 
-def _check_dtypes(plan: Plan, unit: Unit, warn: Callable[[str], None]) -> None:
+def _check_dtypes(plan: Plan, program: Program, warn: Callable[[str], None]) -> None:
     """Refuse a cache dtype that cannot be used on the graph's device, and say what a coarse one loses."""
     rows = any(s.action in SELECTING for step in plan.steps for s in step.sites)
-    kept = {plan.memory.dtype} if any(plan.reads(site.index) for site in unit.sites) else set()
+    kept = {plan.memory.dtype} if any(plan.reads(site.index) for site in program.sites) else set()
     kept |= {plan.skip.memory.dtype} if plan.skipped else set()
     for dtype in sorted(kept - {None}, key=str):
         assert dtype is not None
-        devices = {site.output.meta["val"].device for site in unit.sites}
+        devices = {site.output.meta["val"].device for site in program.sites}
         for device in sorted(devices, key=str):
             why = unusable(dtype, device, rows=rows)
             if why is not None:

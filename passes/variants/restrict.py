@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import fx
 
-import toca_compile.ir.ops  # noqa: F401  (defines the toca:: ops)
+import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import operand_nodes, value_of
-from toca_compile.ir.types import AxisTypes, Carry, Occurrence
-from toca_compile.passes.narrow import Piece, pieces
-from toca_compile.passes.prove import leaf_places, reads_whole, span
+from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
+from toca_compile.passes.proof.prove import leaf_places, reads_whole, span
+from toca_compile.passes.variants.narrow import Piece, pieces
 from toca_compile.rules.registry import RULES
 
 toca = torch.ops.toca
 aten = torch.ops.aten
 
 
-def place(carry: Carry, node: fx.Node) -> tuple[int, ...]:
+def place(proof: RowProof, node: fx.Node) -> tuple[int, ...]:
     """Where the tokens and the batch lie in a value: the last arguments of gather and scatter."""
-    first, last = span(carry.tokens[node])
-    return (first, _dim(carry.batch[node])) + ((last - first + 1,) if last > first else ())
+    first, last = span(proof.tokens[node])
+    return (first, _dim(proof.batch[node])) + ((last - first + 1,) if last > first else ())
 
 
 class Restriction:
@@ -47,14 +47,14 @@ class Restriction:
         emit: Callable[..., fx.Node],
         copy: Callable[[fx.Node, Callable[[fx.Node], fx.Node]], fx.Node],
         values: Mapping[fx.Node, fx.Node],
-        carry: Carry,
+        proof: RowProof,
         types: AxisTypes,
         index: fx.Node,
         k: Callable[[], fx.Node],
         whole: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.emit, self.copy, self.values = emit, copy, values
-        self.carry, self.types, self.index, self.k = carry, types, index, k
+        self.proof, self.types, self.index, self.k = proof, types, index, k
         self.whole = whole or {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
@@ -69,24 +69,24 @@ class Restriction:
         ``given`` of its input and what it holds. ``others`` have made rows already, the same ones where they lie
         alike."""
         for other in others:
-            self.rows |= {n: row for n, row in other.rows.items() if n in self.carry.tokens and self._alike(other, n)}
+            self.rows |= {n: row for n, row in other.rows.items() if n in self.proof.tokens and self._alike(other, n)}
         for node, value in given.items():
             if node in self.rows:
                 continue
-            self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.carry, node))
-        narrow = pieces(self.carry.rows, self.types)
+            self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.proof, node))
+        narrow = pieces(self.proof.rows, self.types)
         whole = {piece.linear for piece in narrow.values()}
         for node in nodes:
             if node in self.rows:
                 continue
             if node in narrow:
                 self.rows[node] = self._piece(narrow[node])
-            elif node in self.carry.rows and not whole & {node, *node.all_input_nodes}:
+            elif node in self.proof.rows and not whole & {node, *node.all_input_nodes}:
                 self.rows[node] = self._node(node)
         return {**self.gathered, **self.rows}
 
     def _alike(self, other: "Restriction", node: fx.Node) -> bool:
-        mine, theirs = self.carry, other.carry
+        mine, theirs = self.proof, other.proof
         return mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
 
     def _piece(self, piece: Piece) -> fx.Node:
@@ -97,23 +97,23 @@ class Restriction:
         return self.emit(aten.linear.default, self.rows[x], *cut)
 
     def _node(self, node: fx.Node) -> fx.Node:
-        if node.target is operator.getitem and node.args[0] in self.carry.cuts:
+        if node.target is operator.getitem and node.args[0] in self.proof.cuts:
             return self.rows[node.args[0]]  # type: ignore[index]
-        if node in self.carry.joins:
-            return self.rows[self.carry.joins[node]]
-        if node in self.carry.cuts:
+        if node in self.proof.joins:
+            return self.rows[self.proof.joins[node]]
+        if node in self.proof.cuts:
             # The rows are of that part already.
             return self.rows[operand_nodes(node)[0]]
         if node.target is operator.getitem:
             return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
         spec = self.types.specs[node]
-        whole = reads_whole(self.types, node, self.carry)
+        whole = reads_whole(self.types, node, self.proof)
         operands: list[fx.Node] = []
         for operand, dims, all_of_it in zip(operand_nodes(node), spec.operands, whole, strict=True):
             if operand in self.rows and not all_of_it:
                 operands.append(self.rows[operand])
                 continue
-            tokens, batch = leaf_places(self.types, node, self.carry, dims)
+            tokens, batch = leaf_places(self.types, node, self.proof, dims)
             operands.append(self._leaf(operand, node, tokens, batch))
             if any(tokens):
                 self.gathered[operand] = operands[-1]
@@ -127,11 +127,11 @@ class Restriction:
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""
-        tokens = self.carry.tokens[node]
+        tokens = self.proof.tokens[node]
         first, last = span(tokens)
         shape: list[Any] = []
         for d, product in enumerate(self.types.type_of(node)):
-            size = self.types.factors.size(f for i, f in enumerate(product) if Occurrence(d, i) not in tokens)
+            size = self.types.factors.size(f for i, f in enumerate(product) if FactorPos(d, i) not in tokens)
             if d == first:
                 shape.append(self.k() if size == 1 else self.emit(operator.mul, self.k(), size))
             elif not first < d <= last:
@@ -142,8 +142,8 @@ class Restriction:
         self,
         operand: fx.Node,
         reader: fx.Node,
-        tokens: Sequence[Occurrence | None],
-        batch: Sequence[Occurrence | None],
+        tokens: Sequence[FactorPos | None],
+        batch: Sequence[FactorPos | None],
     ) -> fx.Node:
         """A value from outside the branch, as ``reader`` needs it on the rows.
 
@@ -151,7 +151,7 @@ class Restriction:
         the other tokens, for a value that each frame has one of.
         """
         value = self.whole.get(operand) or self.values[operand]
-        (first, last), (begin, end) = span(tokens), span(self.carry.tokens.get(reader, ()))
+        (first, last), (begin, end) = span(tokens), span(self.proof.tokens.get(reader, ()))
         pointwise, of = RULES[reader.target].pointwise, value_of(reader)  # type: ignore[index]
         if not any(tokens):
             if end > begin and pointwise:
@@ -159,15 +159,15 @@ class Restriction:
                 return self.emit(aten.reshape.default, value, shape[: begin + 1] + shape[end + 1 :])
             return value
         batch_dim = _dim(batch)
-        if (batch_dim < 0 and self.carry.batch[reader]) or end > begin:
+        if (batch_dim < 0 and self.proof.batch[reader]) or end > begin:
             shape = [1] * (of.dim() - value_of(operand).dim()) + list(value_of(operand).shape)
-            first, last, batch_dim = begin, end, _dim(self.carry.batch[reader])
+            first, last, batch_dim = begin, end, _dim(self.proof.batch[reader])
             for d in range(of.dim()):
                 if d == batch_dim or begin <= d <= end:
                     shape[d] = of.shape[d]
             value = self.emit(aten.expand.default, value, shape)
-        if reader in self.carry.windows:
-            begin, size = self.carry.windows[reader]
+        if reader in self.proof.windows:
+            begin, size = self.proof.windows[reader]
             value = self.emit(aten.slice.Tensor, value, first, begin, begin + size)
         merged = (last - first + 1,) if last > first else ()
         return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
@@ -180,6 +180,6 @@ def in_turn(operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]) -> C
     return lambda node: next(given) if isinstance(value_of(node), torch.Tensor) else others[node]
 
 
-def _dim(places: Sequence[Occurrence | None]) -> int:
+def _dim(places: Sequence[FactorPos | None]) -> int:
     """The one dimension that holds these factors; −1 where there are none."""
     return places[0].dim if places and places[0] is not None else -1

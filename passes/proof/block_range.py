@@ -1,0 +1,108 @@
+"""A range of blocks that some steps skip: whole segments in a row, what they make that others read, and what enters in
+its place. What a skipped range yields is what entered, and what the range added when it was computed."""
+
+from collections.abc import Sequence, Set
+
+import torch
+from torch import fx
+
+from toca_compile.errors import PolicyError
+from toca_compile.ir.graph import ancestors, operand_nodes, source_line, value_of
+from toca_compile.ir.plan import Skip
+from toca_compile.ir.program import BlockRange, Entry, Program
+from toca_compile.ir.types import AxisTypes, Site, Type
+
+aten = torch.ops.aten
+
+
+def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
+    """The range that holds the sites ``skipped``.
+
+    Raises:
+        PolicyError: they are no whole blocks in a row, or make something that is no stream of tokens, or a threshold
+            has no blocks before them to be measured on.
+    """
+    assert program.types is not None
+    names = {s.index: s.name for s in program.sites}
+    touched = [i for i, s in enumerate(program.segments) if set(s.sites) & skipped]
+    first, last = touched[0], touched[-1] + 1
+    left = [names[i] for s in program.segments[first:last] for i in s.sites if i not in skipped]
+    if left:
+        raise PolicyError(f"only whole blocks in a row can be skipped, and {left[0]} stands among those to skip")
+    inside = {n for s in program.segments[first:last] for n in s.nodes}
+    read = {n for s in program.segments[last:] for n in s.inputs} | set(
+        program.module.graph.output_node().all_input_nodes
+    )  # fmt: skip
+    outputs = tuple(n for s in program.segments[first:last] for n in s.outputs if n in read)
+    # What branches are added to enters; where they start may lie far before (a skip from an early block).
+    entered = [_residual(s) for s in program.sites if s.index in skipped]
+    sources = [n for n in entered if n not in inside]
+    # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it.
+    entering = [n for s in program.segments[first:last] for n in s.inputs if n not in inside]
+    order = {node: i for i, node in enumerate(program.module.graph.nodes)}
+    added = sorted((n for n in entering if n.target is aten.add.Tensor), key=order.__getitem__, reverse=True)
+    candidates = list(dict.fromkeys([*sources, *added]))
+    tokens = {f for s in program.sites for f in s.axis.factors}
+    for node in outputs:
+        if not any(f in tokens for dim in program.types.type_of(node) for f in dim):
+            raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
+    entries = tuple(
+        _entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs
+    )  # fmt: skip
+    probe = None
+    if skip.threshold is not None:
+        probe = _probe(program, first, sources)
+    return BlockRange(first, last, outputs, entries, probe)
+
+
+def _residual(site: Site) -> fx.Node:
+    """The stream that a site's branch is added to."""
+    return next(n for n in operand_nodes(site.add) if site.output not in ancestors([n], stop=[site.source]))
+
+
+def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: Set[int]) -> Entry | None:
+    """The entering stream of a value's kind, or several that make it up along one dimension, or one that holds the same
+    in another layout."""
+    wanted = types.type_of(node)
+
+    def matches(source: fx.Node, type_: Type) -> bool:
+        """Equal but for features, which each linear layer numbers anew."""
+        sizes = tuple(types.factors.size(dim) for dim in type_)
+        same = zip(types.type_of(source), type_, strict=False)
+        return tuple(value_of(source).shape) == sizes and all(a == b or not tokens & {*a, *b} for a, b in same)
+
+    for source in sources:
+        if matches(source, wanted):
+            return Entry((source,))
+    for d, dim in enumerate(wanted):
+        parts = types.factors.segments(dim)
+        found = [
+            next((s for s in sources if matches(s, (*wanted[:d], part, *wanted[d + 1 :]))), None) for part in parts
+        ]
+        if len(parts) > 1 and None not in found:
+            return Entry(tuple(s for s in found if s is not None), d)
+    for source in sources:
+        given = [f for dim in types.type_of(source) for f in dim]
+        target = [f for dim in wanted for f in dim]
+        if len(set(target)) == len(target) and sorted(given) == sorted(target):
+            sizes = tuple(types.factors.size((f,)) for f in given)
+            return Entry((source,), 0, sizes, tuple(given.index(f) for f in target))
+    return None
+
+
+def _probe(program: Program, first: int, sources: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The stream of the picture's tokens before the first block and before the range."""
+    assert program.types is not None
+    before = [i for s in program.segments[:first] for i in s.sites]
+    if not before:
+        raise PolicyError("a threshold is measured on the blocks before those to skip: compute at least one of them")
+    main = max((program.sites[i].axis for i in before), key=lambda axis: axis.size)
+    start = next(program.sites[i].source for i in before if program.sites[i].axis == main)
+    enters = next((s for s in sources if program.types.type_of(s) == program.types.type_of(start)), None)
+    if enters is None:
+        raise PolicyError(f"the stream {_told(start)} does not enter the blocks to skip: their change is not measured")
+    return start, enters
+
+
+def _told(node: fx.Node) -> str:
+    return f"{node.name} ({source_line(node)})"

@@ -1,0 +1,1 @@
+"""A segment and what its sites do, to a graph."""

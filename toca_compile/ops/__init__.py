@@ -1,0 +1,8 @@
+"""The ``toca::`` ops: what a rewritten graph does beside the model's own arithmetic. Importing this defines them all.
+
+Token scores are float32 ``[batch, tokens]``; indices are int64 ``[batch, k]``.
+"""
+
+from toca_compile.ops import rows, scores, selection, series
+
+__all__ = ["rows", "scores", "selection", "series"]

@@ -1,0 +1,68 @@
+"""Rows of tokens in a value: taken out, written back, blended; and a whole value kept."""
+
+import torch
+from torch import Tensor
+
+from toca_compile.ops.registry import op
+
+
+@op("gather_tokens(Tensor x, Tensor index, int dim, int batch_dim, int span=1) -> Tensor")
+def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """Rows ``index[b]`` of ``x`` along ``dim``, each sample its own.
+
+    Args:
+        x: any rank; ``x.shape[batch_dim]`` is the batch.
+        index: int64 ``[batch, k]``.
+        dim: token dimension of ``x``, the first of ``span`` (frames and patches), which become one.
+        batch_dim: batch dimension of ``x``; −1 where it has none (then ``index`` is ``[1, k]``).
+    """
+    x, batch_dim = merged(x, dim, batch_dim, span)
+    return x.gather(dim, spread(index, x, dim, batch_dim))
+
+
+@op("scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim, int span=1) -> Tensor(a!)")
+def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """Write ``rows`` to the places ``index`` of ``cache`` (contiguous), in place; returns ``cache``."""
+    flat, batch_dim = merged(cache, dim, batch_dim, span)
+    flat.scatter_(dim, spread(index, flat, dim, batch_dim), rows.to(cache.dtype))
+    return cache
+
+
+@op("blend_tokens_(Tensor(a!) cache, Tensor index, Tensor dense, int dim, int batch_dim, int span=1) -> Tensor(a!)")
+def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """As ``scatter_tokens_``, from a value computed for all tokens: the plain meaning of a partial step."""
+    flat, batch_dim = merged(cache, dim, batch_dim, span)
+    chosen = torch.zeros(index.shape[0], flat.shape[dim], dtype=torch.bool, device=cache.device)
+    chosen = chosen.scatter(1, index, True)
+    chosen = chosen if batch_dim < dim else chosen.t()
+    shape = [1] * flat.dim()
+    shape[dim] = flat.shape[dim]
+    if batch_dim >= 0:
+        shape[batch_dim] = flat.shape[batch_dim]
+    flat.copy_(torch.where(chosen.reshape(shape), dense.reshape(flat.shape), flat))
+    return cache
+
+
+@op("store_(Tensor(a!) cache, Tensor value) -> Tensor(a!)")
+def store_(cache: Tensor, value: Tensor) -> Tensor:
+    """Keep ``value``: copy it into ``cache`` in place; returns ``cache``."""
+    return cache.copy_(value)
+
+
+def merged(x: Tensor, dim: int, batch_dim: int, span: int) -> tuple[Tensor, int]:
+    """``x`` with its token dimensions as one, and where its batch then is."""
+    if span == 1:
+        return x, batch_dim
+    return x.flatten(dim, dim + span - 1), batch_dim - (span - 1 if batch_dim > dim else 0)
+
+
+def spread(index: Tensor, like: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """``index`` with the rank of ``like``, expanded over every other dimension."""
+    view = [1] * like.dim()
+    if batch_dim >= 0:
+        view[batch_dim] = index.shape[0]
+    view[dim] = index.shape[1]
+    full = list(like.shape)
+    full[dim] = index.shape[1]
+    laid = index if batch_dim < dim else index.t()
+    return laid.reshape(view).expand(full)

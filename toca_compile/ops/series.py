@@ -1,0 +1,62 @@
+"""What a value did from full step to full step, and where it is going."""
+
+from math import factorial
+
+from torch import Tensor
+
+from toca_compile.ops.registry import op
+
+
+@op("difference(Tensor new, Tensor old, SymInt steps) -> Tensor")
+def difference(new: Tensor, old: Tensor, steps: int) -> Tensor:
+    """(new − old) / steps in float32: the slope of a value between two full steps (TaylorSeer, section 3.2)."""
+    return (new.float() - old.float()) / steps
+
+
+@op("forecast(Tensor cache, Tensor difference, SymInt power, int order) -> Tensor")
+def forecast(cache: Tensor, difference: Tensor, power: int, order: int) -> Tensor:
+    """One more term of a series: cache + difference · power / order!. In a Taylor series ``power`` is xᵒʳᵈᵉʳ for x
+    steps since the last full one; Newton's polynomial has the product of the distances to the full steps, and order
+    0."""
+    return cache.float() + difference.float() * power / factorial(order)
+
+
+@op("token_age(Tensor stamp, SymInt since, SymInt step) -> Tensor")
+def token_age(stamp: Tensor, since: int, step: int) -> Tensor:
+    """Steps since each token was last computed: alone (``stamp``, int32 ``[batch, tokens]``) or with all
+    (``since``)."""
+    return step - stamp.clamp(min=since)
+
+
+@op("difference_tokens(Tensor new, Tensor old, Tensor age, int dim, int batch_dim, int span=1) -> Tensor")
+def difference_tokens(new: Tensor, old: Tensor, age: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
+    """As ``difference``, each token over its own age ``[batch, tokens]``."""
+    return (new.float() - old.float()) / _laid(age, new, dim, batch_dim, span)
+
+
+@op(
+    "forecast_tokens(Tensor cache, Tensor difference, Tensor age, SymInt used, int order, int dim, "
+    "int batch_dim, int span=1) -> Tensor"
+)
+def forecast_tokens(
+    cache: Tensor, difference: Tensor, age: Tensor, used: int, order: int, dim: int, batch_dim: int, span: int = 1
+) -> Tensor:
+    """As ``forecast`` in a Taylor series, each token from its own age; ``used`` 0 leaves the term out."""
+    factor = _laid(age, cache, dim, batch_dim, span).float() ** order * used / factorial(order)
+    return cache.float() + difference.float() * factor
+
+
+def _laid(age: Tensor, like: Tensor, dim: int, batch_dim: int, span: int) -> Tensor:
+    """``[batch, tokens]`` with the rank of ``like``, whose tokens lie in ``span`` dimensions from ``dim`` on."""
+    shape = [1] * like.dim()
+    shape[dim : dim + span] = like.shape[dim : dim + span]
+    if batch_dim >= 0:
+        shape[batch_dim] = like.shape[batch_dim]
+    return (age if batch_dim < dim else age.t()).reshape(shape)
+
+
+@op("relative_change(Tensor now, Tensor before) -> Tensor")
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """mean|now − before| / mean|before|, a float32 scalar: what FirstBlockCache holds against its threshold."""
+    old = before.float()
+    return (now.float() - old).abs().mean() / old.abs().mean()
