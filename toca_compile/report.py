@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from toca_compile.backend import Session
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
+from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.ir.printer import print_graph
-from toca_compile.ir.program import Mode
-from toca_compile.ir.types import Action, StepKind
+from toca_compile.ir.types import StepKind
 from toca_compile.runtime.executor import Executor
+from toca_compile.session import Session
 
 _LETTERS = {
     StepKind.FULL: "F",
@@ -122,10 +122,10 @@ class Report:
         for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
-            for template, modes, memories in executor.ready:
+            for template, forms in executor.ready:
                 segment = next(s for s in executor.program.segments if s.template == template)
-                variant = self._session.variant(executor.program, segment, modes, memories, executor.plan)
-                texts[f"{prefix}template{template}[{_mode_names(modes)}]"] = print_graph(variant.module.graph)
+                variant = executor.variants.build(segment, forms, executor.plan)
+                texts[f"{prefix}template{template}[{'; '.join(map(str, forms))}]"] = print_graph(variant.module.graph)
         return texts
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ class Report:
             f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full; "
             f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
-        seconds = self._session.checked.values()
+        seconds = self._session.checked
         if seconds:
             lines.append(f"verified on random values: {len(seconds)} partial variants in {sum(seconds):.2f} s")
         if not self._session.control.time_is_visible:
@@ -167,18 +167,17 @@ def make_report(session: Session) -> Report:
 
 
 def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
-    total = sum(int(cost.site(s, Action.COMPUTE).subs(cost.values)) for s in executor.program.sites) or 1
+    total = sum(int(cost.site(s, Compute()).subs(cost.values)) for s in executor.program.sites) or 1
     rows = []
     for site in executor.program.sites:
-        full = int(cost.site(site, Action.COMPUTE).subs(cost.values))
-        partial = cost.site(site, Action.PARTIAL).subs(cost.values) if Action.PARTIAL in site.actions else None
-        actions = frozenset(a.value for a in site.actions)
+        full = int(cost.site(site, Compute()).subs(cost.values))
+        partial = cost.site(site, Partial()).subs(cost.values) if site.row_proof is not None else None
         rows.append(
             SiteReport(
                 site.name,
                 site.kind,
                 site.axis.name,
-                actions,
+                legal_actions(site),
                 site.reason,
                 site.axis.size,
                 site.depth,
@@ -192,10 +191,11 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
 
 def _actions(executor: Executor, kind: str) -> list[Action]:
     if kind == "full":
-        return [Action.COMPUTE] * len(executor.program.sites)
+        return [Compute()] * len(executor.program.sites)
     if kind in ("reuse", "forecast"):
-        return [Action.REUSE] * len(executor.program.sites)
-    return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.program.sites]
+        return [Reuse()] * len(executor.program.sites)
+    plan = executor.plan
+    return [Partial() if plan.selects(s.index) and s.row_proof is not None else Reuse() for s in executor.program.sites]
 
 
 def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
@@ -208,7 +208,3 @@ def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
         extra = f" … {group[-1].name}  (×{len(group)})" if len(group) > 1 else ""
         named.append((group[0].name + extra, group))
     return named
-
-
-def _mode_names(modes: Sequence[Mode]) -> str:
-    return ", ".join(m.label for m in modes)

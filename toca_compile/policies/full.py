@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from toca_compile.ir.actions import Compute
 from toca_compile.ir.fields import Checked
-from toca_compile.ir.plan import Plan, SiteStep, StepPlan
-from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.ir.plan import Plan, StepPlan
+from toca_compile.ir.types import Site, StepKind
 
 
 @dataclass(frozen=True)
@@ -13,5 +14,5 @@ class FullCompute(Checked):
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """One full step, repeated."""
-        step = StepPlan(StepKind.FULL, tuple(SiteStep(Action.COMPUTE, s.axis.size) for s in sites))
+        step = StepPlan(StepKind.FULL, (Compute(),) * len(sites))
         return Plan((step,), endless=True)

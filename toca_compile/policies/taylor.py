@@ -4,8 +4,9 @@ for the tokens that a step does not recompute."""
 from dataclasses import dataclass
 from typing import Annotated
 
+from toca_compile.ir.actions import Keys
 from toca_compile.ir.fields import Basis, Call, Checked, Count, DtypeName, Fraction, OneOf, Order, Seed, Steps, Weight
-from toca_compile.ir.plan import Keys, Plan, Score, Selector
+from toca_compile.ir.plan import Plan, ScoreName, Selector
 from toca_compile.ir.types import Site
 from toca_compile.policies.composition import Composition, Forecast, Partial, Queries, Rule, Share
 from toca_compile.policies.when import Bend, Every, Listed, Spread, When
@@ -103,7 +104,7 @@ class TaylorToCa(Checked):
     interval: Count = 4
     order: Order = 2
     fresh_ratio: Fraction = 0.1
-    score: Score = "error"
+    score: ScoreName = "error"
     staleness_weight: Weight = 0.0
     keys: Keys | None = None
     mlp: bool = True

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Checked, Count, Counting, Fraction, Kind, Number, OneOf, Seed, Steps, Weight
-from toca_compile.ir.plan import Plan, Score, Selector
+from toca_compile.ir.plan import Plan, ScoreName, Selector
 from toca_compile.ir.types import Site
 from toca_compile.policies.composition import Composition, Partial, Rule, Share, SkipBlocks
 from toca_compile.policies.schedules import RatioSchedule
@@ -63,7 +63,7 @@ class ToCa(Checked):
     interval: Count = 3
     fresh_ratio: FreshRatio = 0.07
     schedule: Annotated[str, OneOf(SCHEDULES)] = "toca"
-    score: Score = "attention"
+    score: ScoreName = "attention"
     staleness_weight: Weight = 0.25
     interval_slope: Slope = 0.4
     sensitive: tuple[Fraction, Fraction] = (0.2, 0.4)
