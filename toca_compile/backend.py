@@ -24,7 +24,7 @@ from toca_compile.ir.plan import CacheSpec, Plan, Policy
 from toca_compile.ir.program import Mode, Program, Segment, Slot, Variant
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
-from toca_compile.lowerings import lowering as find_lowering
+from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
 from toca_compile.passes.variants.rewrite import rewrite
@@ -218,7 +218,7 @@ class Session:
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
         exemplar = next(s for s in program.segments if s.template == segment.template)
         sites = [program.sites[i] for i in exemplar.sites]
-        dense = self.lowering == "dense"
+        dense = is_dense(self._lower)
         variant = rewrite(exemplar, sites, modes, program.types, plan.selector, memories, dense=dense)
         _propagate(variant, exemplar, program, plan)
         verify_variant(variant, exemplar)
