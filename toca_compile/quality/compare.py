@@ -83,7 +83,7 @@ def print_table(console: Any, rows: Sequence[Row], *, peak: float) -> None:
         caption="latency: median of interleaved samplings; PSNR to the uncached samples",
     )
     for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "s"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        table.add_column(name, justify="left" if not name else "right", no_wrap=name != "steps")
     base = rows[0]
     assert base.samples is not None
     for row in rows:
