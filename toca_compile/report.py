@@ -23,6 +23,13 @@ _LETTERS = {
 }
 
 
+class StepCounts(dict[str, int]):
+    """How many steps of a run are of each kind that occurs; ``str`` of it is such as ``14 full, 36 partial``."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.items())
+
+
 @dataclass(frozen=True)
 class SiteReport:
     """One residual branch. ``actions``: names of what it may do; ``reason``: why it cannot be partial, or None.
@@ -116,6 +123,12 @@ class Report:
         """One letter a step: F full, P partial, T forecast (Taylor), R reuse, S blocks skipped."""
         return "".join(_LETTERS[s.kind] for s in self._as_run(self._session.executors[0]).steps)
 
+    @property
+    def step_counts(self) -> StepCounts:
+        """The schedule's steps by kind: ``{"full": 14, "partial": 36}``."""
+        kinds = [step.kind for step in self._as_run(self._session.executors[0]).steps]
+        return StepCounts({kind.value: kinds.count(kind) for kind in StepKind if kind in kinds})
+
     def graphs(self) -> dict[str, str]:
         """The graph after each pass, and every variant built so far, printed."""
         texts: dict[str, str] = {}
@@ -143,11 +156,11 @@ class Report:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append("")
+        counts = self.step_counts
         lines.append(f"schedule  {self.schedule}")
-        full = float(self.flops("full"))
+        each = ", ".join(f"{kind} {float(self.flops(kind)) / 1e9:.3f}" for kind in counts)
         lines.append(
-            f"a full step {full / 1e9:.3f} GFLOPs, partial {float(self.flops('partial')) / 1e9:.3f} (mean), "
-            f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full; "
+            f"{counts}; GFLOPs of a step: {each} (means); a run {self.flop_speedup():.2f}× fewer than all full; "
             f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
         seconds = self._session.checked

@@ -15,7 +15,7 @@ from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, Policy
 from toca_compile.ir.graph import source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
-from toca_compile.lowerings import lowering as find_lowering
+from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
 from toca_compile.policies.storage import checked_policy
@@ -118,7 +118,7 @@ class Session:
         if not program.sites:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
         plan = self._plan(self.applied, self.seen, program)
-        variants = ProgramVariants(program, self._lower, dense=self.lowering == "dense")
+        variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
         executor = Executor(program, plan, self.control, variants, self.seen)
         self.managers.append(manager)
         self.executors.append(executor)

@@ -14,8 +14,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from torch import fx
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Checked, Natural, OneOf, Order, Tokens
+from toca_compile.ir.fields import Family, Natural, OneOf, Order, Tokens
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
+from toca_compile.ir.registry import register
 from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import RowProof, Site, StepKind
 
@@ -23,15 +24,7 @@ KEYS = ("fresh", "update", "keep")
 Keys = Annotated[str, OneOf(KEYS)]
 Buffers = set[tuple[State, int]]  # of one site: kind, and which of several
 
-ACTIONS: "list[type[Action]]" = []
-A = TypeVar("A", bound="type[Action]")
-A1 = TypeVar("A1", bound="Action")
-
-
-def register(cls: A) -> A:
-    """Make a kind of action known to reports, policies' files and the check of plans."""
-    ACTIONS.append(cls)
-    return cls
+A = TypeVar("A", bound="Action")
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Action(Checked):
+class Action(Family):
     """What a site does in one step. The base class computes nothing and reads nothing."""
 
     kind: ClassVar[StepKind]
@@ -463,14 +456,14 @@ def _rest(order: int) -> Action:
 
 
 @cache
-def _altered(action: A1, **changes: Any) -> A1:
+def _altered(action: A, **changes: Any) -> A:
     """The same with other fields: one object for all steps of a plan that say the same."""
     return replace(action, **changes)
 
 
 def legal_actions(site: Site) -> frozenset[str]:
     """The kinds of actions that a site can do, by their words."""
-    whole = {action.word: action for action in (cls() for cls in ACTIONS)}
+    whole = {action.word: action for action in (cls() for cls in Action.members.values())}
     return frozenset(word for word, action in whole.items() if can(site, action))
 
 

@@ -137,7 +137,14 @@ def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:
 
 
 class Policy(Protocol):
-    """A caching policy: pure host data. It sees the sites of a model and says what each does at each step."""
+    """A caching policy: pure host data. It sees the sites of a model and says what each does at each step.
+
+    A policy may also have ``for_run(num_steps: int, guided: bool) -> Policy``, as all of this package's have. A
+    pipeline asks it before the first model call of a run for the policy to follow in that run: ``num_steps`` model
+    calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
+    alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
+    as it is, however many steps the run has.
+    """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """The plan for these sites.

@@ -8,7 +8,7 @@ The published methods are compositions; so are others that nobody has named::
     ), which=Selector("error"), how_many=Share(0.3))
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,9 @@ from toca_compile.ir.actions import Action, Compute, Facts, Forecast, Partial, Q
 from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Steps
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.plan import Plan, Selector, Skip, StepPlan, step_kind
+from toca_compile.ir.registry import register
 from toca_compile.ir.types import Site
+from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.schedules import RatioSchedule, counted
 from toca_compile.policies.when import Adaptive, Every, Listed, When, check_range
 
@@ -61,8 +63,9 @@ class Share(Checked):
         )  # fmt: skip
 
 
+@register
 @dataclass(frozen=True)
-class Composition(Checked):
+class Composition(CachingPolicy):
     """A policy made of parts.
 
     Args:
@@ -118,6 +121,11 @@ class Composition(Checked):
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The full steps of a kind of site as call indices, 0 first."""
         return tuple(call for call, phase in enumerate(self.when.phases(self.num_steps, kind)) if phase == 0)
+
+    def for_run(self, num_steps: int, guided: bool) -> "Composition":
+        # Without guidance the halves of a batch are unrelated pictures, which select tokens of their own.
+        which = replace(self.which, shared_pair=self.which.shared_pair and guided)
+        return replace(self, num_steps=num_steps, which=which)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """What each site does at each step, decided once for the whole step."""
