@@ -24,6 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(name: str, *arguments: object) -> str:
         """What an example prints."""
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")  # of the terminal that tables are printed for
         monkeypatch.syspath_prepend(EXAMPLES)  # as for a script, whose folder comes first
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
