@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lowering", default="inductor", help="eager: a quick look, nothing is compiled")
     parser.add_argument("--out", type=Path, default=Path("toca-dit"))
     given = parser.parse_args()
     if given.model:
@@ -48,7 +49,8 @@ def main() -> None:
     policies: dict[str, Any] = {"ToCa ddim-50": preset("dit-xl-2/ddim-50"), "FORA N=3": Fora(interval=3)}
     call = {"class_labels": [207], "guidance_scale": 1.5}
     compare_pipeline(
-        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out
+        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out,
+        lowering=given.lowering,
     )  # fmt: skip
 
 

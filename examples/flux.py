@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lowering", default="inductor", help="eager: a quick look, nothing is compiled")
     parser.add_argument("--out", type=Path, default=Path("toca-flux"))
     given = parser.parse_args()
     call: dict[str, Any]
@@ -54,7 +55,8 @@ def main() -> None:
     pipe.to(given.device)
     policies = {f"ToCa 50-n{n}": preset(f"flux-dev/50-n{n}") for n in ((4, 5, 6) if given.model else (4,))}
     compare_pipeline(
-        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out
+        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out,
+        lowering=given.lowering,
     )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lowering", default="inductor", help="eager: a quick look, nothing is compiled")
     parser.add_argument("--out", type=Path, default=Path("toca-opensora"))
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -84,8 +85,8 @@ def main() -> None:
 
         return run
 
-    opt = optimize(model, preset("opensora-1.2/rflow-30", num_steps=given.steps))
-    baseline: Any = torch.compile(model, dynamic=False)
+    opt = optimize(model, preset("opensora-1.2/rflow-30", num_steps=given.steps), lowering=given.lowering)
+    baseline: Any = torch.compile(model, dynamic=False) if given.lowering == "inductor" else model
     rows = [Row("uncached", sampler(baseline)), Row("ToCa rflow-30", sampler(opt), opt)]
     console = Console()
     measure(rows, repeats=given.repeats, device=given.device, ticks=given.steps, console=console)

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lowering", default="inductor", help="eager: a quick look, nothing is compiled")
     parser.add_argument("--out", type=Path, default=Path("toca-pixart"))
     given = parser.parse_args()
     call: dict[str, Any]
@@ -64,7 +65,8 @@ def main() -> None:
     pipe.to(given.device)
     policies = {"ToCa dpm-20": preset("pixart-alpha/dpm-20"), "ToCa dpm-20-n2": preset("pixart-alpha/dpm-20-n2")}
     compare_pipeline(
-        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out
+        pipe, call, policies, steps=given.steps, repeats=given.repeats, device=given.device, out=given.out,
+        lowering=given.lowering,
     )  # fmt: skip
 
 

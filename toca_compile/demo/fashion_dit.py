@@ -134,36 +134,35 @@ def _write_pictures(out: Path, rows: list[Row], counts: Tensor, labels: Tensor) 
     base = rows[0].samples
     assert base is not None
 
-    def strip(file: str, pictures: list[tuple[str, Tensor]], **show: Any) -> None:
-        columns = len(labels)
+    def strip(file: str, pictures: list[tuple[str, Tensor]], scale: str = "", **show: Any) -> None:
+        size = (1.3 * len(labels) + bool(scale), 1.45 * len(pictures) + 0.2)
         figure, axes = plt.subplots(
-            len(pictures), columns, figsize=(1.3 * columns, 1.45 * len(pictures)), squeeze=False
-        )
+            len(pictures), len(labels), figsize=size, squeeze=False, layout="constrained"
+        )  # fmt: skip
         for line, (name, tensor) in zip(axes, pictures, strict=True):
             for j, axis in enumerate(line):
-                axis.imshow(tensor[j, 0].cpu(), **show)
-                axis.set_xticks([])
-                axis.set_yticks([])
-                if line is axes[0]:
-                    axis.set_title(CLASSES[int(labels[j])], fontsize=8)
+                image = axis.imshow(tensor[j, 0].cpu(), **show)
+                axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(name, fontsize=8)
-        figure.tight_layout()
+        for axis, label in zip(axes[0], labels, strict=True):
+            axis.set_title(CLASSES[int(label)], fontsize=8)
+        if scale:
+            figure.colorbar(image, ax=axes, fraction=0.02).set_label(scale, fontsize=8)
         figure.savefig(out / file, dpi=120)
         plt.close(figure)
 
     strip("samples.png", [(r.name, r.samples) for r in rows if r.samples is not None], cmap="gray", vmin=-1, vmax=1)
     strip(
         "difference.png",
-        [(f"|{r.name} − …|", (r.samples - base).abs()) for r in rows[1:] if r.samples is not None],
-        cmap="magma", vmin=0, vmax=0.5,
+        [(r.name, (r.samples - base).abs()) for r in rows[1:] if r.samples is not None],
+        scale="|difference to uncached|", cmap="magma", vmin=0, vmax=0.5,
     )  # fmt: skip
     side = round(len(counts) ** 0.5)
-    figure, axis = plt.subplots(figsize=(4.6, 4))
+    figure, axis = plt.subplots(figsize=(4.8, 4), layout="constrained")
     image = axis.imshow(100 * counts.reshape(side, side), cmap="viridis")
-    axis.set_title("steps in which ToCa recomputed a token's MLPs, %", fontsize=9)
+    axis.set_title("in how many steps ToCa recomputed a token's MLPs", fontsize=9)
     axis.set_xlabel("token column")
     axis.set_ylabel("token row")
-    figure.colorbar(image)
-    figure.tight_layout()
+    figure.colorbar(image, format="%g %%")
     figure.savefig(out / "recomputed.png", dpi=120)
     plt.close(figure)

@@ -22,6 +22,7 @@ from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.storage import as_data
+from toca_compile.quality.labels import label as label_points
 from toca_compile.quality.metrics import feature_distance, kid, psnr
 from toca_compile.quality.settings import EvaluationSettings, overridden
 
@@ -317,19 +318,22 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [r for r in results if r.psnr]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(16, 8), dpi=130, sharey=True)
+    drawn = []
     for axis, name, label in zip(axes, ("flop_speedup", "latency_speedup"), ("FLOPs ×", "latency ×"), strict=True):
         points = [(getattr(r, name), r.mean_psnr, r.name) for r in shown]
         points = sorted(p for p in points if p[0] == p[0])
         front = [p for p in points if not any(q[0] >= p[0] and q[1] > p[1] for q in points)]
         axis.scatter([p[0] for p in points], [p[1] for p in points], s=14, color="0.6")
         axis.plot([p[0] for p in front], [p[1] for p in front], "o-", color="C0", markersize=4)
-        for x, y, text in points:
-            axis.annotate(text, (x, y), fontsize=5, xytext=(3, 2), textcoords="offset points")
         axis.set_xlabel(label)
+        axis.margins(0.08)  # room for labels
+        drawn.append((points, front))
     axes[0].set_ylabel("PSNR to the uncached samples, dB")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.tight_layout()  # before the labels: their places are those of pixels
+    for axis, (points, front) in zip(axes, drawn, strict=True):
+        label_points(axis, points, [(x, y) for x, y, _ in front])
+    figure.savefig(path)
     plt.close(figure)
 
 
