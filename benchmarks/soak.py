@@ -1,9 +1,9 @@
-"""Long use: 2,000 steps, 300 shapes, 300 calls of ``optimize``, 8 threads. CacheSpec and results must stay flat.
+"""Long use: 2,000 steps, 300 shapes, 300 calls of ``optimize``, 8 threads. Memory and results must stay flat.
 
     python benchmarks/soak.py [--steps 2000] [--shapes 300] [--models 300] [--threads 8] [--out FILE.md]
 
 Each part runs beside the same model under plain ``torch.compile(backend="eager")`` used likewise, whose growth is
-Dynamo's own: what it keeps of every trace. CacheSpec is the process's resident set after a garbage collection, halfway
+Dynamo's own: what it keeps of every trace. Memory is the process's resident set after a garbage collection, halfway
 and at the end; results are held against the uncached model (first steps) or a sampling by an object without a past.
 """
 

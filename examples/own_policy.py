@@ -11,8 +11,9 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import toca_compile
-from toca_compile.ir.plan import Plan, Policy, SiteStep, StepPlan, step_kind
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.actions import Action, Compute, Reuse
+from toca_compile.ir.plan import Plan, Policy, StepPlan, step_kind
+from toca_compile.ir.types import Site
 from toca_compile.policies import Composition, Forecast, Partial, Rule, Selector, Share, Spread
 
 STEPS = 8
@@ -42,9 +43,9 @@ class TakingTurns:
         rows = [tuple(self._does(step, site) for site in sites) for step in range(self.num_steps)]
         return Plan(tuple(StepPlan(step_kind(row), row) for row in rows))
 
-    def _does(self, step: int, site: Site) -> SiteStep:
+    def _does(self, step: int, site: Site) -> Action:
         computed = step == 0 or site.depth % 2 == step % 2
-        return SiteStep(Action.COMPUTE, site.axis.size) if computed else SiteStep(Action.REUSE)
+        return Compute() if computed else Reuse()
 
 
 def small_model() -> DiTTransformer2DModel:
