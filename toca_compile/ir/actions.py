@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from torch import fx
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Family, Natural, OneOf, Order, Tokens
+from toca_compile.ir.fields import MAX_ORDER, Family, Natural, OneOf, Order, Tokens
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
 from toca_compile.ir.state import Number, State
@@ -141,6 +141,10 @@ class Action(Family):
         can."""
         return None
 
+    def neighbours(self) -> "list[Action]":
+        """Actions that are a little more or less of the same: what a search may try instead."""
+        return []
+
     def form(self) -> "Action":
         """Itself without what is a number of a step: what a variant is compiled for."""
         return self
@@ -179,8 +183,8 @@ class Compute(Action):
         written: Buffers = {(State.SCORE, 0)} if keep.score else set()
         if keep.history is not None:
             written |= {(State.OUTPUT, 0)}
-            like = site.output.meta["val"]
-            written |= {(State.HISTORY, i) for i, _ in enumerate(keep.history.buffers(like), 1) if self.order}
+            count = keep.history.written(site.output.meta["val"], self.order)
+            written |= {(State.HISTORY, i) for i in range(1, count + 1)}
         if keep.stale_inputs and site.row_proof is not None:
             written |= {(State.STALE_INPUT, i) for i in range(len(site.row_proof.stale_inputs))}
         if keep.keys and site.query_proof is not None:
@@ -229,6 +233,9 @@ class Forecast(Action):
 
     def planned(self, site: Site, facts: Facts) -> Action:
         return _rest(min(self.order, facts.made))
+
+    def neighbours(self) -> list[Action]:
+        return [replace(self, order=order) for order in _near(self.order)]
 
     def form(self) -> Action:
         return replace(self, order=0)
@@ -416,12 +423,14 @@ class Queries(Selecting):
 @dataclass(frozen=True)
 class SkipBlocks(Action):
     """All blocks but the ``first`` and ``last`` so many, as one: what they add to the residual stream is reused, or
-    forecast (``order``); with ``residual=False`` it is the stream itself behind them. The others are computed."""
+    forecast (``order``, or whatever ``do`` says); with ``residual=False`` it is the stream itself behind them. The
+    others are computed."""
 
     first: Natural = 0
     last: Natural = 0
     residual: bool = True
     order: Order = 0
+    do: Action | None = None
 
     kind = StepKind.SKIP
     word = "skip"
@@ -429,7 +438,16 @@ class SkipBlocks(Action):
 
     def stands_in(self) -> Action:
         """What is done with what the blocks added."""
-        return _rest(self.order)
+        return self.do if self.do is not None else _rest(self.order)
+
+    def neighbours(self) -> list[Action]:
+        return [replace(self, order=order) for order in _near(self.order)] if self.do is None else []
+
+    def check(self) -> None:
+        if self.do is not None and (self.order or self.do.kind not in (StepKind.REUSE, StepKind.FORECAST)):
+            raise PolicyError(
+                f"SkipBlocks(do=…) reuses or forecasts what the blocks add, without order; not {self.do!r}"
+            )
 
     def history(self, defaults: CacheSpec) -> History:
         """What is kept of what the blocks added."""
@@ -448,6 +466,10 @@ class SkipBlocks(Action):
     def planned(self, site: Site, facts: Facts) -> Action:
         inside = self.first <= facts.block < facts.blocks - self.last
         return _altered(self, first=0, last=0) if inside else Compute()
+
+
+def _near(order: int) -> set[int]:
+    return {max(order - 1, 0), min(order + 1, MAX_ORDER)} - {order}
 
 
 @cache

@@ -60,6 +60,10 @@ class History:
         """Fake tensors of the buffers beside the last version, which is one like ``like``."""
         return []
 
+    def written(self, like: torch.Tensor, made: int) -> int:
+        """How many of those a step that computes the value must write. ``made``: the differences that it makes."""
+        return len(self.buffers(like)) if made else 0
+
     def numbers(self, past: Past, step: int, used: int) -> Numbers:
         """The host numbers of a step. ``used``: how far back a forecast goes (``depth`` at most)."""
         return {}

@@ -171,21 +171,21 @@ class _Search:
 
     def _series(self) -> Iterator[Composition]:
         """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared."""
-        for kind in (SkipBlocks, Forecast):
-            own = [t for t in self.trials.values() if isinstance(_do(t.policy), kind)]
+        for by_blocks in (True, False):
+            own = [t for t in self.trials.values() if _forecasts(t.policy, by_blocks=by_blocks)]
             start = max(own, key=self._rank).policy if own else None
             if not isinstance(start, Composition):
                 continue
             for basis, order in (("newton", 3), ("newton", 4), ("newton", 1), ("taylor", 2)):
                 yield replace(start, rules=(Rule(replace(_do(start), order=order)),), basis=basis)
-            if kind is SkipBlocks:
+            if by_blocks:
                 for first, last in ((1, 0), (0, 1)):
                     yield replace(start, rules=(Rule(replace(_do(start), first=first, last=last)),))
 
     def _groups(self) -> Iterator[Composition]:
         """The best schedule of single sites with the most sensitive groups computed at every step, or the least
         sensitive ones at a lower order."""
-        sites = [t for t in self.trials.values() if isinstance(_do(t.policy), Forecast)]
+        sites = [t for t in self.trials.values() if _forecasts(t.policy, by_blocks=False)]
         if not sites:
             return
         best = max(sites, key=self._rank)
@@ -219,9 +219,8 @@ class _Search:
                 if len(moved) == len(full) and moved[-1] < self.steps:
                     yield replace(policy, when=Listed(moved))
         do = _do(policy)
-        if isinstance(do, Forecast | SkipBlocks):
-            for order in {max(do.order - 1, 0), min(do.order + 1, 4)} - {do.order}:
-                yield replace(policy, rules=(*policy.rules[:-1], Rule(replace(do, order=order))))
+        for other in do.neighbours() if do is not None else ():
+            yield replace(policy, rules=(*policy.rules[:-1], Rule(other)))
 
     # -- trying it ----------------------------------------------------------------------------------------------------
 
@@ -306,6 +305,12 @@ class _Search:
 
 def _do(policy: Policy) -> Any:
     return policy.rules[-1].do if isinstance(policy, Composition) and policy.rules else None
+
+
+def _forecasts(policy: Policy, *, by_blocks: bool) -> bool:
+    """Whether its last rule forecasts by an order that may be another: blocks as one, or single sites."""
+    do = _do(policy)
+    return do is not None and do.by_blocks == by_blocks and bool(do.neighbours())
 
 
 def _order(policy: Composition) -> int:
