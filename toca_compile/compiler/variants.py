@@ -2,7 +2,7 @@
 stand in for a skipped range."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from toca_compile.compiler import numeric_check
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, Skip
+from toca_compile.ir.plan import Plan, Selector, Skip
 from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
@@ -52,7 +52,7 @@ class ProgramVariants:
         variant = self.build(segment, forms, plan)
         examples = [_example(segment.inputs[i]) for i in variant.values]
         sites = [self.program.sites[i] for i in segment.sites]
-        examples += [self._slot(slot, sites[slot.position], plan) for slot in variant.slots]
+        examples += [self._slot(slot, sites, forms, plan.selector) for slot in variant.slots]
         return self.lower(variant, examples), variant.values, variant.slots
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
@@ -63,14 +63,14 @@ class ProgramVariants:
         exemplar = next(s for s in program.segments if s.template == segment.template)
         sites = [program.sites[i] for i in exemplar.sites]
         variant = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=self.dense)
-        self._propagate(variant, exemplar, plan)
+        self._propagate(variant, exemplar, forms, plan.selector)
         verify_variant(variant, exemplar)
         if not self.dense and self._is_due(exemplar, sites, forms):
             began = time.perf_counter()
             meaning = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
-                examples[slot] = self._slot(slot, sites[slot.position], plan)
+                examples[slot] = self._slot(slot, sites, forms, plan.selector)
             names, shared = [s.name for s in sites], plan.selector.shared_pair
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
             self.checked[exemplar.template, forms] = time.perf_counter() - began
@@ -92,17 +92,18 @@ class ProgramVariants:
         first = not any(template == segment.template for template, _ in self.checked)
         return first or asked is numeric_check.Checks.ALL
 
-    def _slot(self, slot: Slot, site: Site, plan: Plan) -> Any:
+    def _slot(self, slot: Slot, sites: Sequence[Site], forms: Sequence[Form], selector: Selector) -> Any:
         """A fake buffer, or a number that could be one: some K, some step."""
+        site, keep = sites[slot.position], forms[slot.position].keep
         if isinstance(slot.kind, State):
-            return like_buffer(slot.kind, slot.index, site, self.program, plan)
+            return like_buffer(slot.kind, slot.index, site, keep, self.program, selector)
         return max(1, site.axis.size // 2) if slot.kind is Number.K else 3
 
-    def _propagate(self, variant: Variant, exemplar: Segment, plan: Plan) -> None:
+    def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: Selector) -> None:
         """Give every node of a variant its value, as fake tensors, with some K."""
         examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
         sites = [self.program.sites[i] for i in exemplar.sites]
-        examples += [self._slot(slot, sites[slot.position], plan) for slot in variant.slots]
+        examples += [self._slot(slot, sites, forms, selector) for slot in variant.slots]
         modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
         with modes.pop() if modes else torch.no_grad():
             _Propagate(variant.module).run(*examples)

@@ -141,6 +141,10 @@ class Action(Family):
         can."""
         return None
 
+    def for_run(self, num_steps: int) -> "Action":
+        """The same in a run of so many steps."""
+        return self
+
     def neighbours(self) -> "list[Action]":
         """Actions that are a little more or less of the same: what a search may try instead."""
         return []
@@ -439,6 +443,9 @@ class SkipBlocks(Action):
     def stands_in(self) -> Action:
         """What is done with what the blocks added."""
         return self.do if self.do is not None else _rest(self.order)
+
+    def for_run(self, num_steps: int) -> Action:
+        return replace(self, do=self.do.for_run(num_steps)) if self.do is not None else self
 
     def neighbours(self) -> list[Action]:
         return [replace(self, order=order) for order in _near(self.order)] if self.do is None else []

@@ -125,7 +125,11 @@ class Composition(CachingPolicy):
     def for_run(self, num_steps: int, guided: bool) -> "Composition":
         # Without guidance the halves of a batch are unrelated pictures, which select tokens of their own.
         which = replace(self.which, shared_pair=self.which.shared_pair and guided)
-        return replace(self, num_steps=num_steps, which=which)
+        rules, alternate = (
+            tuple(replace(rule, do=rule.do.for_run(num_steps)) for rule in rules)
+            for rules in (self.rules, self.alternate)
+        )
+        return replace(self, num_steps=num_steps, which=which, rules=rules, alternate=alternate)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """What each site does at each step, decided once for the whole step."""

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import fx
 
-from toca_compile.ir.plan import Plan
+from toca_compile.ir.actions import Keep
+from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Program
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
@@ -14,14 +16,14 @@ from toca_compile.ir.types import Site
 Buffers = dict[tuple[Any, ...], torch.Tensor]  # of one run, by graph, kind, site and index
 
 
-def like_buffer(kind: State, index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
-    """A fake tensor of the shape, dtype and device of a site's buffer."""
-    return _LIKE[kind](index, site, program, plan)
+def like_buffer(kind: State, index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+    """A fake tensor of the shape, dtype and device of a site's buffer. ``keep``: what is kept of the site."""
+    return _LIKE[kind](index, site, keep, program, selector)
 
 
-def owner(kind: State, site: Site, plan: Plan) -> tuple[State, int]:
+def owner(kind: State, site: Site, selector: Selector) -> tuple[State, int]:
     """What a buffer is and whose: the score that ranks a site's tokens is that of the site whose attention tells it."""
-    source = plan.selector.rule.source(site) if kind is State.SOURCE_SCORE else None
+    source = selector.rule.source(site) if kind is State.SOURCE_SCORE else None
     return (State.SCORE, source.site) if source is not None else (kind, site.index)
 
 
@@ -40,38 +42,37 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _output(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
-    history = plan.keep(site.index).history
-    return _kept(site.output.meta["val"], history.dtype if history is not None else None)
+def _output(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+    return _kept(site.output, keep)
 
 
-def _history(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
-    history = plan.keep(site.index).history
-    assert history is not None
-    return history.buffers(_output(0, site, program, plan))[index - 1]
+def _history(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+    assert keep.history is not None
+    return keep.history.buffers(_kept(site.output, keep))[index - 1]
 
 
-def _stale_input(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
+def _stale_input(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     assert site.row_proof is not None
-    return _kept(site.row_proof.stale_inputs[index].meta["val"], plan.memory.dtype)
+    return _kept(site.row_proof.stale_inputs[index], keep)
 
 
-def _keys(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
+def _keys(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     assert site.query_proof is not None
-    return _kept(site.query_proof.dense_inputs[index].meta["val"], plan.memory.dtype)
+    return _kept(site.query_proof.dense_inputs[index], keep)
 
 
-def _stamp(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
+def _stamp(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     return _by_token(site, program, site.axis.size, torch.int32)
 
 
-def _score(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
+def _score(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     assert program.types is not None
-    return _by_token(site, program, program.types.factors.size(plan.selector.rule.tokens(site)), torch.float32)
+    return _by_token(site, program, program.types.factors.size(selector.rule.tokens(site)), torch.float32)
 
 
-def _source_score(index: int, site: Site, program: Program, plan: Plan) -> torch.Tensor:
-    return _score(0, program.sites[owner(State.SOURCE_SCORE, site, plan)[1]], program, plan)
+def _source_score(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+    source = program.sites[owner(State.SOURCE_SCORE, site, selector)[1]]
+    return _score(0, source, keep, program, selector)
 
 
 def _by_token(site: Site, program: Program, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,11 +81,12 @@ def _by_token(site: Site, program: Program, tokens: int, dtype: torch.dtype) -> 
     return output.new_empty([program.types.factors.size(site.batch), tokens], dtype=dtype)
 
 
-def _kept(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return value.new_empty(value.shape, dtype=dtype)
+def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value.new_empty(value.shape, dtype=keep.history.dtype if keep.history is not None else None)
 
 
-_LIKE: dict[State, Callable[[int, Site, Program, Plan], torch.Tensor]] = {
+_LIKE: dict[State, Callable[[int, Site, Keep, Program, Selector], torch.Tensor]] = {
     State.OUTPUT: _output,
     State.HISTORY: _history,
     State.STALE_INPUT: _stale_input,

@@ -168,7 +168,9 @@ class Executor:
         skipped = run.record is not None and run.record.skipped(key)
         row = (schedule.rows if skipped else schedule.unskipped)[index]
         for site, action in zip(self.program.sites, row, strict=True):
-            shape = like_buffer(State.STAMP, 0, site, self.program, schedule.plan).shape
+            shape = like_buffer(
+                State.STAMP, 0, site, schedule.keeps[site.index], self.program, schedule.plan.selector
+            ).shape
             stamp = run.buffers.get((*key, State.STAMP, site.index, 0))
             if action.proof(site) is not None and stamp is not None:
                 fresh[site.name] = stamp == index
@@ -202,8 +204,11 @@ class Executor:
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
-        kept = self._now.schedule.kept()
-        buffers = [like_buffer(kind, index, site, self.program, self.plan) for kind, index, site in kept]
+        schedule, selector = self.schedule, self.plan.selector
+        buffers = [
+            like_buffer(kind, index, site, schedule.keeps[site.index], self.program, selector)
+            for kind, index, site in schedule.kept()
+        ]
         skipping = self._now.skipping
         range_bytes = skipping.planned_bytes if skipping is not None else 0
         return bytes_of(buffers) + self._constant_bytes() + range_bytes
@@ -305,9 +310,9 @@ class Executor:
         """A run's buffer; None where a number goes."""
         if isinstance(slot.kind, Number):
             return None
-        kind, plan = slot.kind, self.plan
-        name = (*key, *owner(kind, site, plan), slot.index)
-        return allocate(buffers, name, lambda: like_buffer(kind, slot.index, site, self.program, plan))
+        kind, keep, selector = slot.kind, self.schedule.keeps[site.index], self.plan.selector
+        name = (*key, *owner(kind, site, selector), slot.index)
+        return allocate(buffers, name, lambda: like_buffer(kind, slot.index, site, keep, self.program, selector))
 
     def _last_uses(self, skipping: Skipping | None) -> list[list[int]]:
         """After each segment, which values nothing later needs."""
