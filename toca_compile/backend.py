@@ -17,10 +17,12 @@ from toca_compile.compiler import numeric_check
 from toca_compile.compiler.check_plan import check_plan
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
+from toca_compile.compiler.trace import show
 from toca_compile.errors import GRAD_ENABLED, NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import CacheSpec, Plan, Policy
+from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import Mode, Program, Segment, Slot, Variant
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
@@ -203,6 +205,8 @@ class Session:
             segment: Segment, modes: tuple[Mode, ...], memories: tuple[CacheSpec, ...], plan: Plan
         ) -> Compiled:  # fmt: skip
             variant = self.variant(program, segment, modes, memories, plan)
+            name = variant_name(segment.template, modes)
+            show(name, lambda: "built", lambda: print_variant(variant, program, segment, modes))
             examples = [_example(segment.inputs[i]) for i in variant.values]
             sites = [program.sites[i] for i in segment.sites]
             examples += [_slot_example(slot, sites[slot.position], program, plan) for slot in variant.slots]

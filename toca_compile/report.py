@@ -9,9 +9,10 @@ from toca_compile.backend import Session
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
-from toca_compile.ir.printer import print_graph
-from toca_compile.ir.program import Mode
+from toca_compile.ir.printer import print_range, print_variant, variant_name
 from toca_compile.ir.types import Action, StepKind
+from toca_compile.passes.proof.block_range import find_range
+from toca_compile.passes.variants.skip_range import keep_range, probe_range, skip_range
 from toca_compile.runtime.executor import Executor
 
 _LETTERS = {
@@ -117,15 +118,23 @@ class Report:
         return "".join(_LETTERS[s.kind] for s in self._as_run(self._session.executors[0]).steps)
 
     def graphs(self) -> dict[str, str]:
-        """The graph after each pass, and every variant built so far, printed."""
+        """As text: what was known after each pass, by its name; every variant built so far, as ``template1[reuse,
+        partial]``; and what stands in for blocks that the plan skips, as ``blocks[skip]``."""
         texts: dict[str, str] = {}
         for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
+            program, plan = executor.program, executor.plan
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
             for template, modes, memories in executor.ready:
-                segment = next(s for s in executor.program.segments if s.template == template)
-                variant = self._session.variant(executor.program, segment, modes, memories, executor.plan)
-                texts[f"{prefix}template{template}[{_mode_names(modes)}]"] = print_graph(variant.module.graph)
+                segment = next(s for s in program.segments if s.template == template)
+                variant = self._session.variant(program, segment, modes, memories, plan)
+                texts[prefix + variant_name(template, modes)] = print_variant(variant, program, segment, modes)
+            if plan.skipped:
+                found = find_range(program, plan.skipped, plan.skip)
+                variants = {"keep": keep_range(found, plan.skip), "skip": skip_range(found, plan.skip)}
+                variants |= {"probe": probe_range(found, keep=False)} if found.probe is not None else {}
+                for name, variant in variants.items():
+                    texts[f"{prefix}blocks[{name}]"] = print_range(name, variant, program, found)
         return texts
 
     def __str__(self) -> str:
@@ -208,7 +217,3 @@ def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
         extra = f" … {group[-1].name}  (×{len(group)})" if len(group) > 1 else ""
         named.append((group[0].name + extra, group))
     return named
-
-
-def _mode_names(modes: Sequence[Mode]) -> str:
-    return ", ".join(m.label for m in modes)
