@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
+from torch import fx
 
 from toca_compile.ir.factors import Factor, Product
 from toca_compile.ir.program import Program
@@ -73,15 +73,20 @@ class Names:
         return f"[{', '.join(told)}]"
 
     def legend(self, among: Callable[[str], bool] = lambda name: True) -> list[str]:
-        """``b = 2``, ``h = 4``, …, ``n = m + (h w) = 21``: every name that ``among`` picks, in the order of the
-        graph."""
-        entries = []
-        for factor in self._order:
+        """The sizes, ``h w = 4``, ``n = m + (h w) = 21``, …, of all names that ``among`` picks: those of one kind and
+        size together, what is known first, in the order of the graph."""
+        alike: dict[tuple[bool, str], list[str]] = {}
+        for factor, name in ((f, self._names[f]) for f in self._order if among(self._names[f])):
             parts = self._parts((factor,))
             sums = " + ".join(self.dim(p) for p in parts) + " = " if len(parts) > 1 else ""
-            if among(self._names[factor]):
-                entries.append(f"{self._names[factor]} = {sums}{self._factors.size((factor,))}")
-        return entries
+            alike.setdefault((name[0] == "d", f"{sums}{self._factors.size((factor,))}"), []).append(name)
+        groups = sorted(alike.items(), key=lambda group: group[0][0])
+        return [f"{' '.join(names)} = {size}" for (_, size), names in groups]
+
+    @property
+    def count(self) -> int:
+        """How many index spaces there are."""
+        return len(self._order)
 
     def _parts(self, product: Product) -> tuple[Product, ...]:
         return self._factors.segments(product)
@@ -126,10 +131,11 @@ class Names:
 def _samples(program: Program) -> Product:
     """The dimension that the model's result and an input of it both begin with."""
     assert program.types is not None
-    results = program.types.results
+    types = program.types
 
-    def first(nodes: Iterable[torch.fx.Node]) -> list[Product]:
-        return [program.types.type_of(n)[0] for n in nodes if results.get(n, ((),))[0]]  # type: ignore[union-attr]
+    def first(nodes: Iterable[fx.Node]) -> list[Product]:
+        values = [types.type_of(n) for n in nodes if types.results.get(n)]
+        return [dims[0] for dims in values if dims]
 
     ends = first(program.module.graph.output_node().all_input_nodes)
     return next((dim for dim in first(program.varying) if dim and dim in ends), ())

@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -32,6 +32,8 @@ def print_call(node: fx.Node) -> str:
     """``name = op(arguments)``, without a type."""
     if node.op == "placeholder":
         return f"{node.name} = input"
+    if node.op == "get_attr":
+        return f"{node.name} = constant"
     if node.op == "output":
         return f"return {_arg(node.args[0])}"
     parts = [_arg(a) for a in node.args] + [f"{k}={_arg(v)}" for k, v in node.kwargs.items()]
@@ -76,7 +78,7 @@ def print_variant(variant: Variant, program: Program, segment: Segment, actions:
     does = ", ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
     owners = [_Owner(s.name, _buffer_types(s, names)) for s in sites]
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
-    typed = _Typed(names, {n.meta[CAPTURED_AS]: n for n in segment.nodes}, notes)
+    typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)
     return typed.text(f"// template {segment.template}: {does}", variant, segment.inputs, owners)
 
 
@@ -145,8 +147,8 @@ class _Typed:
 
     def _operands(self, node: fx.Node) -> list[Type]:
         if node.target is operator.getitem:
-            source, index = node.args
-            return [self.types[source][index]]  # type: ignore[index]
+            source, index = cast(tuple[fx.Node, int], node.args)
+            return list(self.types.get(source, ())[index : index + 1])
         return [self.types[operand][0] for operand in operand_nodes(node)]
 
     def _line(self, call: str, node: fx.Node, types: Sequence[Type], notes: Sequence[str] = ()) -> str:
@@ -180,14 +182,15 @@ def wrapped(entries: Sequence[str], width: int = 100) -> list[str]:
 
 
 def several(told: Sequence[str], *, once: bool = False) -> str:
+    """What is told of a value's parts: where it is the same of all, that, with or without their number."""
     if len(set(told)) <= 1:
         return "".join(told[:1]) if once or len(told) <= 1 else f"{len(told)} × {told[0]}"
     return f"({', '.join(told)})"
 
 
 def _dtype(dtype: torch.dtype) -> str:
-    """``float32`` as ``f32``."""
-    return re.sub(r"^([a-z])[a-z]*?(?=\d)", r"\1", str(dtype).removeprefix("torch.").replace("bfloat", "bf"))
+    """``float32`` as ``f32``, ``bfloat16`` as ``bf16``."""
+    return re.sub(r"^(b?[a-z])[a-z]*(?=\d)", r"\1", str(dtype).removeprefix("torch."))
 
 
 def _target(node: fx.Node) -> str:

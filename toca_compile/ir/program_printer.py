@@ -62,13 +62,13 @@ def _captured(program: Program) -> str:
 def _typed(program: Program) -> str:
     assert program.types is not None
     unknown = len(program.types.unknown)
-    return f"{len(Names(program).legend())} index spaces; " + (
+    return f"{Names(program).count} index spaces; " + (
         f"no rule for {_count(unknown, 'call')}" if unknown else "every call has a rule"
     )
 
 
 def _axes(program: Program, names: Names) -> list[str]:
-    unknown = [f"no rule for {node.name}: {why}" for node, why in names.types.unknown.items()]
+    unknown = [f"nothing is known of {node.name}: {why}" for node, why in names.types.unknown.items()]
     return wrapped(names.legend()) + unknown
 
 
