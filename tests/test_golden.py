@@ -23,6 +23,7 @@ from toca_compile.policies import Every, Forecast, Partial, Queries, Reuse, Rule
 pytest.importorskip("diffusers")
 
 FOLDER = Path(__file__).parent / "golden"
+TYPED = re.compile(r" : (int|(\d+ × )?[a-z]+\d*\[[\d, ]*\] \(?\[|\([a-z]+\d*\[.*\]\) \(\[)")
 # Every second of four steps is full: the last is one on which there are differences for a forecast.
 STEPS = 4
 RULES = {
@@ -86,6 +87,12 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     monkeypatch.setenv("TOCA_VERIFY", "0")  # what is printed is checked elsewhere
     build, inputs, files = MODELS[name]
     found, texts = variants_of(build(), inputs, caplog)
+    axes = re.findall(r"^  (\w.* = \d+)$", found, re.M)
+    names = [n for line in axes for entry in line.split(", ") for n in entry.split(" = ")[0].split()]
+    assert len(names) == len(set(names)) > 10
+    for text in (t for made in texts.values() for n, t in made.items() if n != "refused"):
+        lines = [line for line in text.splitlines() if " = " in line and not line.startswith("//")]
+        assert all(TYPED.search(line) for line in lines), text
     for file, site in files.items():
         sections = {"found": found, **variants_at(site, texts)}
         compare(FOLDER / f"{file}.txt", "\n\n".join(f"==== {title}\n{text}" for title, text in sections.items()))

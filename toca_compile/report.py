@@ -4,16 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+from torch._subclasses import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from toca_compile.backend import Session
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
-from toca_compile.ir.plan import Plan, StepPlan, step_kind
+from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.printer import print_range, print_variant, variant_name
+from toca_compile.ir.program import BlockRange, Variant
 from toca_compile.ir.types import Action, StepKind
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.skip_range import keep_range, probe_range, skip_range
 from toca_compile.runtime.executor import Executor
+from toca_compile.runtime.skipping import range_buffer
 
 _LETTERS = {
     StepKind.FULL: "F",
@@ -131,9 +135,7 @@ class Report:
                 texts[prefix + variant_name(template, modes)] = print_variant(variant, program, segment, modes)
             if plan.skipped:
                 found = find_range(program, plan.skipped, plan.skip)
-                variants = {"keep": keep_range(found, plan.skip), "skip": skip_range(found, plan.skip)}
-                variants |= {"probe": probe_range(found, keep=False)} if found.probe is not None else {}
-                for name, variant in variants.items():
+                for name, variant in _stand_ins(found, plan.skip).items():
                     texts[f"{prefix}blocks[{name}]"] = print_range(name, variant, program, found)
         return texts
 
@@ -197,6 +199,18 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
             )
         )
     return rows
+
+
+def _stand_ins(found: BlockRange, skip: Skip) -> dict[str, Variant]:
+    """The graphs that stand in for a range of blocks, their values propagated."""
+    variants = {"keep": keep_range(found, skip), "skip": skip_range(found, skip)}
+    variants |= {"probe": probe_range(found, keep=False)} if found.probe is not None else {}
+    for variant in variants.values():
+        values = [n.meta["val"] for n in variant.module.graph.nodes if "val" in n.meta]
+        slots = [range_buffer(s, found, skip) if s.is_buffer else 3 for s in variant.slots]
+        mode = next(v.fake_mode for v in (*values, *slots) if isinstance(v, FakeTensor))
+        FakeTensorProp(variant.module, mode).propagate_dont_convert_inputs(*values, *slots)
+    return variants
 
 
 def _actions(executor: Executor, kind: str) -> list[Action]:

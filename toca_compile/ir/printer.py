@@ -76,7 +76,7 @@ def print_variant(variant: Variant, program: Program, segment: Segment, actions:
     """The rewritten graph of ``segment``, with its inputs, its slots and what each of its sites does."""
     names, sites = Names(program), [program.sites[i] for i in segment.sites]
     does = ", ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
-    owners = [_Owner(s.name, _buffer_types(s, names)) for s in sites]
+    owners = [_Owner(s.name, _buffer_types(s, program, names)) for s in sites]
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
     typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)
     return typed.text(f"// template {segment.template}: {does}", variant, segment.inputs, owners)
@@ -99,12 +99,13 @@ class _Owner:
     types: tuple[Type, ...]
 
 
-def _buffer_types(site: Site, names: Names) -> tuple[Type, ...]:
+def _buffer_types(site: Site, program: Program, names: Names) -> tuple[Type, ...]:
     """What a site may keep: outputs, a number for each token, what its proofs take from the cache, and scores."""
     kept = [*(site.row_proof.stale_inputs if site.row_proof else ())]
     kept += [*(site.query_proof.dense_inputs if site.query_proof else ())]
     output, *types = (names.types.type_of(n) for n in (site.output, *kept))
-    for attention in site.attention:
+    scorers = [program.sites[s.site] for s in (site.score_by_keys, site.score_by_queries) if s is not None]
+    for attention in (a for s in (site, *scorers) for a in s.attention):
         heads = tuple((f,) for f in names.types.factors.resolve(attention.lead) if f not in site.batch)
         for over in (attention.key_axis, attention.axis):
             types += [(site.batch, over), (site.batch, *heads, over)]
@@ -158,7 +159,7 @@ class _Typed:
         value, told = value_of(node), []
         for i, tensor in enumerate(tensors(value)):
             fits = [(t, self.names.fitted(t, tensor.shape)) for t in (types if i == 0 else types[i : i + 1])]
-            kind, text = next(((t, text) for t, text in fits if text is not None), ((), ""))
+            kind, text = next(((t, text) for t, text in fits if text is not None), ((), "" if tensor.shape else "[]"))
             self.types[node] = (*self.types.get(node, ()), kind)
             told.append(text)
         return print_line(call, " ".join([print_value(value), several(told, once=True)]).rstrip(), notes)
