@@ -19,6 +19,7 @@ from toca_compile import load_policy
 from toca_compile.demo import fashion_dit, fashion_mnist
 from toca_compile.policies import ready_made
 from toca_compile.quality.evaluation import evaluate
+from toca_compile.quality.settings import EvaluationSettings
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 
@@ -41,11 +42,12 @@ def main() -> None:
     labels = fashion_dit.labels(given.batch).repeat(given.samples // given.batch)
     others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
     tuned = {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("*.json"))}
-    evaluate(
-        model, sampler, ready_made(50) | tuned, seeds=given.seeds, samples=given.samples, batch=given.batch,
-        out=given.out, lowering=given.lowering, features=features, real=real, others=others, console=Console(),
+    settings = EvaluationSettings(
+        seeds=given.seeds, samples=given.samples, batch=given.batch, lowering=given.lowering, features=features,
+        real=real, others=others, console=Console(),
         accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels),
     )  # fmt: skip
+    evaluate(model, sampler, ready_made(50) | tuned, out=given.out, settings=settings)
     for suffix in ("md", "csv"):
         shutil.copy(given.out / f"table.{suffix}", RESULTS / f"quality.{suffix}")
     shutil.copy(given.out / "front.png", RESULTS / "quality.png")

@@ -173,11 +173,12 @@ class Greedy:
     """A policy that asks attention to be partial."""
 
     def plan(self, sites: Any) -> Any:
-        from toca_compile.ir.plan import Plan, SiteStep, StepPlan
-        from toca_compile.ir.types import Action, StepKind
+        from toca_compile.ir.actions import Compute, Partial
+        from toca_compile.ir.plan import Plan, StepPlan
+        from toca_compile.ir.types import StepKind
 
-        full = StepPlan(StepKind.FULL, tuple(SiteStep(Action.COMPUTE, 16) for _ in sites))
-        rest = StepPlan(StepKind.PARTIAL, tuple(SiteStep(Action.PARTIAL, 4) for _ in sites))
+        full = StepPlan(StepKind.FULL, tuple(Compute() for _ in sites))
+        rest = StepPlan(StepKind.PARTIAL, tuple(Partial(tokens=4) for _ in sites))
         return Plan((full, rest))
 
 

@@ -23,8 +23,9 @@ from tests.pipelines import flux, pixart
 from tests.sampling import noise, sample
 from tests.test_paper_systems import gaussian, sample_flux, sample_pixart
 from toca_compile import Fora, FullCompute, ToCa, preset
-from toca_compile.ir.plan import SCORES
-from toca_compile.ir.types import Action
+from toca_compile.ir.scores import SCORES
+from toca_compile.ir.state import State
+from toca_compile.ir.types import StepKind
 from toca_compile.ops import scores
 
 pytest.importorskip("diffusers")
@@ -56,7 +57,7 @@ def test_1_every_layer_is_of_one_mind(name: str) -> None:
     sample(opt, 1, noise())
     plan = opt._session.executors[0].plan
     for step in plan.steps:
-        attention = [s.action for s in step.sites[::2]]
+        attention = [a.kind for a in step.sites[::2]]
         assert len(set(attention)) == 1
 
 
@@ -65,7 +66,7 @@ def test_2_depth_is_the_models_own() -> None:
     opt = optimized_flux(preset("flux-dev/50-n4", num_steps=5, fresh_ratio=0.5), 5, flux(1, 50))
     step = opt._session.executors[0].plan.steps[3]
     ks = [
-        s.tokens
+        s.computed(site)
         for s, site in zip(step.sites, opt._session.executors[0].program.sites, strict=True)
         if site.kind == "parallel"
     ]
@@ -118,7 +119,7 @@ def test_5_text_is_not_packed_over_the_batch() -> None:
 
 def test_6_only_what_is_read_is_scored() -> None:
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"))
-    scored = {name[-2] for run in opt._session.control.runs for name in run.buffers if name[-3] == "score"}
+    scored = {name[-2] for run in opt._session.control.runs for name in run.buffers if name[-3] is State.SCORE}
     kinds = {opt._session.executors[0].program.sites[i].kind for i in scored}
     assert kinds == {"cross_attention"}
 
@@ -224,11 +225,11 @@ def test_11_nothing_is_done_for_no_token() -> None:
     sample_video(opt, gaussian(1, 2, 3, 4, 4), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=29)
     program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
     cross = [s.index for s in program.sites if s.kind == "cross_attention"]
-    assert {step.sites[i].action for step in plan.steps for i in cross} == {Action.COMPUTE, Action.REUSE}
+    assert {step.sites[i].word for step in plan.steps for i in cross} == {"compute", "reuse"}
     (run,) = opt._session.control.runs
-    stamps = {name[-2] for name in run.buffers if name[-3] == "stamp"}
+    stamps = {name[-2] for name in run.buffers if name[-3] is State.STAMP}
     assert not stamps & set(cross)
-    text = "\n".join(t for n, t in toca_compile.explain(opt).graphs().items() if "reuse, reuse, partial" in n)
+    text = "\n".join(t for n, t in toca_compile.explain(opt).graphs().items() if "reuse; reuse; rows" in n)
     assert text.count("toca.select_tokens(") == text.count("toca.scatter_tokens_(") == 2  # the two MLPs of a block
 
 
@@ -242,13 +243,13 @@ def test_12_all_tokens_are_computed_densely() -> None:
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"), 20, depth=3)
     program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
     mlp = next(s.index for s in program.sites if s.kind == "mlp")
-    assert plan.steps[1].sites[mlp].action is Action.COMPUTE
+    assert plan.steps[1].sites[mlp].dense
     assert plan.steps[1].kind == "partial"
     for step in plan.steps:
         assert all(
-            s.tokens < site.axis.size
+            s.computed(site) < site.axis.size
             for s, site in zip(step.sites, program.sites, strict=True)
-            if s.action is Action.PARTIAL
+            if s.kind is StepKind.PARTIAL
         )
 
 

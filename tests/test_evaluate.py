@@ -1,5 +1,6 @@
 """``evaluate`` and ``tune`` on a tiny model: what they measure, and that they go on where they stopped."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ from torch import Tensor
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TocaError, load_policy, save_policy
+from toca_compile import (
+    BlockCache,
+    EvaluationSettings,
+    Fora,
+    PolicyError,
+    TaylorSeer,
+    TocaError,
+    TuningSettings,
+    load_policy,
+    save_policy,
+)
 from toca_compile.cli import main
 from toca_compile.policies import Listed
 from toca_compile.quality.evaluation import evaluate
@@ -85,6 +96,46 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         run(tmp_path, third, {}, steps=10)
     with pytest.raises(TocaError, match="multiple"):
         run(tmp_path / "new", third, {}, samples=3)
+
+
+def test_settings_and_keywords_say_the_same(tmp_path: Path) -> None:
+    """A settings object, its keywords, or both, keywords first; what is kept under one is found under the other."""
+    settings = EvaluationSettings(6, (0,), 2, "eager", batch=1, fewer=(3,), features=lambda x: x.flatten(1))
+    model, first, again = randomize(PlainDiT(SIZE, depth=1)), Counting(), Counting()
+    rows = evaluate(model, first, {"fora": Fora(6, 3)}, out=tmp_path, settings=settings)
+    assert first.calls == 3 * 2
+    assert [len(r.feature_distance) for r in rows] == [0, 1, 1]
+    keywords: dict[str, Any] = {"steps": 6, "seeds": [0], "samples": 2, "batch": 1, "fewer": [3], "lowering": "eager"}
+    found = evaluate(model, again, {"fora": Fora(6, 3)}, out=tmp_path, **keywords)
+    assert [r.psnr for r in found] == [r.psnr for r in rows]
+    evaluate(model, again, {}, out=tmp_path, settings=replace(settings, samples=8), samples=2)
+    assert again.calls == 0
+    target, little = Target(flops=1.5), TuningSettings(6, (100,), 1, seconds=60, trials=2)
+    by_settings = tune(model, Counting(), target=target, settings=little)
+    assert by_settings == tune(model, Counting(), target=target, steps=6, samples=1, seconds=60, trials=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"sampels": 3}, "no setting 'sampels'; EvaluationSettings has steps, seeds, samples"),
+        ({"seconds": 3.0}, "no setting 'seconds'"),
+        ({"samples": 0}, "samples must be a whole number from 1 .* not 0"),
+        ({"samples": 10, "batch": 4}, "samples must be a multiple of batch, not 10 and 4"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": 3}, "seeds must be a tuple or list, .* not 3"),
+        ({"fewer": [0]}, r"fewer\[0\] must be .* not 0"),
+        ({"steps": True}, "steps must be .* not True"),
+        ({"peak": float("nan")}, "peak must be .* not nan"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any], why: str, tmp_path: Path) -> None:
+    with pytest.raises(TocaError, match=why):
+        evaluate(PlainDiT(SIZE, depth=1), Counting(), {}, out=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+    if {*wrong} <= {"samples", "seeds", "steps", "peak"}:
+        with pytest.raises(TocaError, match=why):
+            tune(PlainDiT(SIZE, depth=1), Counting(), target=Target(flops=2.0), **wrong)
 
 
 def test_kid_is_shown_only_where_it_ranks() -> None:

@@ -12,7 +12,7 @@ from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.oracles.taylor import TaylorOracle
 from tests.sampling import noise, sample
 from toca_compile import PolicyError, TaylorSeer
-from toca_compile.ir.plan import CacheSpec
+from toca_compile.ir.history import CacheSpec
 from toca_compile.ops import series
 
 

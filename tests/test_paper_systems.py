@@ -19,7 +19,6 @@ from tests.oracles.pixart import PixArtOracle
 from tests.pipelines import flux, pixart
 from tests.recording import Recording, same_selections
 from toca_compile import preset
-from toca_compile.ir.types import Action
 from toca_compile.lowerings import LOWERINGS
 
 pytest.importorskip("diffusers")
@@ -205,7 +204,7 @@ def test_opensora(depth: int, videos: int, latents: tuple[int, int, int], given:
         "mlp": [0, 1, 2, *range(3, 30, 3)],
         "cross_attention": [0, 1, 2, 6, 12, 18, 24],
     }.items():
-        assert [i for i, s in enumerate(steps) if s.sites[by_kind[kind]].action is Action.COMPUTE] == full
+        assert [i for i, s in enumerate(steps) if s.sites[by_kind[kind]].dense] == full
 
 
 def test_opensora_is_one_axis_of_frames_and_places() -> None:

@@ -14,9 +14,11 @@ from tests.sampling import noise, sample
 from toca_compile import PassError, ToCa, VerifyError
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
+from toca_compile.ir.actions import Compute, Keep, Partial, Reuse, legal_actions
+from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.printer import print_graph
-from toca_compile.ir.program import Mode, Pass, Program
+from toca_compile.ir.program import Form, Pass, Program
 from toca_compile.ir.spec import AxisSpec, elementwise
 from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.rules.registry import RULES
@@ -113,7 +115,7 @@ add: (4,) (27, 28) (0,)""",
 def test_find_sites(program: Program) -> None:
     lines = [
         f"{s.index} {s.kind} axis={s.axis.size} grid={s.axis.grid} {s.source}..{s.output} -> {s.add} "
-        f"score={s.score_by_keys and s.score_by_keys.site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(a.value for a in s.actions)}"
+        f"score={s.score_by_keys and s.score_by_keys.site} block={s.block} depth={s.depth}/{s.depths} actions={sorted(legal_actions(s))}"
         for s in program.sites
     ]
     assert_expected_inline(
@@ -147,18 +149,21 @@ template 1 sites (2, 3): ['linear_3', 'unsqueeze_1', 'split_1', 'getitem_3', 'ge
     )
 
 
-def variant(program: Program, *modes: Mode, dense: bool = False) -> str:
+REUSED, ROWS = Form(Reuse(), Keep(CacheSpec())), Form(Partial(), Keep(CacheSpec()))
+
+
+def variant(program: Program, *forms: Form, dense: bool = False) -> str:
     segment = next(s for s in program.segments if s.sites)
     assert program.types is not None
     made = rewrite(
-        segment, [program.sites[i] for i in segment.sites], modes, program.types, Selector(weight=0.1), dense=dense
+        segment, [program.sites[i] for i in segment.sites], forms, program.types, Selector(weight=0.1), dense=dense
     )
     return print_graph(made.module.graph)
 
 
 def test_rewrite_partial(program: Program) -> None:
     assert_expected_inline(
-        variant(program, Mode.REUSE, Mode.PARTIAL),
+        variant(program, REUSED, ROWS),
         """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
@@ -190,7 +195,7 @@ return [add_1]""",
 
 def test_rewrite_partial_dense(program: Program) -> None:
     assert_expected_inline(
-        variant(program, Mode.REUSE, Mode.PARTIAL, dense=True),
+        variant(program, REUSED, ROWS, dense=True),
         """\
 in0_transpose = input  # [2, 6, 4]
 in3_arg5_1 = input  # [8, 4]
@@ -221,7 +226,7 @@ return [add_1]""",
 
 def test_rewrite_full(program: Program) -> None:
     assert_expected_inline(
-        variant(program, Mode.STORE | Mode.SCORE, Mode.STORE),
+        variant(program, Form(Compute(), Keep(CacheSpec(), score=True)), Form(Compute(), Keep(CacheSpec()))),
         """\
 in0_transpose = input  # [2, 6, 4]
 in1_arg3_1 = input  # [12, 4]
@@ -259,7 +264,7 @@ return [add_1]""",
 
 def test_rewrite_reuse(program: Program) -> None:
     assert_expected_inline(
-        variant(program, Mode.REUSE, Mode.REUSE),
+        variant(program, REUSED, REUSED),
         """\
 in0_transpose = input  # [2, 6, 4]
 in7_arg9_1 = input  # [2, 1, 4]
@@ -273,7 +278,7 @@ return [add_1]""",
 
 
 def test_plain_is_the_model(program: Program) -> None:
-    assert "toca" not in variant(program, Mode.PLAIN, Mode.PLAIN)
+    assert "toca" not in variant(program, Form(Compute(), Keep()), Form(Compute(), Keep()))
 
 
 # -- broken on purpose ------------------------------------------------------------------------------------------------
@@ -369,4 +374,4 @@ def test_graphs_are_printed_on_request() -> None:
     sample(opt, 4, noise())
     graphs = toca_compile.explain(opt).graphs()
     assert list(graphs)[:5] == ["capture", "infer-axes", "find-attention", "find-sites", "outline"]
-    assert "toca.scatter_tokens_" in graphs["template1[reuse, partial]"]
+    assert "toca.scatter_tokens_" in graphs["template1[reuse; rows]"]

@@ -1,6 +1,7 @@
 """``optimize(pipe, policy)``: pipelines of diffusers as they are, each call of them one run."""
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 import toca_compile
 from tests.models import diffusers_dit
-from tests.pipelines import NAMES, build, run
-from toca_compile import BlockCache, DuCa, Fora, FullCompute, TaylorToCa, ToCa, TocaError, preset
+from tests.pipelines import NAMES, build, pixart, run
+from toca_compile import BlockCache, DuCa, Fora, FullCompute, PolicyError, TaylorToCa, ToCa, TocaError, preset
 from toca_compile.ir.plan import Policy
+from toca_compile.policies import ready_made
+from toca_compile.policies.base import CachingPolicy
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -121,6 +124,86 @@ def test_without_guidance_a_batch_is_no_pair() -> None:
     run(pipe, call, 8, guidance_scale=1.0, num_images_per_prompt=2)
     assert seen
     assert not all(seen)
+
+
+def pairs(pipe: Any, call: dict[str, Any], **more: Any) -> set[bool]:
+    """Whether the two halves of the batch selected the same tokens: what was seen of it in a run of 8 steps."""
+    seen: set[bool] = set()
+    step = pipe.scheduler.step
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        masks = [m for n, m in pipe.transformer.fresh_tokens().items() if "ff" in n]
+        seen.update(torch.equal(*m.chunk(2)) for m in masks if not m.all() and m.any())
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = look
+    run(pipe, call, 8, **more)
+    pipe.scheduler.step = step
+    assert seen
+    return seen
+
+
+OWN = ToCa(interval=3, fresh_ratio=0.4, schedule="constant", score="entropy", shared_pair=True)
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A user's own policy of the least there is; it may lay out more steps than a run has."""
+
+    inner: Policy
+
+    def plan(self, sites: Any) -> Any:
+        return self.inner.plan(sites)
+
+
+@dataclass(frozen=True)
+class Asked(Mine):
+    """One that says what it is in a run."""
+
+    def for_run(self, num_steps: int, guided: bool) -> Mine:
+        return Mine(replace(OWN, num_steps=num_steps, interval=2 if guided else 4, shared_pair=guided))
+
+
+def test_a_policy_is_asked_for_each_run() -> None:
+    """With guidance the halves of a batch select as a pair; without they are two pictures, however the policy is
+    spelled. Steps are those of the call."""
+    pipe, call = build("PixArtAlphaPipeline")
+    pipe.transformer = pixart(depth=1)
+    toca_compile.optimize(pipe, FullCompute(), lowering="eager")
+    for policy, guided, alone, shared in (
+        (OWN, "fppfppfp", "fppfppfp", False),
+        (OWN.composition(), "fppfppfp", "fppfppfp", False),
+        (DuCa(fresh_ratio=0.4, schedule="constant", score="entropy", shared_pair=True), "fpsfpsfp", "fpsfpsfp", False),
+        (Mine(replace(OWN, num_steps=30)), "fppfppfp", "fppfppfp", True),
+        (Asked(OWN), "fpfpfpfp", "fpppfppp", False),
+    ):
+        pipe.transformer.policy = policy
+        assert pairs(pipe, call) == {True}
+        assert kinds(pipe) == guided
+        assert (pairs(pipe, call, guidance_scale=1.0, num_images_per_prompt=2) == {True}) is shared, policy
+        assert kinds(pipe) == alone
+        assert pipe.transformer.policy is policy
+
+
+def test_steps_are_replaced_in_every_policy() -> None:
+    for policy in (*ready_made(50).values(), OWN, OWN.composition(), FullCompute()):
+        assert isinstance(policy, CachingPolicy)
+        made: Any = policy.for_run(7, True)
+        assert type(made) is type(policy)
+        assert getattr(made, "num_steps", 7) == 7
+        assert made.for_run(50, True) == policy.for_run(50, True)
+        assert made.for_run(7, False).for_run(7, True) == made.for_run(7, False)
+
+
+def test_what_for_run_returns_must_be_a_policy() -> None:
+    class Forgetful(Mine):
+        def for_run(self, num_steps: int, guided: bool) -> None:
+            pass
+
+    pipe, call = build("PixArtAlphaPipeline")
+    toca_compile.optimize(pipe, Forgetful(OWN), lowering="eager")
+    with pytest.raises(PolicyError, match=r"Forgetful\.for_run must return a policy, not None"):
+        run(pipe, call, 2)
 
 
 @pytest.mark.parametrize(

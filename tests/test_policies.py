@@ -25,7 +25,7 @@ from toca_compile import (
     preset,
     save_policy,
 )
-from toca_compile.ir.types import Action
+from toca_compile.ir.actions import Partial
 from toca_compile.policies import PRESETS, ready_made
 from toca_compile.policies.schedules import spread_steps, toca_phases
 
@@ -89,12 +89,12 @@ def test_depth_comes_from_the_graph() -> None:
         )
         sample(opt, 1, noise(size=(16, 16)))
         plan = opt._session.executors[0].plan
-        ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]  # s = 1
+        ks = [a.tokens for a in plan.steps[48].sites if isinstance(a, Partial)]  # s = 1
         assert len(ks) == depth
         assert (ks[0], ks[-1]) == (26, 39)  # ⌊64·0.07·(0.8, 1.2)·2.92·2.5⌋
         opt.policy = preset("dit-xl-2/ddim-50", layer_span=27)
         plan = opt._session.executors[0].plan
-        ks = [s.tokens for s in plan.steps[48].sites if s.action is Action.PARTIAL]
+        ks = [a.tokens for a in plan.steps[48].sites if isinstance(a, Partial)]
         assert ks[-1] == int(64 * 0.07 * (0.8 + 0.4 * (depth - 1) / 27) * 2.92 * 2.5)
 
 

@@ -33,12 +33,14 @@ from toca_compile.policies import (
     save_policy,
 )
 from toca_compile.quality.evaluation import evaluate
+from toca_compile.quality.settings import EvaluationSettings, TuningSettings
 from toca_compile.quality.tuning import Target, tune
 
 __all__ = [
     "BlockCache",
     "Composition",
     "DuCa",
+    "EvaluationSettings",
     "Fora",
     "FullCompute",
     "InferenceModeError",
@@ -52,6 +54,7 @@ __all__ = [
     "TaylorToCa",
     "ToCa",
     "TocaError",
+    "TuningSettings",
     "UnsupportedGraphError",
     "VerifyError",
     "evaluate",

@@ -4,12 +4,12 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from toca_compile.backend import Session
 from toca_compile.diffusers import attach, is_pipeline, optimized_components, transformers_of
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel
 from toca_compile.report import Report, make_report
+from toca_compile.session import Session
 
 Pipeline = TypeVar("Pipeline")
 

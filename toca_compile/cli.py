@@ -97,6 +97,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 
     from toca_compile.demo import fashion_dit, fashion_mnist
     from toca_compile.quality.evaluation import evaluate
+    from toca_compile.quality.settings import EvaluationSettings
 
     model, sampler = fashion_dit.model_and_sampler(given.model, given.device)
     labels = fashion_dit.labels(given.batch).repeat(given.samples // given.batch)
@@ -105,11 +106,12 @@ def _evaluate(given: argparse.Namespace) -> None:
     real = None
     if features is not None and given.data is not None:
         real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000])
-    evaluate(
-        model, sampler, _policies(given.policy, given.steps), steps=given.steps, fewer=given.fewer, seeds=given.seeds,
-        samples=given.samples, batch=given.batch, out=given.out, lowering=given.lowering, features=features, real=real,
-        accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels), console=Console(),
+    settings = EvaluationSettings(
+        steps=given.steps, fewer=given.fewer, seeds=given.seeds, samples=given.samples, batch=given.batch,
+        lowering=given.lowering, features=features, real=real, console=Console(),
+        accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels),
     )  # fmt: skip
+    evaluate(model, sampler, _policies(given.policy, given.steps), out=given.out, settings=settings)
 
 
 def _tune(given: argparse.Namespace) -> None:
@@ -117,15 +119,16 @@ def _tune(given: argparse.Namespace) -> None:
 
     from toca_compile.demo import fashion_dit
     from toca_compile.policies import save_policy
+    from toca_compile.quality.settings import TuningSettings
     from toca_compile.quality.tuning import Target, tune
 
     model, sampler = fashion_dit.model_and_sampler(given.model, given.device)
-    policy = tune(
-        model, sampler, target=Target(given.flops, given.latency, given.psnr), steps=given.steps,
-        seeds=tuple(given.seeds), samples=given.samples, seconds=given.seconds, trials=given.trials, out=given.out,
-        lowering=given.lowering,
-        console=Console(),
+    settings = TuningSettings(
+        steps=given.steps, seeds=given.seeds, samples=given.samples, lowering=given.lowering, seconds=given.seconds,
+        trials=given.trials, console=Console(),
     )  # fmt: skip
+    target = Target(given.flops, given.latency, given.psnr)
+    policy = tune(model, sampler, target=target, out=given.out, settings=settings)
     save_policy(policy, given.out / "policy.json")
     print(f"{given.out / 'policy.json'}")
 

@@ -6,15 +6,16 @@ is, from how many came since the scheduler last stepped. No pipeline is known by
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from toca_compile.errors import PolicyError
+from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
 from toca_compile.model import AROUND_CALL, OptimizedModel
 
@@ -166,13 +167,13 @@ class _Run:
                 yield
 
     def _policy(self) -> Policy:
-        """The policy for this run's number of steps, and for no guidance pair where there is no guidance."""
+        """The policy as it is meant for this run; one that has no ``for_run`` is meant as it is."""
         steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
-        wanted: Any = self.model._session.policy
-        names = {f.name for f in dataclasses.fields(wanted)} if dataclasses.is_dataclass(wanted) else set()
-        changes: dict[str, Any] = {"num_steps": steps} if "num_steps" in names else {}
-        if not self.guided and "shared_pair" in names:
-            changes["shared_pair"] = False
-        changes = {k: v for k, v in changes.items() if getattr(wanted, k) != v}
-        policy: Policy = dataclasses.replace(wanted, **changes) if changes else wanted
-        return policy
+        wanted = self.model._session.policy
+        for_run = getattr(wanted, "for_run", None)
+        if for_run is None:
+            return wanted
+        policy = for_run(steps, self.guided)
+        if not callable(getattr(policy, "plan", None)):
+            raise PolicyError(f"{type(wanted).__name__}.for_run must return a policy, not {told(policy)}")
+        return cast(Policy, policy)

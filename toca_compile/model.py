@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed
 
-from toca_compile.backend import Session, dynamo_backend
+from toca_compile.backend import dynamo_backend
 from toca_compile.errors import (
     GRAD_ENABLED,
     NO_SITE,
@@ -30,6 +30,7 @@ from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
+from toca_compile.session import Session
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
 _SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten

@@ -2,22 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 from torch._subclasses import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from toca_compile.backend import Session
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
+from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.printer import print_range, print_variant, variant_name
 from toca_compile.ir.program import BlockRange, Variant
-from toca_compile.ir.types import Action, StepKind
+from toca_compile.ir.state import State
+from toca_compile.ir.types import StepKind
 from toca_compile.passes.proof.block_range import find_range
-from toca_compile.passes.variants.skip_range import keep_range, probe_range, skip_range
+from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer
 from toca_compile.runtime.executor import Executor
-from toca_compile.runtime.skipping import range_buffer
+from toca_compile.session import Session
 
 _LETTERS = {
     StepKind.FULL: "F",
@@ -26,6 +28,13 @@ _LETTERS = {
     StepKind.REUSE: "R",
     StepKind.SKIP: "S",
 }
+
+
+class StepCounts(dict[str, int]):
+    """How many steps of a run are of each kind that occurs; ``str`` of it is such as ``14 full, 36 partial``."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.items())
 
 
 @dataclass(frozen=True)
@@ -121,18 +130,24 @@ class Report:
         """One letter a step: F full, P partial, T forecast (Taylor), R reuse, S blocks skipped."""
         return "".join(_LETTERS[s.kind] for s in self._as_run(self._session.executors[0]).steps)
 
+    @property
+    def step_counts(self) -> StepCounts:
+        """The schedule's steps by kind: ``{"full": 14, "partial": 36}``."""
+        kinds = [step.kind for step in self._as_run(self._session.executors[0]).steps]
+        return StepCounts({kind.value: kinds.count(kind) for kind in StepKind if kind in kinds})
+
     def graphs(self) -> dict[str, str]:
-        """As text: what was known after each pass, by its name; every variant built so far, as ``template1[reuse,
-        partial]``; and what stands in for blocks that the plan skips, as ``blocks[skip]``."""
+        """As text: what was known after each pass, by its name; every variant built so far, as ``template1[reuse;
+        rows]``; and what stands in for blocks that the plan skips, as ``blocks[skip]``."""
         texts: dict[str, str] = {}
         for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
             program, plan = executor.program, executor.plan
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
-            for template, modes, memories in executor.ready:
+            for template, forms in executor.ready:
                 segment = next(s for s in program.segments if s.template == template)
-                variant = self._session.variant(program, segment, modes, memories, plan)
-                texts[prefix + variant_name(template, modes)] = print_variant(variant, program, segment, modes)
+                variant = executor.variants.build(segment, forms, plan)
+                texts[prefix + variant_name(template, forms)] = print_variant(variant, program, segment, forms)
             if plan.skipped:
                 found = find_range(program, plan.skipped, plan.skip)
                 for name, variant in _stand_ins(found, plan.skip).items():
@@ -154,14 +169,14 @@ class Report:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append("")
+        counts = self.step_counts
         lines.append(f"schedule  {self.schedule}")
-        full = float(self.flops("full"))
+        each = ", ".join(f"{kind} {float(self.flops(kind)) / 1e9:.3f}" for kind in counts)
         lines.append(
-            f"a full step {full / 1e9:.3f} GFLOPs, partial {float(self.flops('partial')) / 1e9:.3f} (mean), "
-            f"reuse {float(self.flops('reuse')) / 1e9:.3f}; a run {self.flop_speedup():.2f}× fewer than all full; "
+            f"{counts}; GFLOPs of a step: {each} (means); a run {self.flop_speedup():.2f}× fewer than all full; "
             f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
-        seconds = self._session.checked.values()
+        seconds = self._session.checked
         if seconds:
             lines.append(f"verified on random values: {len(seconds)} partial variants in {sum(seconds):.2f} s")
         if not self._session.control.time_is_visible:
@@ -178,18 +193,17 @@ def make_report(session: Session) -> Report:
 
 
 def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
-    total = sum(int(cost.site(s, Action.COMPUTE).subs(cost.values)) for s in executor.program.sites) or 1
+    total = sum(int(cost.site(s, Compute()).subs(cost.values)) for s in executor.program.sites) or 1
     rows = []
     for site in executor.program.sites:
-        full = int(cost.site(site, Action.COMPUTE).subs(cost.values))
-        partial = cost.site(site, Action.PARTIAL).subs(cost.values) if Action.PARTIAL in site.actions else None
-        actions = frozenset(a.value for a in site.actions)
+        full = int(cost.site(site, Compute()).subs(cost.values))
+        partial = cost.site(site, Partial()).subs(cost.values) if site.row_proof is not None else None
         rows.append(
             SiteReport(
                 site.name,
                 site.kind,
                 site.axis.name,
-                actions,
+                legal_actions(site),
                 site.reason,
                 site.axis.size,
                 site.depth,
@@ -203,11 +217,14 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
 
 def _stand_ins(found: BlockRange, skip: Skip) -> dict[str, Variant]:
     """The graphs that stand in for a range of blocks, their values propagated."""
-    variants = {"keep": keep_range(found, skip), "skip": skip_range(found, skip)}
-    variants |= {"probe": probe_range(found, keep=False)} if found.probe is not None else {}
+    names = ("keep", "skip", "probe") if found.probe is not None else ("keep", "skip")
+    variants = {name: GRAPHS[name](found, skip) for name in names}
     for variant in variants.values():
         values = [n.meta["val"] for n in variant.module.graph.nodes if "val" in n.meta]
-        slots = [range_buffer(s, found, skip) if s.is_buffer else 3 for s in variant.slots]
+        slots: list[Any] = [
+            range_buffer(s.kind, s.position, s.index, found, skip) if isinstance(s.kind, State) else 3
+            for s in variant.slots
+        ]
         mode = next(v.fake_mode for v in (*values, *slots) if isinstance(v, FakeTensor))
         FakeTensorProp(variant.module, mode).propagate_dont_convert_inputs(*values, *slots)
     return variants
@@ -215,10 +232,11 @@ def _stand_ins(found: BlockRange, skip: Skip) -> dict[str, Variant]:
 
 def _actions(executor: Executor, kind: str) -> list[Action]:
     if kind == "full":
-        return [Action.COMPUTE] * len(executor.program.sites)
+        return [Compute()] * len(executor.program.sites)
     if kind in ("reuse", "forecast"):
-        return [Action.REUSE] * len(executor.program.sites)
-    return [Action.PARTIAL if executor.plan.partial(s.index) else Action.REUSE for s in executor.program.sites]
+        return [Reuse()] * len(executor.program.sites)
+    plan = executor.plan
+    return [Partial() if plan.selects(s.index) and s.row_proof is not None else Reuse() for s in executor.program.sites]
 
 
 def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:

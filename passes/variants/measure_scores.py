@@ -10,13 +10,13 @@ from math import log, prod
 import torch
 from torch import fx
 
-import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.errors import PolicyError
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import source_line, value_of
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.types import Attention, AxisTypes, RowProof, Site, Type
 from toca_compile.passes.infer_axes import call_of
+from toca_compile.passes.variants.emit import SegmentBuilder
 
 aten = torch.ops.aten
 toca = torch.ops.toca
@@ -33,38 +33,48 @@ def check_score(attention: Attention, score: str, types: AxisTypes) -> None:
     Raises:
         PolicyError: it is written out and hides its keys, or lays its rows along the last dimension.
     """
-    hidden = False
-    if score in ("v_norm", "k_norm"):
-        row = _row(attention, score)
-        hidden = row is None or bool(set(types.type_of(row)[-1]) & set(attention.key_axis))
-    elif score == "entropy" and attention.map is not None:
-        dims = types.type_of(attention.map)
-        hidden = any(set(d) & set(attention.axis) and d != attention.axis for d in dims)
-    if hidden:
+    if score in HIDDEN and HIDDEN[score](attention, types):
         raise PolicyError(
             f"score {score!r} needs an attention whose rows can be told apart, and the one at "
             f"{source_line(attention.node)} is written out; use score='attention' or 'random'"
         )
 
 
-def measure(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector: Selector, types: AxisTypes) -> fx.Node:
-    """The scores of all tokens by the last attention of ``site``.
+def measure(
+    builder: SegmentBuilder, site: Site, expected: Callable[[], fx.Node], places: Callable[[Site], tuple[int, ...]]
+) -> fx.Node:
+    """The scores of all tokens, by the last attention of ``site`` or by what its forecast missed.
 
     Args:
-        emit: adds a call to the graph.
-        values: where the graph holds the attention's operands.
+        expected: emits the forecast of the site's output.
+        places: where the tokens and the batch lie in that output.
 
     Returns:
         A float32 value ``[batch, tokens]``: s1 and the norms before normalisation, 1 + s2's entropy.
     """
-    attention, score = site.attention[-1], selector.score
-    if score == "entropy":
-        return entropy(emit, values, site, selector, types)
-    row = _row(attention, score)
-    if row is not None:
-        value = emit(toca.row_norm.default, values[row], score == "v_norm")
-        atoms = _atoms(types, types.type_of(row)[:-1], site.batch, attention.key_axis)
-    elif attention.map is not None:
+    name = builder.selector.score
+    if name in OF_ATTENTION:
+        return OF_ATTENTION[name](builder.call, builder.env, site, builder.selector, builder.types)
+    missed = builder.call(aten.sub.Tensor, builder.env[site.output], expected())
+    return builder.call(toca.token_norm.default, missed, *places(site))
+
+
+def measure_rows(
+    builder: SegmentBuilder, site: Site, proof: RowProof, values: Mapping[fx.Node, fx.Node]
+) -> fx.Node | None:
+    """The scores of the selected tokens, where a step that computes them tells those too; None where it does not."""
+    measured = OF_ROWS.get(builder.selector.score)
+    if measured is None or not can_measure_rows(site, proof):
+        return None
+    return measured(builder.call, values, site, builder.selector, builder.types)
+
+
+def received(
+    emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector: Selector, types: AxisTypes
+) -> fx.Node:
+    """What each token receives as a key: the column sums of the map (s1 of ToCa)."""
+    attention = site.attention[-1]
+    if attention.map is not None:
         value = emit(aten._to_copy.default, values[attention.map], dtype=torch.float32)
         keys = _dims_of_keys(attention, types)
         atoms = _atoms(types, types.type_of(attention.map), site.batch, ())
@@ -75,6 +85,26 @@ def measure(emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector:
         value = emit(toca.attention_received.default, *arguments, *_how(attention), selector.stride)
         lead, keys_dim = types.type_of(query)[:-2], types.type_of(key)[-2]
         atoms = [*_atoms(types, lead, site.batch, ()), [(types.factors.size(keys_dim), _TOKENS)]]
+    return _over_heads(emit, value, atoms, site, selector, types)
+
+
+def norm_of(part: Callable[[Attention], fx.Node | None], *, negate: bool) -> "Measure":
+    """The norm of each token's row of keys or values."""
+
+    def measured(
+        emit: Emit, values: Mapping[fx.Node, fx.Node], site: Site, selector: Selector, types: AxisTypes
+    ) -> fx.Node:
+        attention = site.attention[-1]
+        row = part(attention)
+        assert row is not None  # or check_score refused the plan
+        value = emit(toca.row_norm.default, values[row], negate)
+        atoms = _atoms(types, types.type_of(row)[:-1], site.batch, attention.key_axis)
+        return _over_heads(emit, value, atoms, site, selector, types)
+
+    return measured
+
+
+def _over_heads(emit: Emit, value: fx.Node, atoms: Atoms, site: Site, selector: Selector, types: AxisTypes) -> fx.Node:
     value = emit(aten.sum.dim_IntList, _grouped(emit, value, atoms, 3), [_HEADS])
     return emit(toca.pair_mean.default, value) if _paired(site, selector, types) else value
 
@@ -131,13 +161,6 @@ def _paired(site: Site, selector: Selector, types: AxisTypes) -> bool:
     return selector.shared_pair and types.factors.size(site.batch) % 2 == 0
 
 
-def _row(attention: Attention, score: str) -> fx.Node | None:
-    """The value whose rows' norms are the score; None for other scores."""
-    if score == "v_norm":
-        return attention.value
-    return next(iter(attention.operands[1:2]), None) if score == "k_norm" else None
-
-
 def _operands(attention: Attention) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     node = attention.node
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
@@ -176,3 +199,44 @@ def _grouped(emit: Emit, value: fx.Node, atoms: Atoms, groups: int) -> fx.Node:
     value = emit(aten.permute.default, value, order)
     sizes = [[n for n, g in flat if g == group] for group in range(groups)]
     return emit(aten.reshape.default, value, [-1 if -1 in own else prod(own) for own in sizes])
+
+
+def _values_of(attention: Attention) -> fx.Node | None:
+    return attention.value
+
+
+def _keys_of(attention: Attention) -> fx.Node | None:
+    return next(iter(attention.operands[1:2]), None)
+
+
+def _hides_row(part: Callable[[Attention], fx.Node | None]) -> Callable[[Attention, AxisTypes], bool]:
+    def hides(attention: Attention, types: AxisTypes) -> bool:
+        row = part(attention)
+        return row is None or bool(set(types.type_of(row)[-1]) & set(attention.key_axis))
+
+    return hides
+
+
+def _hides_queries(attention: Attention, types: AxisTypes) -> bool:
+    if attention.map is None:
+        return False
+    return any(set(d) & set(attention.axis) and d != attention.axis for d in types.type_of(attention.map))
+
+
+Measure = Callable[[Emit, Mapping[fx.Node, fx.Node], Site, Selector, AxisTypes], fx.Node]
+
+OF_ATTENTION: dict[str, Measure] = {
+    "attention": received,
+    "entropy": entropy,
+    "v_norm": norm_of(_values_of, negate=True),
+    "k_norm": norm_of(_keys_of, negate=False),
+}
+"""Scores of all tokens that the last attention of a site tells."""
+OF_ROWS: dict[str, Measure] = {"entropy": entropy}
+"""Those that an attention over some of its queries tells of these."""
+HIDDEN: dict[str, Callable[[Attention, AxisTypes], bool]] = {
+    "entropy": _hides_queries,
+    "v_norm": _hides_row(_values_of),
+    "k_norm": _hides_row(_keys_of),
+}
+"""Whether an attention that the model writes out itself hides what the score is made of."""

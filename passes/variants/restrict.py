@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import operand_nodes, value_of
-from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
+from toca_compile.ir.types import FactorPos, RowProof
 from toca_compile.passes.proof.prove import leaf_places, reads_whole, span
+from toca_compile.passes.variants.emit import SegmentBuilder
 from toca_compile.passes.variants.narrow import Piece, pieces
 from toca_compile.rules.registry import RULES
 
@@ -34,27 +34,27 @@ class Restriction:
     """The rows of one branch in the graph of a variant.
 
     Args:
-        emit: adds a call to the graph.
-        copy: copies a node, mapping its operands.
-        values: where the graph holds the values from outside, for all tokens.
+        builder: of the variant; its environment holds the values from outside, for all tokens.
         index: the selected tokens, int64 ``[batch, k]``.
         k: their number.
-        whole: what the branch reads whole, for all tokens, where that is not to be read from ``values``.
+        whole: what the branch reads whole, for all tokens, where that is not to be read from the environment.
     """
 
     def __init__(
         self,
-        emit: Callable[..., fx.Node],
-        copy: Callable[[fx.Node, Callable[[fx.Node], fx.Node]], fx.Node],
-        values: Mapping[fx.Node, fx.Node],
+        builder: SegmentBuilder,
         proof: RowProof,
-        types: AxisTypes,
         index: fx.Node,
         k: Callable[[], fx.Node],
         whole: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
-        self.emit, self.copy, self.values = emit, copy, values
-        self.proof, self.types, self.index, self.k = proof, types, index, k
+        self.emit, self.copy, self.values, self.types = (
+            builder.call,
+            builder.graph.node_copy,
+            builder.env,
+            builder.types,
+        )
+        self.proof, self.index, self.k = proof, index, k
         self.whole = whole or {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside

@@ -15,24 +15,16 @@ import sympy
 from torch import fx
 
 from toca_compile.errors import TocaError
+from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.graph import ancestors, value_of
-from toca_compile.ir.plan import SELECTING, Plan, Selector, StepPlan, scored_sites
-from toca_compile.ir.program import Mode, Program, Segment
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
+from toca_compile.ir.program import Form, Program, Segment
+from toca_compile.ir.types import Site
 from toca_compile.passes.variants.narrow import pieces
-from toca_compile.passes.variants.needed import needed_nodes, proof_of, row_nodes
+from toca_compile.passes.variants.needed import needed_nodes
 from toca_compile.rules.registry import RULES, Work
 
 B, K, C = sympy.symbols("B K C", positive=True, integer=True)
-_MODES = {
-    Action.COMPUTE: Mode.PLAIN,
-    Action.PARTIAL: Mode.PARTIAL,
-    Action.QUERIES: Mode.PARTIAL | Mode.QUERIES,
-    Action.REUSE: Mode.REUSE,
-    Action.FORECAST: Mode.REUSE,
-    Action.SKIP: Mode.PLAIN,
-}
-_KEYS = {"fresh": Mode.PLAIN, "update": Mode.KEPT | Mode.UPDATE, "keep": Mode.KEPT}
 
 
 class CostModel:
@@ -58,15 +50,13 @@ class CostModel:
     def step(self, plan: StepPlan) -> int:
         """FLOPs of one step of a plan, without what is computed once a run."""
         total = 0
-        skipped = {i for i, s in enumerate(plan.sites) if s.action is Action.SKIP}
+        skipped = {i for i, action in enumerate(plan.sites) if action.by_blocks}
         inside = [i for i, s in enumerate(self.program.segments) if skipped & set(s.sites)]
         for i, segment in enumerate(self.program.segments):
             if not self._counted(segment, constant=False) or (inside and inside[0] <= i <= inside[-1]):
                 continue
             sites = [self.program.sites[i] for i in segment.sites]
-            rows = [plan.sites[i] for i in segment.sites]
-            modes = [_MODES[r.action] | (_KEYS[r.keys] if r.action is Action.QUERIES else Mode.PLAIN) for r in rows]
-            total += self._number(segment, sites, modes, [r.tokens for r in rows])
+            total += self._number(segment, sites, [plan.sites[i] for i in segment.sites])
         return total
 
     def run(self, plan: Plan) -> int:
@@ -79,38 +69,36 @@ class CostModel:
 
     def scoring(self, site: Site, selector: Selector) -> int:
         """FLOPs of the product of queries and keys that scoring a site's attention repeats."""
-        attention = site.attention[-1]
-        if selector.score not in ("attention", "entropy") or attention.map is not None:
+        attention, stride = site.attention[-1], selector.rule.row_flops(selector.stride)
+        if stride is None or attention.map is not None:
             return 0
         query, key = (value_of(n) for n in attention.operands[:2])
-        stride = selector.stride if selector.score == "attention" else 1
         rows: int = -(-query.shape[-2] // stride)
         return 2 * (query.numel() // query.shape[-2]) * rows * int(key.shape[-2])
 
     def symbolic(self, actions: Sequence[Action]) -> sympy.Expr:
         """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens. Where all
         compute it is a step of the uncached model, which has nothing from a step before."""
-        uncached = all(a is Action.COMPUTE for a in actions)
+        uncached = all(a.dense for a in actions)
         total = self._constants() if uncached else sympy.Integer(0)
         for segment in self._segments(constant=False):
             sites = [self.program.sites[i] for i in segment.sites]
-            parts = self._parts(segment, sites, [_MODES[actions[i]] for i in segment.sites])
+            parts = self._parts(segment, sites, [actions[i] for i in segment.sites])
             total += sum((expr for expr, _ in parts), sympy.Integer(0))
         return sympy.expand(total)
 
     def site(self, site: Site, action: Action) -> sympy.Expr:
         """FLOPs of one site's own branch."""
-        if action in (Action.REUSE, Action.FORECAST, Action.SKIP):
-            return sympy.Integer(0)
-        if action in SELECTING:
-            whole = proof_of(site, _MODES[action]).dense_inputs
-            fresh = site.region & ancestors(whole, stop=[site.source]) if whole else ()
-            return sympy.expand(self._rows(site, _MODES[action]) + sum(self._node(n, False) for n in fresh))
-        return sympy.expand(sum(self._node(n, False) for n in site.region))
+        if action.dense:
+            return sympy.expand(sum(self._node(n, False) for n in site.region))
+        proof = action.proof(site)
+        whole = set(proof.dense_inputs) - set(action.from_cache(site)) if proof is not None else set()
+        fresh = site.region & ancestors(whole, stop=[site.source]) if whole else ()
+        return sympy.expand(self._rows(site, action) + sum(self._node(n, False) for n in fresh))
 
-    def _rows(self, site: Site, mode: Mode) -> sympy.Expr:
-        """What a partial step computes of a branch: of a linear layer, the features that it needs."""
-        rows = row_nodes(site, mode)
+    def _rows(self, site: Site, action: Action) -> sympy.Expr:
+        """What a step computes of a branch for selected tokens: of a linear layer, the features that it needs."""
+        rows = action.rows(site)
         needed: Counter[fx.Node] = Counter()
         for piece in pieces(rows, self.types).values():
             needed[piece.linear] += piece.size
@@ -133,22 +121,22 @@ class CostModel:
         return inside and segment.constant == constant
 
     def _parts(
-        self, segment: Segment, sites: Sequence[Site], modes: Sequence[Mode]
+        self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]
     ) -> list[tuple[sympy.Expr, int | None]]:
-        """Cost of a segment, apart for each partial site (whose position comes along), since each has its own K."""
-        needed = needed_nodes(segment, sites, modes)
-        held = {s.output for s, m in zip(sites, modes, strict=True) if m is not Mode.PLAIN}
-        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - held), None)]
-        for i, (site, mode) in enumerate(zip(sites, modes, strict=True)):
-            if Mode.PARTIAL in mode:
-                parts.append((self._rows(site, mode), i))
+        """Cost of a segment, apart for each site that computes rows (its position comes along): each has its own K."""
+        needed = needed_nodes(segment, sites, [Form(action, Keep()) for action in actions])
+        apart = {site.output for site, action in zip(sites, actions, strict=True) if not action.dense}
+        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - apart), None)]
+        for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
+            if action.rows(site):
+                parts.append((self._rows(site, action), i))
         return parts
 
-    def _number(self, segment: Segment, sites: Sequence[Site], modes: Sequence[Mode], tokens: Sequence[int]) -> int:
+    def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]) -> int:
         total = 0
-        for expr, position in self._parts(segment, sites, modes):
-            values = self.values | ({K: tokens[position]} if position is not None else {})
-            total += int(sympy.sympify(expr).subs(values))
+        for expr, position in self._parts(segment, sites, actions):
+            tokens = {K: actions[position].computed(sites[position])} if position is not None else {}
+            total += int(sympy.sympify(expr).subs(self.values | tokens))
         return total
 
     def _node(self, node: fx.Node, restricted: bool) -> sympy.Expr:

@@ -14,6 +14,7 @@ import torch
 
 from toca_compile.errors import TocaError, VerifyError
 from toca_compile.ir.program import Variant
+from toca_compile.ir.state import State
 from toca_compile.ops import scores
 
 _TOLERANCE = {
@@ -95,7 +96,7 @@ def _random(example: Any, key: Any, generators: dict[torch.device, torch.Generat
         # As trained weights are: what a wide layer makes of them stays within half precision.
         value *= min(1.0, 2.0 * example.shape[-1] ** -0.5)
     value = value.to(example.dtype)
-    if getattr(key, "kind", "") not in ("score", "scores of"):
+    if getattr(key, "kind", None) not in (State.SCORE, State.SOURCE_SCORE):
         return value
     # No score is negative; a selection is only compared where both variants make the same one.
     return scores.pair_mean(value.abs()) if shared_pair else value.abs()

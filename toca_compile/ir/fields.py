@@ -14,7 +14,7 @@ from enum import EnumMeta
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import torch
 
@@ -153,6 +153,25 @@ class Checked:
         """
 
 
+class Family(Checked):
+    """Base of a base class whose subclasses are found by name: a field of that base class's type takes any of them
+    that has registered itself (``ir/registry.py``)::
+
+        class When(Family): ...
+
+        @register
+        @dataclass(frozen=True)
+        class Every(When): ...
+    """
+
+    members: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Family in cls.__bases__:  # a family of its own; what derives from it shares its table
+            cls.members = {}
+
+
 @cache
 def field_types(cls: type) -> dict[str, Any]:
     """The type of each field of a dataclass, as it was written."""
@@ -256,7 +275,13 @@ def describe(kind: Any) -> str:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    """The types of which one must fit; for a family, its members."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(option for k in kinds for option in (k.members.values() if _is_family(k) else (k,)))
+
+
+def _is_family(kind: Any) -> bool:
+    return isinstance(kind, type) and Family in getattr(kind, "__bases__", ())
 
 
 def _given(options: tuple[type, ...], value: Any, path: str) -> Any:

@@ -1,47 +1,18 @@
 """Plans: what every site does at every step. Host data, complete before the first launch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Annotated, Protocol
 
-import torch
+from toca_compile.ir.actions import Action, Keep, union
+from toca_compile.ir.fields import Checked, Count, OneOf, Seed, Threshold, Weight
+from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
+from toca_compile.ir.scores import SCORES, Score
+from toca_compile.ir.types import Site, StepKind
 
-from toca_compile.ir.fields import (
-    Basis,
-    Checked,
-    Count,
-    Dtype,
-    OneOf,
-    Order,
-    Seed,
-    Threshold,
-    Tokens,
-    Weight,
-)
-from toca_compile.ir.types import Action, Site, StepKind
-
-SCORES = ("attention", "entropy", "v_norm", "k_norm", "error", "random", "none")
-SELECTING = (Action.PARTIAL, Action.QUERIES)
-KEYS = ("fresh", "update", "keep")
-Score = Annotated[str, OneOf(SCORES)]
-Keys = Annotated[str, OneOf(KEYS)]
-
-
-@dataclass(frozen=True)
-class SiteStep:
-    """One site in one step. ``tokens``: how many it computes. ``order``: of COMPUTE, how many differences to earlier
-    full steps are made; of FORECAST, and for the tokens that PARTIAL or QUERIES leave out, how many are used. ``keys``:
-    of QUERIES, whether keys and values are made ``"fresh"`` for all tokens, taken from the cache with an ``"update"``
-    of the selected tokens' part, or taken from it as they are (``"keep"``). ``update``: of PARTIAL and QUERIES, whether
-    the selected tokens' new values are kept (each token then has a history of its own), or serve this step alone."""
-
-    action: Action
-    tokens: Tokens = 0
-    order: Order = 0
-    keys: Keys = "fresh"
-    update: bool = True
+RANK = {k: i for i, k in enumerate(("reuse", "forecast", "full", "partial", "skip"))}
+ScoreName = Annotated[str, OneOf(tuple(SCORES))]
 
 
 @dataclass(frozen=True)
@@ -49,7 +20,7 @@ class StepPlan:
     """One step: its kind and what each site does, in site order."""
 
     kind: StepKind
-    sites: tuple[SiteStep, ...]
+    sites: tuple[Action, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +29,7 @@ class Selector(Checked):
     of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
     attention score. ``shared_pair``: the two halves of the batch select the same tokens."""
 
-    score: Score = "attention"
+    score: ScoreName = "attention"
     weight: Weight = 0.0
     cell: Count = 1
     bonus: Weight = 0.0
@@ -67,36 +38,9 @@ class Selector(Checked):
     shared_pair: bool = False
 
     @property
-    def scored(self) -> bool:
-        """Whether the score is measured in the model, at full steps."""
-        return self.score not in ("random", "none")
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What a site keeps: its output and ``order`` differences, in ``dtype`` (None: the output's own).
-
-    Differences are those of a ``"taylor"`` series, repeated slopes between neighbouring full steps, or the divided
-    differences of ``"newton"``'s polynomial through the full steps.
-    """
-
-    order: Order = 0
-    dtype: Annotated[torch.dtype, Dtype()] | None = None
-    basis: Basis = "taylor"
-
-    def spacing(self, full: Sequence[int], order: int) -> int:
-        """What a difference is divided by at the last of the full steps."""
-        back = order if self.basis == "newton" else 1
-        return full[-1] - full[-1 - back] if len(full) > back else 1
-
-    def power(self, full: Sequence[int], step: int, order: int) -> int:
-        """What a difference is multiplied by at a later step (and ``order``! divides, in a Taylor series)."""
-        if self.basis == "taylor":
-            return (step - full[-1]) ** order
-        return prod(step - at for at in full[-order:])
-
-
-OUTPUT_ONLY = CacheSpec()
+    def rule(self) -> Score:
+        """The score itself."""
+        return SCORES[self.score]
 
 
 @dataclass(frozen=True)
@@ -106,7 +50,7 @@ class Skip:
     Args:
         residual: keep what the range added to the residual stream, and add it to what enters the range now; else keep
             the stream as it left the range.
-        memory: order, dtype and basis of a forecast of what is kept.
+        memory: what is kept of it, for a forecast.
         threshold: a step that the plan skips is computed all the same where the change that the blocks before the
             range make differs by more than this from what they did at the last computed step: mean |difference| over
             mean |change|, one number for the batch (FirstBlockCache). None: the plan alone decides.
@@ -114,7 +58,7 @@ class Skip:
     """
 
     residual: bool = True
-    memory: CacheSpec = OUTPUT_ONLY
+    memory: History = OUTPUT_ONLY
     threshold: Threshold | None = None
     limit: Count | None = None
 
@@ -130,81 +74,77 @@ class Plan:
     memory: CacheSpec = OUTPUT_ONLY
     skip: Skip = Skip()
 
-    def reads(self, site: int) -> bool:
-        """Whether any step reads the site's cache; without, nothing is stored."""
-        return self.ever(site, *SELECTING, Action.REUSE, Action.FORECAST)
+    def keep(self, site: int) -> Keep:
+        """What of the site lives from step to step.
 
-    def cache_spec(self, site: int) -> CacheSpec:
-        """What a site keeps: as many differences as its steps ask for."""
-        return replace(self.memory, order=max(s.order for s in self._does[site]))
+        Raises:
+            PolicyError: its steps need different things of it.
+        """
+        return self._keeps[site]
+
+    @cached_property
+    def _keeps(self) -> tuple[Keep, ...]:
+        return tuple(union(action.needs(self.memory) for action in does) for does in self.does)
 
     @cached_property
     def skipped(self) -> frozenset[int]:
         """The sites that some step skips."""
-        return frozenset(i for i, does in enumerate(self._does) if any(s.action is Action.SKIP for s in does))
+        return frozenset(i for i, does in enumerate(self.does) if any(a.by_blocks for a in does))
 
     @property
     def adaptive(self) -> bool:
         """Whether what a step does is decided while it runs."""
         return self.skip.threshold is not None and bool(self.skipped)
 
-    def ever(self, site: int, *actions: Action) -> bool:
-        """Whether the site does one of these at any step."""
-        return any(s.action in actions for s in self._does[site])
-
-    def partial(self, site: int) -> bool:
+    def selects(self, site: int) -> bool:
         """Whether the site ever selects tokens."""
-        return self.ever(site, *SELECTING)
-
-    def tokenwise(self, site: int) -> bool:
-        """Whether each token of the site has a history of its own."""
-        return self.cache_spec(site).order > 0 and any(s.action in SELECTING and s.update for s in self._does[site])
-
-    def keeps_keys(self, site: int) -> bool:
-        """Whether any step takes the site's keys and values from the cache."""
-        return any(s.action is Action.QUERIES and s.keys != "fresh" for s in self._does[site])
+        return self.keep(site).stamp
 
     @cached_property
-    def _does(self) -> tuple[frozenset[SiteStep], ...]:
-        """The different things that each site does. Asked for at every step of a layout, which stays linear by it."""
-        return tuple(frozenset(column) for column in zip(*(step.sites for step in self.steps), strict=True))
+    def does(self) -> tuple[tuple[Action, ...], ...]:
+        """The different things that each site does. Objects stand many times in a plan: first by identity."""
+        columns = zip(*(step.sites for step in self.steps), strict=True)
+        return tuple(tuple(dict.fromkeys({id(a): a for a in column}.values())) for column in columns)
 
 
-def step_kind(sites: tuple[SiteStep, ...]) -> StepKind:
+def step_kind(sites: Iterable[Action]) -> StepKind:
     """The kind of a step in which the sites do this."""
-    return kind_of(frozenset(s.action for s in sites))
+    return kind_of(frozenset(action.kind for action in sites))
 
 
-def kind_of(actions: frozenset[Action]) -> StepKind:
-    """A step is full where every site computes all, and skips where any range of blocks is skipped; partial where some
-    compute something; else forecast or reuse."""
-    if Action.SKIP in actions:
-        return StepKind.SKIP
-    if actions <= {Action.COMPUTE}:
-        return StepKind.FULL
-    if actions & {Action.COMPUTE, *SELECTING}:
-        return StepKind.PARTIAL
-    return StepKind.FORECAST if Action.FORECAST in actions else StepKind.REUSE
+def kind_of(kinds: frozenset[StepKind]) -> StepKind:
+    """The kind of a step whose sites do steps of these kinds: it skips where any does, is full where all are, and
+    partial where only some compute."""
+    if StepKind.FULL in kinds and len(kinds) > 1:
+        kinds = kinds - {StepKind.FULL} | {StepKind.PARTIAL}
+    return max(kinds, key=lambda kind: RANK[kind.value], default=StepKind.FULL)
 
 
 def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:
-    """For each step, the sites whose scores of that step some partial site reads before they are made anew."""
+    """For each step, the sites whose scores of that step some selecting site reads before they are made anew."""
     read: set[int] = set()
     scored: list[set[int]] = []
     for step in reversed(plan.steps):
-        computed = {site.index for site, s in zip(sites, step.sites, strict=True) if s.action is Action.COMPUTE}
+        computed = {i for i, action in enumerate(step.sites) if action.dense}
         scored.append(read & computed)
         read -= computed
-        if plan.selector.scored:
-            partial = [site for site, s in zip(sites, step.sites, strict=True) if s.action in SELECTING]
-            scorers = [site.scorer(plan.selector.score) for site in partial]
+        if plan.selector.rule.measured:
+            selecting = [sites[i] for i, action in enumerate(step.sites) if action.kind is StepKind.PARTIAL]
+            scorers = [plan.selector.rule.source(site) for site in selecting]
             # Those of this very step too: a site may stand before its scorer.
             read |= {s.site for s in scorers if s is not None}
     return scored[::-1]
 
 
 class Policy(Protocol):
-    """A caching policy: pure host data. It sees the sites of a model and says what each does at each step."""
+    """A caching policy: pure host data. It sees the sites of a model and says what each does at each step.
+
+    A policy may also have ``for_run(num_steps: int, guided: bool) -> Policy``, as all of this package's have. A
+    pipeline asks it before the first model call of a run for the policy to follow in that run: ``num_steps`` model
+    calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
+    alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
+    as it is, however many steps the run has.
+    """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """The plan for these sites.

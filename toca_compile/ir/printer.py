@@ -12,7 +12,8 @@ from torch import fx
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, value_of
 from toca_compile.ir.names import Names
-from toca_compile.ir.program import BlockRange, Mode, Program, Segment, Slot, Variant
+from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
+from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Site, Type
 
 _COLUMN = 72  # where types begin
@@ -54,28 +55,23 @@ def print_line(call: str, value: str, notes: Sequence[str] = ()) -> str:
     return (f"{call:<{_COLUMN}} : {value}" if value else call) + (f"  // {', '.join(notes)}" if notes else "")
 
 
-def done(action: Mode) -> str:
+def done(action: Form) -> str:
     """What a site does in a variant."""
-    return action.label
+    return str(action)
 
 
-def variant_name(template: int, actions: Sequence[Mode]) -> str:
-    """A variant as it is called in reports and logs: ``template1[reuse, partial]``."""
-    return f"template{template}[{', '.join(map(done, actions))}]"
-
-
-def legal_actions(site: Site) -> str:
-    """What a site may do."""
-    return ", ".join(sorted(a.value for a in site.actions))
+def variant_name(template: int, actions: Sequence[Form]) -> str:
+    """A variant as it is called in reports and logs: ``template1[reuse; rows]``."""
+    return f"template{template}[{'; '.join(map(done, actions))}]"
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
 
 
-def print_variant(variant: Variant, program: Program, segment: Segment, actions: Sequence[Mode]) -> str:
+def print_variant(variant: Variant, program: Program, segment: Segment, actions: Sequence[Form]) -> str:
     """The rewritten graph of ``segment``, with its inputs, its slots and what each of its sites does."""
     names, sites = Names(program), [program.sites[i] for i in segment.sites]
-    does = ", ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
+    does = "; ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
     owners = [_Owner(s.name, _buffer_types(s, program, names)) for s in sites]
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
     typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)
@@ -168,7 +164,7 @@ class _Typed:
 def slot_name(slot: Slot) -> str:
     """What a slot is: a buffer of a kind, or a number of the host."""
     index = f" {slot.index}" if slot.index else ""
-    return f"{'buffer' if slot.is_buffer else 'number'} {slot.kind}{index}"
+    return f"{'buffer' if slot.is_buffer else 'number'} {slot.kind.value}{index}"
 
 
 def wrapped(entries: Sequence[str], width: int = 100) -> list[str]:

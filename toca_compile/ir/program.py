@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Flag, auto
 from typing import Any
 
 from torch import fx
 
+from toca_compile.ir.actions import Action, Keep
+from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Attention, AxisTypes, Site
 
 
@@ -97,51 +98,25 @@ class BlockRange:
         return tuple(dict.fromkeys(n for entry in self.entries if entry is not None for n in entry.nodes))
 
 
-class Mode(Flag):
-    """What a variant does at one site: compute it (and keep nothing, the output, scores, held values), or not."""
-
-    PLAIN = 0  # compute, keep nothing
-    STORE = auto()  # compute and keep the output
-    SCORE = auto()  # with STORE: also the tokens' scores
-    HOLD = auto()  # with STORE: also the values that a partial step takes from the cache
-    DIFF = auto()  # with STORE: also the differences to the full steps before
-    PARTIAL = auto()  # compute the selected tokens
-    QUERIES = auto()  # with PARTIAL: through an attention
-    KEYS = auto()  # with STORE or QUERIES: keep what the queries read whole
-    KEPT = auto()  # with QUERIES: take that from the cache
-    UPDATE = auto()  # with KEPT: after the selected tokens' part of it is made anew
-    REUSE = auto()
-    FORECAST = auto()
-    TOKENS = auto()  # with any: each token has a history of its own
-
-    @property
-    def label(self) -> str:
-        """The mode as it is printed."""
-        return "+".join(m.name.lower() for m in type(self) if m in self and m.name) or "plain"
-
-    def __repr__(self) -> str:
-        return self.label
-
-
 @dataclass(frozen=True)
-class Slot:
-    """An input of a variant beside the segment's values: a buffer or a host number of one of its sites.
+class Form:
+    """What a variant does at one site, and the part of what is kept that it reads or writes. The numbers of a step are
+    none of it: one variant serves all steps whose sites have these forms."""
 
-    ``kind`` is ``cache``, ``held``, ``keys`` (what queries read whole), ``diff``, ``stamp``, ``score`` (a site's own)
-    or ``scores of`` (its scorer's) for buffers, ``k``, ``step``, ``since``, ``site``, ``spacing`` or ``power`` for
-    numbers. ``position`` counts the segment's sites, ``index`` a site's held values or keys, or is the order of a
-    difference, spacing or power. In the graphs that stand in for a skipped range ``position`` counts its outputs, and
-    ``change`` is the stream's before it.
-    """
+    action: Action
+    keep: Keep
 
-    kind: str
-    position: int
-    index: int = 0
+    @classmethod
+    def of(cls, action: Action, keep: Keep) -> "Form":
+        """The form of an action in a step."""
+        return cls(action.form(), action.touches(keep))
 
-    @property
-    def is_buffer(self) -> bool:
-        """Whether it is a tensor that lives as long as the run."""
-        return self.kind in ("cache", "held", "diff", "stamp", "score", "scores of", "keys", "change")
+    def __str__(self) -> str:
+        keep = self.keep
+        kept = {"scores": keep.score, "stale inputs": keep.stale_inputs, "keys": keep.keys, "by token": keep.by_token}
+        extras = [name for name, there in kept.items() if there]
+        extras = ["output", *extras] if self.action.dense and keep.history is not None else extras
+        return f"{self.action}" + (f" [{', '.join(extras)}]" if extras else "")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from toca_compile.ir.actions import legal_actions
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.names import Names
-from toca_compile.ir.printer import legal_actions, print_call, print_line, print_value, several, wrapped
+from toca_compile.ir.printer import print_call, print_line, print_value, several, wrapped
 from toca_compile.ir.program import Program, Segment
 from toca_compile.ir.types import ScoreSource, Site
 
@@ -104,7 +105,7 @@ def _site(site: Site, names: Names) -> list[str]:
     lines = [
         f"{site.index:<2} {site.name}  {site.kind} on {site.axis.name} {names.dim(site.axis.factors)}{grid}",
         f"   {site.source.name} -> {site.output.name} -> {site.add.name}",
-        f"   may {legal_actions(site)}",
+        f"   may {', '.join(sorted(legal_actions(site)))}",
     ]
     if site.row_proof is not None and site.row_proof.stale_inputs:
         lines.append(f"   partial takes from the cache {_list(site.row_proof.stale_inputs)}")

@@ -12,20 +12,6 @@ from toca_compile.ir.spec import AxisSpec
 Type = tuple[Product, ...]  # one product of factors per dimension
 
 
-class Action(Enum):
-    """What a site does in one step."""
-
-    COMPUTE = "compute"  # all tokens; the output is kept
-    PARTIAL = "partial"  # the selected tokens; the others come from the cache
-    QUERIES = "queries"  # the same through an attention: the selected tokens' queries, against keys of all tokens
-    REUSE = "reuse"  # the cached output as it is
-    FORECAST = "forecast"  # the cached output, moved along its differences between full steps
-    SKIP = "skip"  # nothing: the range of blocks that it lies in is stood in for as a whole
-
-    def __repr__(self) -> str:
-        return self.value
-
-
 class StepKind(str, Enum):
     """The kind of a whole step."""
 
@@ -158,16 +144,3 @@ class Site:
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack
-
-    @property
-    def actions(self) -> frozenset[Action]:
-        """The legal actions."""
-        partial = {Action.PARTIAL} if self.row_proof is not None else set()
-        partial |= {Action.QUERIES} if self.query_proof is not None else set()
-        return frozenset({Action.COMPUTE, Action.REUSE, Action.FORECAST, Action.SKIP} | partial)
-
-    def scorer(self, score: str) -> ScoreSource | None:
-        """Who measures a score of this site's tokens; None where nobody can."""
-        if score == "error":
-            return ScoreSource(self.index)
-        return self.score_by_queries if score == "entropy" else self.score_by_keys

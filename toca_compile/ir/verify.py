@@ -8,7 +8,8 @@ from torch import fx
 from toca_compile.errors import VerifyError
 from toca_compile.ir.calls import shape, tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.program import Program, Segment, Slot, Variant
+from toca_compile.ir.program import Program, Segment, Variant
+from toca_compile.ir.state import Slot
 
 
 def verify(program: Program) -> None:
@@ -60,7 +61,9 @@ def verify_kept(variant: Variant, kept: Collection[Slot]) -> None:
     except RuntimeError as error:
         raise VerifyError(f"a variant's graph is not legal: {str(error).splitlines()[0]}") from error
     missing = set(kept) - written_slots(variant)
-    _require(not missing, f"a variant does not write what later steps read of it: {sorted(map(str, missing))}")
+    _require(
+        not missing, f"a variant does not write what later steps read of it: {sorted(slot.name for slot in missing)}"
+    )
 
 
 def written_slots(variant: Variant) -> set[Slot]:

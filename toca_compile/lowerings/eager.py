@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from toca_compile.ir.program import Variant
+from toca_compile.lowerings.registry import lowering
 
 
+@lowering("eager")
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     """The graph's own generated Python."""
     forward: Callable[..., Sequence[Any]] = variant.module.forward

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
+from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
 _KEPT = 512  # artifacts that are found again; models that run hold their own
@@ -31,6 +32,7 @@ compiles = 0
 """How many variants were compiled in this process: a counter for tests and reports."""
 
 
+@lowering("inductor")
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     """The compiled artifact.
 

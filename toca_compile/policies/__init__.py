@@ -1,6 +1,7 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
 from toca_compile.ir.plan import Selector
+from toca_compile.ir.registry import import_files, register
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.composition import (
     Composition,
@@ -19,6 +20,8 @@ from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
 from toca_compile.policies.toca import DuCa, Fora, ToCa
 from toca_compile.policies.when import Adaptive, Every, IntervalFunction, Listed, Periodic, Spread
+
+import_files(__name__, __path__)
 
 __all__ = [
     "PRESETS",
@@ -48,5 +51,6 @@ __all__ = [
     "load_policy",
     "preset",
     "ready_made",
+    "register",
     "save_policy",
 ]

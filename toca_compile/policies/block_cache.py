@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
-from toca_compile.ir.fields import Basis, Checked, Count, DtypeName, Natural, Order, Steps, Threshold
-from toca_compile.ir.plan import Plan
-from toca_compile.ir.types import Site
+from toca_compile.ir.fields import Basis, Count, DtypeName, Natural, Order, Threshold
+from toca_compile.ir.registry import register
+from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
 from toca_compile.policies.when import Adaptive, Bend, Every, Spread, When
 
 
+@register
 @dataclass(frozen=True)
-class BlockCache(Checked):
+class BlockCache(Composed):
     """The first and last blocks are computed at every step; what the others add to the residual stream is reused or
     forecast between full steps.
 
@@ -32,7 +33,6 @@ class BlockCache(Checked):
         PolicyError: a number outside its range, or a threshold with no first block to measure it on.
     """
 
-    num_steps: Steps = 50
     first: Natural = 1
     last: Natural = 0
     threshold: Threshold | None = None
@@ -43,9 +43,6 @@ class BlockCache(Checked):
     order: Order = 0
     basis: Basis = "taylor"
     cache_dtype: DtypeName | None = None
-
-    def check(self) -> None:
-        self.composition()
 
     @property
     def when(self) -> When:
@@ -62,7 +59,3 @@ class BlockCache(Checked):
         return Composition(
             self.num_steps, self.when, (Rule(skip),), basis=self.basis, cache_dtype=self.cache_dtype
         )  # fmt: skip
-
-    def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """As its parts say."""
-        return self.composition().plan(sites)

@@ -8,78 +8,21 @@ The published methods are compositions; so are others that nobody has named::
     ), which=Selector("error"), how_many=Share(0.3))
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Natural, Order, Steps
-from toca_compile.ir.plan import CacheSpec, Keys, Plan, Selector, SiteStep, Skip, StepPlan, step_kind
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.actions import Action, Compute, Facts, Forecast, Partial, Queries, Reuse, SkipBlocks, skips
+from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Steps
+from toca_compile.ir.history import CacheSpec
+from toca_compile.ir.plan import Plan, Selector, Skip, StepPlan, step_kind
+from toca_compile.ir.registry import register
+from toca_compile.ir.types import Site
+from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.schedules import RatioSchedule, counted
 from toca_compile.policies.when import Adaptive, Every, Listed, When, check_range
-
-
-@dataclass(frozen=True)
-class Compute(Checked):
-    """All tokens, as on a full step."""
-
-
-@dataclass(frozen=True)
-class Reuse(Checked):
-    """The cached output."""
-
-
-@dataclass(frozen=True)
-class Forecast(Checked):
-    """The cached output moved along its differences, as far as the full steps so far allow and up to ``order``."""
-
-    order: Order = 2
-
-
-@dataclass(frozen=True)
-class Partial(Checked):
-    """The selected tokens, where the site is token-wise; the others are reused, or forecast (``order``), as is the
-    whole site where it is not. ``update``: whether the new values are kept, with their differences; else they serve
-    their step alone."""
-
-    order: Order = 0
-    update: bool = True
-
-
-@dataclass(frozen=True)
-class Queries(Checked):
-    """The selected tokens through an attention, against keys and values of all tokens; the others as in ``Partial``.
-
-    Args:
-        keys: made ``"fresh"`` for all tokens; ``"update"``: cached, the selected tokens' part made anew; ``"keep"``:
-            cached.
-        refresh: with cached keys, make them fresh every so many steps after a full one; 0: at full steps alone.
-        order, update: as in ``Partial``.
-    """
-
-    keys: Keys = "fresh"
-    refresh: Natural = 0
-    order: Order = 0
-    update: bool = True
-
-    def check(self) -> None:
-        if self.refresh and self.keys == "fresh":
-            raise PolicyError("keys that are fresh at every step have no refresh of their own: keys='update' or 'keep'")
-
-
-@dataclass(frozen=True)
-class SkipBlocks(Checked):
-    """All blocks but the ``first`` and ``last`` so many, as one: what they add to the residual stream is reused, or
-    forecast (``order``); with ``residual=False`` it is the stream itself behind them. The others are computed."""
-
-    first: Natural = 0
-    last: Natural = 0
-    residual: bool = True
-    order: Order = 0
-
-
-What = Compute | Reuse | Forecast | Partial | Queries | SkipBlocks
 
 
 @dataclass(frozen=True)
@@ -87,12 +30,14 @@ class Rule(Checked):
     """``do`` it at sites of these ``kinds`` (empty: all) whose place in their stack of blocks, from 0 to 1, lies within
     ``depths``."""
 
-    do: What
+    do: Action
     kinds: tuple[Kind, ...] = ()
     depths: tuple[Fraction, Fraction] = (0.0, 1.0)
 
     def check(self) -> None:
         check_range("depths", self.depths)
+        if getattr(self.do, "tokens", 0):
+            raise PolicyError("do.tokens belongs to a plan: in a rule how_many says how many")
 
     def matches(self, site: Site) -> bool:
         """Whether the rule speaks of this site."""
@@ -118,8 +63,9 @@ class Share(Checked):
         )  # fmt: skip
 
 
+@register
 @dataclass(frozen=True)
-class Composition(Checked):
+class Composition(CachingPolicy):
     """A policy made of parts.
 
     Args:
@@ -152,100 +98,87 @@ class Composition(Checked):
         if isinstance(self.when, Listed):
             self.full_steps()
         done = [rule.do for rule in (*self.rules, *self.alternate)]
-        if self.basis == "newton" and any(isinstance(do, Partial | Queries) and do.order and do.update for do in done):
-            raise PolicyError("tokens that are kept one by one have a history each: basis='taylor', or update=False")
-        skips = {do for do in done if isinstance(do, SkipBlocks)}
-        if len(skips) > 1:
+        for keep in (do.needs(CacheSpec(basis=self.basis)) for do in done):
+            if keep.by_token and keep.history is not None and keep.history.why_not_by_token():
+                remedy = keep.history.why_not_by_token()
+                raise PolicyError(f"tokens that are kept one by one have a history each: {remedy}, or update=False")
+        ranges = skips(done)
+        if len(ranges) > 1:
             raise PolicyError("all steps that skip blocks must skip the same ones")
         for rules in (self.rules, self.alternate):
-            own = [rule for rule in rules if isinstance(rule.do, SkipBlocks)]
+            own = [rule for rule in rules if rule.do.by_blocks]
             if own and (len(rules) > 1 or own[0].kinds or own[0].depths != (0.0, 1.0)):
                 raise PolicyError("blocks are skipped as a whole: their rule must be the only one of its steps")
         if isinstance(self.when, Adaptive):
-            if self.alternate or not skips:
+            if self.alternate or not ranges:
                 raise PolicyError(
                     "whether a step is full is decided when its first blocks have run, so that the others can only be "
                     "skipped: Adaptive goes with one rule, SkipBlocks"
                 )
-            if not all(do.first for do in skips):
+            if not all(do.first for do in ranges):
                 raise PolicyError("Adaptive is measured on the first blocks: SkipBlocks(first=1) or more")
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The full steps of a kind of site as call indices, 0 first."""
         return tuple(call for call, phase in enumerate(self.when.phases(self.num_steps, kind)) if phase == 0)
 
+    def for_run(self, num_steps: int, guided: bool) -> "Composition":
+        # Without guidance the halves of a batch are unrelated pictures, which select tokens of their own.
+        which = replace(self.which, shared_pair=self.which.shared_pair and guided)
+        return replace(self, num_steps=num_steps, which=which)
+
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """What each site does at each step, decided once for the whole step."""
         phases = {kind: self.when.phases(self.num_steps, kind) for kind in {s.kind for s in sites}}
-        orders = [max((_order(r.do) for r in (*self.rules, *self.alternate) if r.matches(s)), default=0) for s in sites]
+        rules = [self._rules(site, self.rules) for site in sites]
+        alternate = [self._rules(site, self.alternate) for site in sites] if self.alternate else rules
+        orders = [
+            max((r.do.used for r in (*self.rules, *self.alternate) if r.matches(site)), default=0) for site in sites
+        ]
         made = [0] * len(sites)
         blocks = _blocks(sites)
         count = max(blocks, default=-1) + 1
-        for rule in (*self.rules, *self.alternate):
-            if isinstance(rule.do, SkipBlocks) and rule.do.first + rule.do.last >= count:
-                raise PolicyError(
-                    f"the model has {count} blocks: first={rule.do.first} and last={rule.do.last} leave none to skip"
-                )
-            able = [s for s in sites if rule.matches(s) and s.attention] if isinstance(rule.do, Queries) else []
-            if able and all(Action.QUERIES not in s.actions and s.no_queries for s in able):
-                raise PolicyError(f"{able[0].name} cannot be computed for some queries alone: {able[0].no_queries}")
+        self._check_able(sites, count)
+        computed = [Compute(order) for order in range(max(orders, default=0) + 1)]
         steps = []
         for call in range(self.num_steps):
-            row = []
-            for site, block in zip(sites, blocks, strict=True):
+            row: list[Action] = []
+            for i, site in enumerate(sites):
                 phase = phases[site.kind][call]
-                todo = self._site(site, call, phase, (block, count), made[site.index])
-                if todo.action is Action.COMPUTE:
-                    early = call < self.differences_from
-                    made[site.index] = 0 if early else min(orders[site.index], made[site.index] + 1)
-                    todo = SiteStep(Action.COMPUTE, site.axis.size, made[site.index])
-                row.append(todo)
-            steps.append(StepPlan(step_kind(tuple(row)), tuple(row)))
-        dtype = self._dtype()
-        return Plan(tuple(steps), self.which, memory=CacheSpec(0, dtype, self.basis), skip=self._skip())
+                do: Action = computed[0]
+                if phase:
+                    facts = Facts(partial(self._tokens, site, call), made[i], phase, blocks[i], count)
+                    do = (rules if phase % 2 else alternate)[i].planned(site, facts)
+                if do.dense:
+                    made[i] = 0 if call < self.differences_from else min(orders[i], made[i] + 1)
+                    do = computed[made[i]]
+                row.append(do)
+            steps.append(StepPlan(step_kind(row), tuple(row)))
+        return Plan(tuple(steps), self.which, memory=CacheSpec(0, self._dtype(), self.basis), skip=self._skip())
 
-    def _site(self, site: Site, call: int, phase: int, block: tuple[int, int], made: int) -> SiteStep:
-        if phase == 0:
-            return SiteStep(Action.COMPUTE)
-        rules = self.alternate if self.alternate and phase % 2 == 0 else self.rules
-        do = next((rule.do for rule in rules if rule.matches(site)), Reuse())
-        if isinstance(do, Compute):
-            return SiteStep(Action.COMPUTE)
-        if isinstance(do, SkipBlocks):
-            inside = do.first <= block[0] < block[1] - do.last
-            return SiteStep(Action.SKIP if inside else Action.COMPUTE)
-        order = min(_order(do), made)
-        rest = SiteStep(Action.FORECAST, 0, order) if order else SiteStep(Action.REUSE)
-        action = {Partial: Action.PARTIAL, Queries: Action.QUERIES}.get(type(do))
-        if action is None or action not in site.actions:
-            return rest
-        update = getattr(do, "update", True)
-        k = self.how_many.tokens(site, call, self.num_steps)
-        if k in (0, site.axis.size):
-            # All tokens is the dense path: nothing to gather.
-            return rest if k == 0 else SiteStep(Action.COMPUTE)
-        if not isinstance(do, Queries):
-            return SiteStep(action, k, order, update=update)
-        assert site.query_proof is not None
-        # Keys that are not token-wise (a token mixer makes them) cannot be updated for some tokens.
-        fresh = do.keys == "update" and not site.query_proof.updates
-        fresh = fresh or bool(do.refresh and phase % do.refresh == 0)
-        return SiteStep(action, k, order, "fresh" if fresh else do.keys, update)
+    def _rules(self, site: Site, rules: tuple[Rule, ...]) -> Action:
+        return next((rule.do for rule in rules if rule.matches(site)), Reuse())
+
+    def _tokens(self, site: Site, call: int) -> int:
+        return self.how_many.tokens(site, call, self.num_steps)
+
+    def _check_able(self, sites: tuple[Site, ...], blocks: int) -> None:
+        """Refuse a rule that no site can follow."""
+        for rule in (*self.rules, *self.alternate):
+            why = rule.do.misfit([site for site in sites if rule.matches(site)], blocks)
+            if why is not None:
+                raise PolicyError(why)
 
     def _skip(self) -> Skip:
-        does = [r.do for r in (*self.rules, *self.alternate) if isinstance(r.do, SkipBlocks)]
-        if not does:
+        ranges = skips(rule.do for rule in (*self.rules, *self.alternate))
+        if not ranges:
             return Skip()
-        memory = CacheSpec(does[0].order, self._dtype(), self.basis)
+        history = ranges[0].history(CacheSpec(0, self._dtype(), self.basis))
         test = (self.when.threshold, self.when.limit) if isinstance(self.when, Adaptive) else (None, None)
-        return Skip(does[0].residual, memory, *test)
+        return Skip(ranges[0].residual, history, *test)
 
     def _dtype(self) -> torch.dtype | None:
         return getattr(torch, self.cache_dtype) if self.cache_dtype is not None else None
-
-
-def _order(do: What) -> int:
-    return do.order if isinstance(do, Forecast | Partial | Queries) else 0
 
 
 def _blocks(sites: tuple[Site, ...]) -> list[int]:
@@ -257,3 +190,6 @@ def _blocks(sites: tuple[Site, ...]) -> list[int]:
         number += places[block] != before or places[block][1] == 1
         numbers[block], before = number, places[block]
     return [numbers[s.block] for s in sites]
+
+
+__all__ = ["Composition", "Compute", "Forecast", "Partial", "Queries", "Reuse", "Rule", "Share", "SkipBlocks"]

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
-from toca_compile.ir.fields import Checked
-from toca_compile.ir.plan import Plan, SiteStep, StepPlan
-from toca_compile.ir.types import Action, Site, StepKind
+from toca_compile.ir.actions import Compute
+from toca_compile.ir.plan import Plan, StepPlan
+from toca_compile.ir.registry import register
+from toca_compile.ir.types import Site, StepKind
+from toca_compile.policies.base import CachingPolicy
 
 
+@register
 @dataclass(frozen=True)
-class FullCompute(Checked):
+class FullCompute(CachingPolicy):
     """Compute everything at every step: the plain model through the same path, for any number of steps."""
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         """One full step, repeated."""
-        step = StepPlan(StepKind.FULL, tuple(SiteStep(Action.COMPUTE, s.axis.size) for s in sites))
+        step = StepPlan(StepKind.FULL, (Compute(),) * len(sites))
         return Plan((step,), endless=True)

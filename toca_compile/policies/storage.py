@@ -10,15 +10,7 @@ from typing import Any, cast
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import accept, field_types, told
 from toca_compile.ir.plan import Policy
-from toca_compile.policies.block_cache import BlockCache
-from toca_compile.policies.composition import Composition
-from toca_compile.policies.full import FullCompute
-from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
-from toca_compile.policies.toca import DuCa, Fora, ToCa
-
-POLICIES: dict[str, type[Any]] = {
-    c.__name__: c for c in (FullCompute, Fora, ToCa, DuCa, TaylorSeer, TaylorToCa, BlockCache, Composition)
-}
+from toca_compile.policies.base import CachingPolicy
 
 _MOST_BYTES = 4 << 20  # a composition that lists all its full steps has a hundredth of that
 
@@ -60,8 +52,11 @@ def as_data(policy: Policy) -> dict[str, Any]:
         PolicyError: it is none of this package's policies.
     """
     name = type(policy).__name__
-    if POLICIES.get(name) is not type(policy):
-        raise PolicyError(f"{name} cannot be saved; there are {', '.join(sorted(POLICIES))}")
+    if CachingPolicy.members.get(name) is not type(policy):
+        raise PolicyError(
+            f"{name} cannot be saved; there are {', '.join(sorted(CachingPolicy.members))}, and what registers itself "
+            "(toca_compile.policies.register)"
+        )
     return {"policy": name, **_fields(policy)}
 
 
@@ -73,7 +68,8 @@ def from_data(given: Any) -> Policy:
     """
     if not isinstance(given, Mapping):
         raise PolicyError(f'a policy is an object such as {{"policy": "ToCa", "num_steps": 50}}, not {told(given)}')
-    return cast(Policy, _built("policy", tuple(POLICIES.values()), given, ""))
+    simplest_first = sorted(CachingPolicy.members.values(), key=lambda cls: len(dataclasses.fields(cls)))
+    return cast(Policy, _built("policy", tuple(simplest_first), given, ""))
 
 
 def checked_policy(policy: Any) -> Policy:

@@ -4,17 +4,20 @@ for the tokens that a step does not recompute."""
 from dataclasses import dataclass
 from typing import Annotated
 
-from toca_compile.ir.fields import Basis, Call, Checked, Count, DtypeName, Fraction, OneOf, Order, Seed, Steps, Weight
-from toca_compile.ir.plan import Keys, Plan, Score, Selector
-from toca_compile.ir.types import Site
+from toca_compile.ir.actions import Keys
+from toca_compile.ir.fields import Basis, Call, Count, DtypeName, Fraction, OneOf, Order, Seed, Weight
+from toca_compile.ir.plan import ScoreName, Selector
+from toca_compile.ir.registry import register
+from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Forecast, Partial, Queries, Rule, Share
 from toca_compile.policies.when import Bend, Every, Listed, Spread, When
 
 ATTENTION = ("self_attention", "joint_attention", "parallel")
 
 
+@register
 @dataclass(frozen=True)
-class TaylorSeer(Checked):
+class TaylorSeer(Composed):
     """Full steps keep every site's output and its differences; between them each is forecast by a Taylor series.
 
     At a full step, d steps after the last, D⁰ = F and Dⁱ⁺¹ = (Dⁱ new − Dⁱ old) / d; x steps later the forecast is
@@ -38,7 +41,6 @@ class TaylorSeer(Checked):
         PolicyError: a number outside its range.
     """
 
-    num_steps: Steps = 50
     interval: Count = 4
     order: Order = 2
     warmup: Count = 1
@@ -47,9 +49,6 @@ class TaylorSeer(Checked):
     basis: Basis = "taylor"
     full: tuple[Call, ...] = ()
     cache_dtype: DtypeName | None = None
-
-    def check(self) -> None:
-        self.composition()
 
     @property
     def when(self) -> When:
@@ -60,10 +59,6 @@ class TaylorSeer(Checked):
             return Spread(self.interval, self.bend, self.warmup)
         return Every(self.interval, self.warmup)
 
-    def full_steps(self) -> tuple[int, ...]:
-        """The full steps as call indices."""
-        return self.composition().full_steps()
-
     def composition(self) -> Composition:
         """Its parts."""
         return Composition(
@@ -71,13 +66,10 @@ class TaylorSeer(Checked):
             differences_from=1 if self.full else max(1, self.warmup - 1),
         )  # fmt: skip
 
-    def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """All sites alike: full, or forecast as far as there are differences."""
-        return self.composition().plan(sites)
 
-
+@register
 @dataclass(frozen=True)
-class TaylorToCa(Checked):
+class TaylorToCa(Composed):
     """A forecast for the tokens left out, fresh values for the selected ones, whose differences are then updated: each
     token has a history of its own.
 
@@ -99,11 +91,10 @@ class TaylorToCa(Checked):
         PolicyError: a number outside its range.
     """
 
-    num_steps: Steps = 50
     interval: Count = 4
     order: Order = 2
     fresh_ratio: Fraction = 0.1
-    score: Score = "error"
+    score: ScoreName = "error"
     staleness_weight: Weight = 0.0
     keys: Keys | None = None
     mlp: bool = True
@@ -111,9 +102,6 @@ class TaylorToCa(Checked):
     warmup: Count = 1
     cache_dtype: DtypeName | None = None
     seed: Seed = 0
-
-    def check(self) -> None:
-        self.composition()
 
     def composition(self) -> Composition:
         """Its parts."""
@@ -129,7 +117,3 @@ class TaylorToCa(Checked):
             how_many=Share(self.fresh_ratio), cache_dtype=self.cache_dtype,
             differences_from=max(1, self.warmup - 1),
         )  # fmt: skip
-
-    def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """As its parts say."""
-        return self.composition().plan(sites)

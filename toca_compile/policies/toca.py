@@ -3,15 +3,18 @@ al., 2024), which takes turns between ToCa's steps and such that skip all blocks
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Checked, Count, Counting, Fraction, Kind, Number, OneOf, Seed, Steps, Weight
-from toca_compile.ir.plan import Plan, Score, Selector
-from toca_compile.ir.types import Site
+from toca_compile.ir.fields import Count, Counting, Fraction, Kind, Number, OneOf, Seed, Weight
+from toca_compile.ir.plan import ScoreName, Selector
+from toca_compile.ir.registry import register
+from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Partial, Rule, Share, SkipBlocks
 from toca_compile.policies.schedules import RatioSchedule
 from toca_compile.policies.when import Every, IntervalFunction, Periodic, Slope, When, check_range
+
+P = TypeVar("P", bound="ToCa")
 
 SCHEDULES = ("toca", "constant", "periodic", "counter")
 _COMPLEMENT = "; it is the share of tokens recomputed, and the paper's R (a percentage of tokens reused) its complement"
@@ -21,8 +24,9 @@ DDIM_RATIOS = RatioSchedule(layer=(0.8, 0.4), step=(3.0, -4.0), kinds={"mlp": 2.
 """The published ratio schedule of DiT with DDIM-50: rises with depth and along denoising, nothing in attention."""
 
 
+@register
 @dataclass(frozen=True)
-class ToCa(Checked):
+class ToCa(Composed):
     """Token-wise feature caching.
 
     Full steps compute and keep every site's output. Between them attention is reused and each site that is token-wise
@@ -59,11 +63,10 @@ class ToCa(Checked):
         PolicyError: a number outside its range.
     """
 
-    num_steps: Steps = 50
     interval: Count = 3
     fresh_ratio: FreshRatio = 0.07
     schedule: Annotated[str, OneOf(SCHEDULES)] = "toca"
-    score: Score = "attention"
+    score: ScoreName = "attention"
     staleness_weight: Weight = 0.25
     interval_slope: Slope = 0.4
     sensitive: tuple[Fraction, Fraction] = (0.2, 0.4)
@@ -83,6 +86,7 @@ class ToCa(Checked):
         check_range("sensitive", self.sensitive)
         if self.periods and self.schedule != "periodic":
             raise PolicyError(f"periods need schedule='periodic', not {self.schedule!r}")
+        super().check()
 
     @property
     def when(self) -> When:
@@ -108,15 +112,11 @@ class ToCa(Checked):
         share = Share(self.fresh_ratio, factors, self.layer_span, self.count)
         return Composition(self.num_steps, self.when, (Rule(Partial()),), which=which, how_many=share)
 
-    def full_steps(self, kind: str = "") -> tuple[int, ...]:
-        """The full steps of a kind of site (or of those without a period of their own) as call indices, 0 first."""
-        return self.composition().full_steps(kind)
-
-    def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """What each site does at each step, decided once for the whole step."""
-        return self.composition().plan(sites)
+    def for_run(self: P, num_steps: int, guided: bool) -> P:
+        return replace(self, num_steps=num_steps, shared_pair=self.shared_pair and guided)
 
 
+@register
 @dataclass(frozen=True)
 class DuCa(ToCa):
     """Dual feature caching: between full steps, at odd phases ToCa's (conservative), at even ones (aggressive) all
@@ -134,20 +134,16 @@ class DuCa(ToCa):
         return replace(super().composition(), alternate=(Rule(SkipBlocks(residual=False)),))
 
 
+@register
 @dataclass(frozen=True)
-class Fora(Checked):
+class Fora(Composed):
     """FORA: full steps 0, N, 2N, …, and every site reused in between.
 
     Raises:
         PolicyError: ``num_steps`` or ``interval`` below 1.
     """
 
-    num_steps: Steps = 50
     interval: Count = 3
-
-    def plan(self, sites: tuple[Site, ...]) -> Plan:
-        """As its parts say."""
-        return self.composition().plan(sites)
 
     def composition(self) -> Composition:
         """Its parts."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Call, Checked, Count, Counting, Fraction, Kind, Number, Threshold, told
+from toca_compile.ir.fields import Call, Count, Counting, Family, Fraction, Kind, Number, Threshold, told
+from toca_compile.ir.registry import register
 from toca_compile.policies.schedules import (
     counted,
     counted_steps,
@@ -18,8 +19,21 @@ Slope = Annotated[float, Number(0, 1, below=True)]
 Bend = Annotated[float, Number(0, 10, above=True, below=True)]
 
 
+class When(Family):
+    """Which steps are full."""
+
+    def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
+        """The phase of each call of a run, for one kind of site.
+
+        Raises:
+            PolicyError: the schedule does not fit so many steps.
+        """
+        raise NotImplementedError
+
+
+@register
 @dataclass(frozen=True)
-class Every(Checked):
+class Every(When):
     """The first ``warmup`` steps, then one full step after every ``interval`` − 1 others."""
 
     interval: Count = 3
@@ -30,8 +44,9 @@ class Every(Checked):
         return _since(counted_steps(num_steps, self.interval, self.warmup), num_steps)
 
 
+@register
 @dataclass(frozen=True)
-class Periodic(Checked):
+class Periodic(When):
     """The first ``warmup`` steps and the multiples of the interval, which ``periods`` may set for a kind of site."""
 
     interval: Count = 3
@@ -43,8 +58,9 @@ class Periodic(Checked):
         return _since(periodic_steps(num_steps, self.periods.get(kind, self.interval), self.warmup), num_steps)
 
 
+@register
 @dataclass(frozen=True)
-class IntervalFunction(Checked):
+class IntervalFunction(When):
     """ToCa's interval function (section 3.3): ``interval`` bent by ``slope``, and another one in a sensitive range of
     s/T. ``count``: whether s runs ``"down"`` from T − 1 or ``"up"`` from 0."""
 
@@ -67,8 +83,9 @@ class IntervalFunction(Checked):
         return tuple(0 if call < self.warmup else phase for call, phase in enumerate(calls))
 
 
+@register
 @dataclass(frozen=True)
-class Spread(Checked):
+class Spread(When):
     """As many full steps as every ``interval``-th would be, from the first to the last but one, so that no long gap
     ends the run; ``bend`` 1 lays them evenly, less makes them denser towards the end of denoising."""
 
@@ -81,8 +98,9 @@ class Spread(Checked):
         return _since(spread_steps(num_steps, self.interval, self.bend, self.warmup), num_steps)
 
 
+@register
 @dataclass(frozen=True)
-class Listed(Checked):
+class Listed(When):
     """The full steps themselves, as rising call indices with 0 among them."""
 
     full: tuple[Call, ...]
@@ -102,8 +120,9 @@ class Listed(Checked):
         return _since(self.full, num_steps)
 
 
+@register
 @dataclass(frozen=True)
-class Adaptive(Checked):
+class Adaptive(When):
     """After the ``warmup``, a step is full where a test at run time says so: the change that the first blocks make
     differs from what it was at the last full step by more than ``threshold`` (FirstBlockCache, DBCache). ``limit``: of
     other steps in a row."""
@@ -115,9 +134,6 @@ class Adaptive(Checked):
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the warm-up: those that need not be full."""
         return _since(range(min(self.warmup, num_steps)), num_steps)
-
-
-When = Every | Periodic | IntervalFunction | Spread | Listed | Adaptive
 
 
 def check_range(name: str, ends: tuple[float, float]) -> None:

@@ -14,6 +14,7 @@ from toca_compile.api import explain, optimize
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel
 from toca_compile.quality.metrics import psnr
+from toca_compile.report import StepCounts
 
 
 @dataclass
@@ -61,11 +62,11 @@ def measure(rows: Sequence[Row], *, repeats: int, device: str, ticks: int, conso
                 progress.advance(timed, ticks)
     for row in rows:
         if row.model is None:
-            row.steps = f"{ticks}+0+0"
+            row.steps = str(StepCounts({"full": ticks}))
             continue
         report = explain(row.model)
         row.flop_speedup = report.flop_speedup()
-        row.steps = "+".join(str(report.schedule.count(kind)) for kind in "FPR")
+        row.steps = str(report.step_counts)
         row.cache_mb = report.cache_bytes / 2**20
 
 
@@ -79,10 +80,10 @@ def print_table(console: Any, rows: Sequence[Row], *, peak: float) -> None:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        caption="steps: full + partial + reuse; latency: median of interleaved samplings; PSNR to the uncached samples",
+        caption="latency: median of interleaved samplings; PSNR to the uncached samples",
     )
     for name in ("", "steps", "FLOPs ×", "latency ×", "ratio", "PSNR dB", "cache MB", "s"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        table.add_column(name, justify="left" if not name else "right", no_wrap=name != "steps")
     base = rows[0]
     assert base.samples is not None
     for row in rows:

@@ -23,6 +23,9 @@ from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.storage import as_data
 from toca_compile.quality.metrics import feature_distance, kid, psnr
+from toca_compile.quality.settings import EvaluationSettings, overridden
+
+DEFAULTS = EvaluationSettings()
 
 
 class Sampler(Protocol):
@@ -69,19 +72,9 @@ def evaluate(
     sampler: Sampler,
     policies: Mapping[str, Policy],
     *,
-    steps: int = 50,
-    fewer: Sequence[int] = (25, 17, 13, 10),
-    seeds: Sequence[int] = (0, 1, 2),
-    samples: int = 64,
-    batch: int = 16,
     out: Path,
-    lowering: str = "inductor",
-    peak: float = 2.0,
-    features: Callable[[Tensor], Tensor] | None = None,
-    real: Tensor | None = None,
-    accuracy: Callable[[Tensor], float] | None = None,
-    others: Mapping[str, Callable[[], Any]] | None = None,
-    console: Any = None,
+    settings: EvaluationSettings = DEFAULTS,
+    **overrides: Any,
 ) -> list[Result]:
     """Sample with every policy from the same seeds; writes ``table.csv``, ``table.md`` and ``front.png`` to ``out``.
 
@@ -92,57 +85,53 @@ def evaluate(
         model: the uncached model, in eval mode.
         sampler: samples with it.
         policies: by the name of their row.
-        steps: of the reference and of the policies.
-        fewer: step counts of the uncached rows.
-        seeds: at least one; the spread is that over them.
-        samples, batch: pictures a seed, and at once.
         out: folder of results; what it holds from an earlier run with the same settings is not done again.
-        lowering: as in ``optimize``.
-        peak: of a sample's values.
-        features: of pictures ``[n, …]``, ``[n, d]``: for the feature distance and, with ``real`` pictures, KID.
-        accuracy: share of a seed's ``samples`` that are what they should be.
-        others: rows by name that no policy makes: a model to sample with, made when its turn comes. It may have a
-            ``reset()``, called before each batch, and must state its ``flop_speedup``.
+        settings: steps, seeds, how many samples, how they are judged.
+        **overrides: single settings by name, instead of those in ``settings``: ``samples=16, lowering="eager"``.
 
     Returns:
         The rows; the first is the uncached model.
 
     Raises:
-        TocaError: ``out`` holds results of other settings, or ``samples`` is no multiple of ``batch``.
+        TocaError: ``out`` holds results of other settings, or a setting is unknown or holds what it may not.
     """
-    if samples % batch:
-        raise TocaError(f"samples must be a multiple of batch, not {samples} and {batch}")
+    settings = overridden(settings, overrides)
     store = _Store(out, {
-        "steps": steps, "samples": samples, "batch": batch, "seeds": list(seeds), "lowering": lowering,
-        "model": _fingerprint(model),
+        "steps": settings.steps, "samples": settings.samples, "batch": settings.batch, "seeds": list(settings.seeds),
+        "lowering": settings.lowering, "model": _fingerprint(model),
     })  # fmt: skip
+    methods = _methods(model, policies, settings)
+    _sample_all(methods, sampler, store, settings)
+    results = _results(methods, store, settings)
+    _drop_kid(results, settings.fewer)
+    write(results, out)
+    if settings.console is not None:
+        _print(results, settings.console)
+    return results
+
+
+def _methods(model: nn.Module, policies: Mapping[str, Policy], settings: EvaluationSettings) -> list[Method]:
+    """The rows; the first is the uncached model."""
+    steps, lowering = settings.steps, settings.lowering
     plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
     methods = [Method("uncached", lambda: plain, steps, lambda _: 1.0)]
-    methods += [Method(f"{n} steps", lambda: plain, n, lambda _, n=n: steps / n) for n in fewer]  # type: ignore[misc]
+    methods += [
+        Method(f"{n} steps", lambda: plain, n, lambda _, n=n: steps / n)  # type: ignore[misc]
+        for n in settings.fewer
+    ]
     methods += [
         Method(name, lambda p=policy: optimize(model, p, lowering=lowering), steps, _flops, policy)  # type: ignore[misc]
         for name, policy in policies.items()
     ]
-    methods += [Method(name, make, steps, _flops) for name, make in (others or {}).items()]
-    _sample_all(methods, sampler, store, seeds, samples // batch, batch, console)
-    reference = {seed: store.all(methods[0], seed) for seed in seeds}
-    looked = {seed: features(_samples(kept)) for seed, kept in reference.items()} if features is not None else {}
-    results = [_result(m, m is methods[0], store, reference, peak, features, looked, real, accuracy) for m in methods]
-    _drop_kid(results, fewer)
-    write(results, out)
-    if console is not None:
-        _print(results, console)
-    return results
+    return methods + [Method(name, make, steps, _flops) for name, make in (settings.others or {}).items()]
 
 
-def _sample_all(
-    methods: Sequence[Method], sampler: Sampler, store: "_Store", seeds: Sequence[int], batches: int, batch: int,
-    console: Any,
-) -> None:  # fmt: skip
+def _sample_all(methods: Sequence[Method], sampler: Sampler, store: "_Store", settings: EvaluationSettings) -> None:
     """Every missing batch, methods in turn, so that a slow minute of the machine falls on all of them."""
-    todo = [(seed, b, m) for seed in seeds for b in range(batches) for m in methods if not store.has(m, seed, b)]
+    batches = range(settings.samples // settings.batch)
+    todo = [(seed, b, m) for seed in settings.seeds for b in batches for m in methods if not store.has(m, seed, b)]
     models: dict[str, Any] = {}
-    with _progress(len(todo), console) as advance:
+    with _progress(len(todo), settings.console) as advance:
         for seed, b, method in todo:
             fresh = method.name not in models
             net = models.setdefault(method.name, method.model() if fresh else None)
@@ -151,7 +140,7 @@ def _sample_all(
                 reset()  # a batch is a run of its own
             compiled = _compilations()
             start = time.perf_counter()
-            samples = sampler(net, method.steps, seed * 1000 + b, batch)
+            samples = sampler(net, method.steps, seed * 1000 + b, settings.batch)
             seconds = time.perf_counter() - start
             timed = None if fresh or compiled != _compilations() else seconds
             facts = {"flops": method.flops(net), "cache_mb": getattr(net, "cache_bytes", 0) / 2**20, "seconds": timed}
@@ -208,13 +197,29 @@ class _Store:
         return found
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """What the uncached model made, by seed: its finished batches, and features of them where they are asked for."""
+
+    batches: Mapping[int, list[dict[str, Any]]]
+    features: Mapping[int, Tensor]
+
+
+def _results(methods: Sequence[Method], store: _Store, settings: EvaluationSettings) -> list[Result]:
+    """What was sampled, judged; the first method is the reference."""
+    batches = {seed: store.all(methods[0], seed) for seed in settings.seeds}
+    look = settings.features
+    reference = _Reference(
+        batches, {s: look(_samples(kept)) for s, kept in batches.items()} if look is not None else {}
+    )
+    return [_result(m, store, reference, settings, uncached=m is methods[0]) for m in methods]
+
+
 def _result(
-    method: Method, uncached: bool, store: _Store, reference: Mapping[int, list[dict[str, Any]]], peak: float,
-    features: Callable[[Tensor], Tensor] | None, looked: Mapping[int, Tensor], real: Tensor | None,
-    accuracy: Callable[[Tensor], float] | None,
-) -> Result:  # fmt: skip
-    own = {seed: store.all(method, seed) for seed in reference}
-    seconds = [_median(kept) for kept in (own, reference)]
+    method: Method, store: _Store, reference: _Reference, settings: EvaluationSettings, *, uncached: bool
+) -> Result:
+    own = {seed: store.all(method, seed) for seed in settings.seeds}
+    seconds = [_median(kept) for kept in (own, reference.batches)]
     result = Result(
         method.name,
         statistics.mean(b["flops"] for batches in own.values() for b in batches),
@@ -222,18 +227,18 @@ def _result(
         [],
         cache_mb=max(b["cache_mb"] for batches in own.values() for b in batches),
     )
-    for seed in reference:
-        mine, theirs = _samples(own[seed]), _samples(reference[seed])
+    for seed in settings.seeds:
+        mine, theirs = _samples(own[seed]), _samples(reference.batches[seed])
         if not uncached:
-            result.psnr.append(psnr(mine, theirs, peak))
-        if features is not None:
-            found = looked[seed] if uncached else features(mine)
+            result.psnr.append(psnr(mine, theirs, settings.peak))
+        if settings.features is not None:
+            found = reference.features[seed] if uncached else settings.features(mine)
             if not uncached:
-                result.feature_distance.append(feature_distance(found, looked[seed]))
-            if real is not None:
-                result.kid.append(kid(found, real))
-        if accuracy is not None:
-            result.accuracy.append(accuracy(mine))
+                result.feature_distance.append(feature_distance(found, reference.features[seed]))
+            if settings.real is not None:
+                result.kid.append(kid(found, settings.real))
+        if settings.accuracy is not None:
+            result.accuracy.append(settings.accuracy(mine))
     return result
 
 

@@ -25,7 +25,9 @@ from toca_compile.policies.storage import as_data, from_data
 from toca_compile.policies.when import Every, Listed, When
 from toca_compile.quality.evaluation import Sampler
 from toca_compile.quality.metrics import psnr
+from toca_compile.quality.settings import TuningSettings, overridden
 
+DEFAULTS = TuningSettings()
 _DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
 _SLACK = 0.005  # by how much a speed-up may miss its target
 
@@ -60,15 +62,9 @@ def tune(
     sampler: Sampler,
     *,
     target: Target,
-    steps: int = 50,
-    seeds: tuple[int, ...] = (100,),
-    samples: int = 8,
-    seconds: float = 1200.0,
-    trials: int | None = None,
     out: Path | None = None,
-    lowering: str = "eager",
-    peak: float = 2.0,
-    console: Any = None,
+    settings: TuningSettings = DEFAULTS,
+    **overrides: Any,
 ) -> Policy:
     """The best policy for a target that the time allows to find.
 
@@ -76,39 +72,33 @@ def tune(
         model: the uncached model, in eval mode.
         sampler: samples with it.
         target: what to reach.
-        steps: model calls of one run.
-        seeds, samples: what trials are judged on; judge the result on others.
-        seconds, trials: when to stop searching: after so long, or so many samplings that were not known yet.
         out: folder for ``trials.jsonl``, which a later call goes on from; None: nothing is kept.
-        lowering: as in ``optimize``; a latency target needs ``"inductor"``.
-        peak: of a sample's values.
-        console: a rich console to show progress on.
+        settings: steps, seeds, how many samples, and when to stop.
+        **overrides: single settings by name, instead of those in ``settings``: ``seconds=60, samples=4``.
 
     Returns:
         A policy that ``save_policy`` can keep.
 
     Raises:
-        TocaError: nothing that was tried reaches the target.
+        TocaError: nothing that was tried reaches the target, or a setting is unknown or holds what it may not.
     """
-    return _Search(model, sampler, target, steps, seeds, samples, seconds, trials, out, lowering, peak, console).run()
+    return _Search(model, sampler, target, out, overridden(settings, overrides)).run()
 
 
 class _Search:
     def __init__(
-        self, model: nn.Module, sampler: Sampler, target: Target, steps: int, seeds: tuple[int, ...], samples: int,
-        seconds: float, trials: int | None, out: Path | None, lowering: str, peak: float, console: Any,
-    ) -> None:  # fmt: skip
-        self.sampler, self.target, self.steps, self.peak, self.console = sampler, target, steps, peak, console
-        self.seeds, self.samples = seeds, samples
-        self.end, self.left = time.monotonic() + seconds, trials
+        self, model: nn.Module, sampler: Sampler, target: Target, out: Path | None, settings: TuningSettings
+    ) -> None:
+        self.sampler, self.target, self.settings, self.steps = sampler, target, settings, settings.steps
+        self.end, self.left = time.monotonic() + settings.seconds, settings.trials
         self.trials: dict[str, Trial] = {}
         self.log = out / "trials.jsonl" if out is not None else None
-        self.plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
+        self.plain = torch.compile(model, dynamic=False) if settings.lowering == "inductor" else model
         self.seconds, self.reference = self._sampled(self.plain)
         if target.latency is not None:
             self.seconds, _ = self._sampled(self.plain)  # compiled by now
         self.opt: OptimizedModel = optimize(
-            model, Composition(steps, Every(2), (Rule(Forecast(1)),)), lowering=lowering
+            model, Composition(self.steps, Every(2), (Rule(Forecast(1)),)), lowering=settings.lowering
         )
         self._sampled(self.opt)  # traced, so that plans can be priced
         if self.log is not None:
@@ -272,7 +262,7 @@ class _Search:
         if self.target.latency is not None:
             seconds, found = self._sampled(self.opt)
             latency = self.seconds / seconds
-        quality = sum(psnr(a, b, self.peak) for a, b in zip(found, self.reference, strict=True)) / len(found)
+        quality = sum(psnr(a, b, self.settings.peak) for a, b in zip(found, self.reference, strict=True)) / len(found)
         trial = self.trials[key] = Trial(policy, quality, flops, latency)
         if self.log is not None:
             with self.log.open("a") as file:
@@ -284,10 +274,10 @@ class _Search:
     def _sampled(self, net: Callable[..., Any]) -> tuple[float, list[Tensor]]:
         start = time.perf_counter()
         found = []
-        for seed in self.seeds:
+        for seed in self.settings.seeds:
             if isinstance(net, OptimizedModel):
                 net.reset()
-            found.append(self.sampler(net, self.steps, seed, self.samples))
+            found.append(self.sampler(net, self.steps, seed, self.settings.samples))
         return time.perf_counter() - start, found
 
     def _rank(self, trial: Trial) -> float:
@@ -310,8 +300,8 @@ class _Search:
         return time.monotonic() > self.end or self.left == 0
 
     def _say(self, text: str) -> None:
-        if self.console is not None:
-            self.console.print(f"[{max(self.end - time.monotonic(), 0):5.0f} s left] {text}", markup=False)
+        if self.settings.console is not None:
+            self.settings.console.print(f"[{max(self.end - time.monotonic(), 0):5.0f} s left] {text}", markup=False)
 
 
 def _do(policy: Policy) -> Any:

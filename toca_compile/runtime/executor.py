@@ -6,36 +6,57 @@ look-up and one list of arguments on top of the compiled variant.
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from toca_compile.ir.plan import SELECTING, CacheSpec, Plan, Selector, SiteStep
-from toca_compile.ir.program import Mode, Program, Segment, Slot
-from toca_compile.ir.types import Action, Site
-from toca_compile.runtime.schedule import Cell, Schedule
-from toca_compile.runtime.skipping import Skipping
-from toca_compile.runtime.step_control import Kept, Run, StepControl
+from toca_compile.ir.actions import Action
+from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.program import Form, Program, Segment, Variant
+from toca_compile.ir.state import Number, Slot, State
+from toca_compile.ir.types import Site
+from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
+from toca_compile.runtime.schedule import Schedule, SegmentCall
+from toca_compile.runtime.skipping import Graph, Skipping
+from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
 log = logging.getLogger(__name__)
 
-Compiled = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
-_Variant = tuple[int, tuple[Mode, ...], tuple[CacheSpec, ...]]  # template, and what its sites do and keep
+_Variant = tuple[int, tuple[Form, ...]]  # template, and what its sites do
 
 FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
 
 
+class Variants(Protocol):
+    """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
+    held against its plain meaning."""
+
+    checked: dict[_Variant, float]
+
+    def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """A segment's variant, verified."""
+        ...
+
+    def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
+        """A segment's variant, built, verified and lowered."""
+        ...
+
+    def skipping(self, plan: Plan, place: Mapping[fx.Node, int]) -> Skipping | None:
+        """What stands in for the blocks that a plan skips."""
+        ...
+
+
 @dataclass(frozen=True)
-class _Bound:
-    """A variant with its arguments in one run: where values lie, the buffers, and where numbers go among those."""
+class _BoundCall:
+    """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them."""
 
     call: Callable[..., Sequence[Any]]
     values: tuple[int, ...]
     buffers: tuple[torch.Tensor | None, ...]
-    numbers: tuple[tuple[int, Slot], ...]
+    numbers: tuple[tuple[int, Site, Number, int], ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ class _Followed:
     schedule: Schedule
     skipping: Skipping | None
     free: list[list[int]]
-    ready: dict[_Variant, Compiled]
+    ready: dict[_Variant, Graph]
 
 
 class Executor:
@@ -55,8 +76,7 @@ class Executor:
         program: the graph after all passes.
         plan: what each site does at each step.
         control: says which step a call is.
-        compiled: makes (or finds) the callable of a segment's variant.
-        skipping: makes what stands in for the range of blocks that a plan skips.
+        variants: where the graphs come from.
         number: of this graph in its model.
     """
 
@@ -65,11 +85,10 @@ class Executor:
         program: Program,
         plan: Plan,
         control: StepControl,
-        compiled: Callable[[Segment, tuple[Mode, ...], tuple[CacheSpec, ...], Plan], Compiled],
-        skipping: Callable[[Plan, dict[fx.Node, int]], Skipping | None],
+        variants: Variants,
         number: int,
     ) -> None:
-        self.program, self.control, self._compiled, self._make_skipping = program, control, compiled, skipping
+        self.program, self.control, self.variants = program, control, variants
         self.number = number
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
@@ -90,7 +109,7 @@ class Executor:
         self._output = graph.output_node().args[0]
         self._segment_inputs = [[self._place[n] for n in s.inputs] for s in program.segments]
         self._segment_outputs = [[self._place[n] for n in s.outputs] for s in program.segments]
-        self._shared: dict[Selector, dict[_Variant, Compiled]] = {}
+        self._shared: dict[Selector, dict[_Variant, Graph]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
         self.set_plan(plan)
@@ -99,7 +118,7 @@ class Executor:
         """Follow another plan in runs that begin; one that was followed before is laid out already."""
         known = next((f for f in self._followed if f.schedule.plan is plan), None)
         if known is None:
-            skipping = self._make_skipping(plan, self._place)
+            skipping = self.variants.skipping(plan, self._place)
             # Variants know selector and memories, not the plan: plans that share those share them.
             ready = self._shared.setdefault(plan.selector, {})
             known = _Followed(Schedule(self.program, plan), skipping, self._last_uses(skipping), ready)
@@ -117,7 +136,7 @@ class Executor:
         return self._now.schedule
 
     @property
-    def ready(self) -> dict[_Variant, Compiled]:
+    def ready(self) -> dict[_Variant, Graph]:
         """The variants compiled so far for plans that rank tokens alike."""
         return self._now.ready
 
@@ -147,29 +166,52 @@ class Executor:
         _, key, index, schedule = self._last
         fresh = {}
         skipped = run.record is not None and run.record.skipped(key)
-        for site, todo in zip(
-            self.program.sites, (schedule.rows if skipped else schedule.unskipped)[index], strict=True
-        ):
-            shape = example_buffer(Slot("stamp", 0), site, self.program, schedule.plan).shape
-            stamp = run.buffers.get((*key, "stamp", site.index, 0))
-            if todo.action in SELECTING and stamp is not None:
+        row = (schedule.rows if skipped else schedule.unskipped)[index]
+        for site, action in zip(self.program.sites, row, strict=True):
+            shape = like_buffer(State.STAMP, 0, site, self.program, schedule.plan).shape
+            stamp = run.buffers.get((*key, State.STAMP, site.index, 0))
+            if action.proof(site) is not None and stamp is not None:
                 fresh[site.name] = stamp == index
             else:
-                fresh[site.name] = torch.full(shape, todo.action is Action.COMPUTE)
+                fresh[site.name] = torch.full(shape, action.dense)
         return fresh
+
+    def compile_plan(self, progress: Callable[[str], None] = lambda name: None) -> int:
+        """Compile all variants of the plan that are not compiled yet, instead of each when a step first meets it.
+
+        Args:
+            progress: is told what is compiled next.
+
+        Returns:
+            How many were compiled.
+        """
+        count = 0
+        for calls in {id(calls): calls for calls in self.schedule.calls}.values():
+            for segment, call in zip(self.program.segments, calls, strict=True):
+                if (segment.template, call.forms) not in self.ready:
+                    progress(f"template {segment.template}: {', '.join(map(str, call.forms)) or 'no site'}")
+                    self._graph(segment, call.forms)
+                    count += 1
+        skipping = self._now.skipping
+        for name in skipping.names if skipping is not None else ():
+            assert skipping is not None
+            progress(f"skipped blocks: {name}")
+            skipping.graphs.compiled(name)
+            count += 1
+        return count
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
-        buffers = [example_buffer(slot, site, self.program, self.plan) for slot, site in self._now.schedule.kept()]
+        kept = self._now.schedule.kept()
+        buffers = [like_buffer(kind, index, site, self.program, self.plan) for kind, index, site in kept]
         skipping = self._now.skipping
-        kept = self._constant_bytes() + (skipping.planned_bytes if skipping is not None else 0)
-        return sum(b.numel() * b.element_size() for b in buffers) + kept
+        range_bytes = skipping.planned_bytes if skipping is not None else 0
+        return bytes_of(buffers) + self._constant_bytes() + range_bytes
 
     def _constant_bytes(self) -> int:
         front, rest = self.program.segments[: self._constant], self.program.segments[self._constant :]
         read = {n for s in rest for n in s.inputs}
-        values = [n.meta["val"] for s in front for n in s.outputs if n in read]
-        return sum(v.numel() * v.element_size() for v in values)
+        return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
         schedule, skipping, free = self._now.schedule, self._now.skipping, self._now.free
@@ -189,7 +231,7 @@ class Executor:
         ready = run.bound.setdefault(key, {})
         done = self._restore(inputs, values, run, key) if self._constant else 0
         stop = -1
-        for i, cell in enumerate(schedule.cells[index][done:], done):
+        for i, call in enumerate(schedule.calls[index][done:], done):
             if skipping is not None and i == skipping.range.first:
                 stop = skipping.range.last
                 if skipping.decide(schedule.rows[index] is not schedule.unskipped[index], values, run, key):
@@ -201,13 +243,13 @@ class Executor:
                 for place in free[i]:
                     values[place] = None
                 continue
-            bound = ready.get((i, cell.variant))
+            bound = ready.get((i, call.variant))
             if bound is None:
-                bound = ready[i, cell.variant] = self._bind(i, cell, run, key)
+                bound = ready[i, call.variant] = self._bind(i, call, run, key)
             arguments = [values[place] for place in bound.values]
             arguments += bound.buffers
-            for position, slot in bound.numbers:
-                arguments[position] = cell.numbers[slot]
+            for position, site, kind, number in bound.numbers:
+                arguments[position] = schedule.number(index, site, kind, number)
             for place, value in zip(self._segment_outputs[i], bound.call(*arguments), strict=True):
                 values[place] = value
             if skipping is not None and i == skipping.range.last - 1:
@@ -230,38 +272,42 @@ class Executor:
     def _keep(self, inputs: Sequence[Any], values: Sequence[Any], run: Run, key: tuple[int, ...]) -> None:
         places = {p for outputs in self._segment_outputs[: self._constant] for p in outputs}
         later = {p: values[p] for p in places if values[p] is not None}
-        run.kept[key] = Kept.of([inputs[i] for i in self._watched], later)
+        run.kept[key] = RunConstants.of([inputs[i] for i in self._watched], later)
 
-    def _record(self, run: Run, key: tuple[int, ...], row: Sequence[SiteStep]) -> None:
+    def _record(self, run: Run, key: tuple[int, ...], row: Sequence[Action]) -> None:
         """What this step does, for the user to read."""
-        k = {site.name: todo.tokens for site, todo in zip(self.program.sites, row, strict=True)}
-        self.control.record(run).note(key, frozenset(todo.action for todo in row), k)
+        k = {site.name: action.computed(site) for site, action in zip(self.program.sites, row, strict=True)}
+        self.control.record(run).note(key, frozenset(action.kind for action in row), k)
 
-    def _bind(self, i: int, cell: Cell, run: Run, key: tuple[int, ...]) -> _Bound:
-        """The variant of a segment, compiled if it was not, with this run's buffers."""
-        segment = self.program.segments[i]
-        variant = (segment.template, cell.modes, cell.memories)
-        ready = self.ready.get(variant)
+    def _graph(self, segment: Segment, forms: tuple[Form, ...]) -> Graph:
+        """The variant of a segment, compiled if it was not."""
+        ready = self.ready.get((segment.template, forms))
         if ready is None:
-            ready = self.ready[variant] = self._compiled(segment, cell.modes, cell.memories, self.plan)
-        call, used, slots = ready
-        return _Bound(
-            call,
-            tuple(self._segment_inputs[i][j] for j in used),
-            tuple(None if slot in cell.numbers else self._buffer(run.buffers, key, segment, slot) for slot in slots),
-            tuple((len(used) + n, slot) for n, slot in enumerate(slots) if slot in cell.numbers),
-        )
+            ready = self.ready[segment.template, forms] = self.variants.compiled(segment, forms, self.plan)
+        return ready
 
-    def _buffer(
-        self, buffers: dict[tuple[Any, ...], torch.Tensor], key: tuple[int, ...], segment: Segment, slot: Slot
-    ) -> torch.Tensor:
-        site = self.program.sites[segment.sites[slot.position]]
-        name = (*key, *buffer_name(slot, site, self.plan.selector.score))
-        if name not in buffers:
-            like = example_buffer(slot, site, self.program, self.plan)
-            with torch.inference_mode(False):
-                buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        return buffers[name]
+    def _bind(self, i: int, call: SegmentCall, run: Run, key: tuple[int, ...]) -> _BoundCall:
+        """The variant of a segment with this run's buffers."""
+        segment = self.program.segments[i]
+        sites = [self.program.sites[number] for number in segment.sites]
+        compiled, used, slots = self._graph(segment, call.forms)
+        buffers: list[torch.Tensor | None] = []
+        numbers = []
+        for position, slot in enumerate(slots, len(used)):
+            site = sites[slot.position]
+            if isinstance(slot.kind, Number):
+                numbers.append((position, site, slot.kind, slot.index))
+            buffers.append(self._buffer(run.buffers, key, site, slot))
+        places = tuple(self._segment_inputs[i][j] for j in used)
+        return _BoundCall(compiled, places, tuple(buffers), tuple(numbers))
+
+    def _buffer(self, buffers: Buffers, key: tuple[int, ...], site: Site, slot: Slot) -> torch.Tensor | None:
+        """A run's buffer; None where a number goes."""
+        if isinstance(slot.kind, Number):
+            return None
+        kind, plan = slot.kind, self.plan
+        name = (*key, *owner(kind, site, plan), slot.index)
+        return allocate(buffers, name, lambda: like_buffer(kind, slot.index, site, self.program, plan))
 
     def _last_uses(self, skipping: Skipping | None) -> list[list[int]]:
         """After each segment, which values nothing later needs."""
@@ -277,38 +323,6 @@ class Executor:
             if place not in kept and place >= self._inputs:
                 free[i].append(place)
         return free
-
-
-def example_buffer(slot: Slot, site: Site, program: Program, plan: Plan) -> torch.Tensor:
-    """A fake tensor of the shape, dtype and device of a slot's buffer."""
-    output: torch.Tensor = site.output.meta["val"]
-    score, kept = plan.selector.score, plan.memory.dtype
-    if slot.kind in ("cache", "diff"):
-        return output.new_empty(output.shape, dtype=kept)
-    if slot.kind in ("held", "keys"):
-        proof = site.row_proof if slot.kind == "held" else site.query_proof
-        assert proof is not None
-        value: torch.Tensor = (proof.stale_inputs if slot.kind == "held" else proof.dense_inputs)[slot.index].meta[
-            "val"
-        ]
-        return value.new_empty(value.shape, dtype=kept)
-    assert program.types is not None
-    batch = program.types.factors.size(site.batch)
-    if slot.kind == "stamp":
-        return output.new_empty([batch, site.axis.size], dtype=torch.int32)
-    if score == "error":
-        return output.new_empty([batch, site.axis.size], dtype=torch.float32)
-    attention = program.sites[buffer_name(slot, site, score)[1]].attention[-1]
-    over = attention.axis if score == "entropy" else attention.key_axis
-    return output.new_empty([batch, program.types.factors.size(over)], dtype=torch.float32)
-
-
-def buffer_name(slot: Slot, site: Site, score: str) -> tuple[str, int, int]:
-    """What a slot's buffer is, whose, and which of several. "scores of" a site are those of its scorer."""
-    scorer = site.scorer(score) if slot.kind == "scores of" else None
-    if scorer is not None:
-        return "score", scorer.site, 0
-    return slot.kind, site.index, slot.index
 
 
 def _as_traced(node: fx.Node, value: Any) -> Any:

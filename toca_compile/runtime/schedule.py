@@ -1,25 +1,28 @@
 """Schedule: a plan laid out for one graph, before the first step: what each segment does in each step, with which host
-numbers. It knows no tensors, so it can be made, kept and compared without a model."""
+numbers. It knows no tensors, so it can be made, kept and compared without a model.
+
+It is linear in the steps: plans say the same object many times, so whatever follows from one is found by identity.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from operator import or_
-from typing import Any
+from dataclasses import dataclass, replace
 
-from toca_compile.ir.plan import CacheSpec, Plan, SiteStep, scored_sites
-from toca_compile.ir.program import Mode, Program, Slot
-from toca_compile.ir.types import Action, Site
+from toca_compile.ir.actions import Action, Compute, Keep
+from toca_compile.ir.history import Numbers, Past
+from toca_compile.ir.plan import Plan, scored_sites
+from toca_compile.ir.program import Form, Program
+from toca_compile.ir.state import Number, State
+from toca_compile.ir.types import Site
+
+Row = tuple[Action, ...]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One segment in one step: the modes of its sites and their host numbers."""
+class SegmentCall:
+    """One segment in one step. ``variant`` numbers the forms, cheaper to look up than they are."""
 
-    modes: tuple[Mode, ...]
-    memories: tuple[CacheSpec, ...]
-    variant: int  # numbers modes and memories, cheaper to look up
-    numbers: dict[Slot, int]
+    forms: tuple[Form, ...]
+    variant: int
 
 
 class Schedule:
@@ -28,110 +31,126 @@ class Schedule:
     Attributes:
         rows: of each step, what each site does as planned.
         unskipped: the same, if the step computes what it could skip.
-        cells: of each step, what each segment does.
+        calls: of each step, what each segment does if nothing is skipped.
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
         self.program, self.plan = program, plan
-        self.memories = [plan.cache_spec(site.index) for site in program.sites]
-        self._tokenwise = [plan.tokenwise(site.index) for site in program.sites]
-        self._numbered: dict[Any, int] = {}
-        self.rows = [step.sites for step in plan.steps]
-        self.unskipped = [self.computed(row) for row in self.rows]
+        self.keeps = _keeps(program.sites, plan)
+        self._full = Compute()
+        # Rows that say the same are one object, and so is a row that skips nothing with its unskipped form.
+        same: dict[tuple[int, ...], Row] = {}
+        self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in plan.steps]
+        whole = {id(row): self.computed(row) for row in same.values()}
+        self.unskipped = [whole[id(row)] for row in self.rows]
         self._scored = scored_sites(plan, program.sites)
-        self.cells = [self._cell_row(i, *history) for i, history in enumerate(self._histories())]
+        self._pasts = list(self._histories())
+        self._forms: dict[tuple[int, int, bool], Form] = {}
+        self._variants: dict[tuple[Form, ...], SegmentCall] = {}
+        self._calls: dict[tuple[int, ...], tuple[SegmentCall, ...]] = {}
+        self.calls = [self._step(i) for i in range(len(self.rows))]
+        self._numbers: tuple[int, dict[tuple[int, int, int], Numbers]] = (-1, {})
 
     @property
     def steps(self) -> int | None:
         """How many there are; None: any number."""
         return None if self.plan.endless else len(self.rows)
 
-    def kept(self) -> list[tuple[Slot, Site]]:
-        """The buffers that live from step to step, each with its site."""
-        slots = []
+    def number(self, step: int, site: Site, kind: Number, index: int) -> int:
+        """A host number of a site in a step."""
+        action = self.unskipped[step][site.index]
+        if kind is Number.K:
+            return action.computed(site)
+        if kind is Number.STEP:
+            return step
+        if kind is Number.SITE:
+            return site.index
+        past = self._pasts[step][site.index]
+        if kind is Number.SINCE:
+            return past.since
+        if self._numbers[0] != step:
+            self._numbers = (step, {})
+        keep = self.keeps[site.index]
+        key = (id(action), id(past), id(keep))
+        numbers = self._numbers[1].get(key)
+        if numbers is None:
+            numbers = self._numbers[1][key] = action.numbers(past, step, keep)
+        return numbers[kind, index]
+
+    def kept(self) -> list[tuple[State, int, Site]]:
+        """The buffers of sites that live from step to step: what, which of several, and whose."""
         scored = set().union(*self._scored) if self._scored else set()
-        for site in self.program.sites:
-            if not self.plan.reads(site.index):
-                continue
-            partial = self.plan.partial(site.index)
-            held = range(len(site.row_proof.stale_inputs)) if self._holds(site) and site.row_proof is not None else ()
-            keys = (
-                range(len(site.query_proof.dense_inputs))
-                if site.query_proof and self.plan.keeps_keys(site.index)
-                else ()
-            )
-            slots += [(Slot("keys", 0, i), site) for i in keys]
-            slots += [(Slot("diff", 0, i + 1), site) for i in range(self.memories[site.index].order)]
-            kinds = ["cache", *(["stamp"] if partial else []), *(["score"] if site.index in scored else [])]
-            slots += [(Slot(kind, 0), site) for kind in kinds] + [(Slot("held", 0, i), site) for i in held]
-        return slots
+        found: list[tuple[State, int, Site]] = []
+        for site, keep in zip(self.program.sites, self.keeps, strict=True):
+            count = {State.SCORE: int(site.index in scored), State.STAMP: int(keep.stamp)}
+            if keep.history is not None:
+                count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(site.output.meta["val"]))}
+            if keep.stale_inputs and site.row_proof is not None:
+                count[State.STALE_INPUT] = len(site.row_proof.stale_inputs)
+            if keep.keys and site.query_proof is not None:
+                count[State.KEYS] = len(site.query_proof.dense_inputs)
+            found += [(kind, i + (kind is State.HISTORY), site) for kind, n in count.items() for i in range(n)]
+        return found
 
-    def computed(self, row: tuple[SiteStep, ...]) -> tuple[SiteStep, ...]:
+    def computed(self, row: Row) -> Row:
         """A row with nothing skipped; the same object where nothing was."""
-        if all(s.action is not Action.SKIP for s in row):
+        if not any(action.by_blocks for action in row):
             return row
-        return tuple(
-            SiteStep(Action.COMPUTE, site.axis.size) if s.action is Action.SKIP else s
-            for site, s in zip(self.program.sites, row, strict=True)
-        )
+        return tuple(self._full if action.by_blocks else action for action in row)
 
-    def _cell_row(self, index: int, since: Sequence[Sequence[int]], made: Sequence[int]) -> list[Cell]:
+    def _step(self, index: int) -> tuple[SegmentCall, ...]:
         row, scored = self.unskipped[index], self._scored[index]
-        cells = []
-        for segment in self.program.segments:
-            modes: list[Mode] = []
-            memories = tuple(self.memories[number] for number in segment.sites)
-            numbers: dict[Slot, int] = {}
-            for position, number in enumerate(segment.sites):
-                site = self.program.sites[number]
-                todo, history, memory = row[number], since[number], self.memories[number]
-                modes.append(self._mode(site, todo, number in scored))
-                numbers |= {
-                    Slot("k", position): todo.tokens,
-                    Slot("step", position): index,
-                    Slot("since", position): history[-1] if history else 0,
-                    Slot("site", position): number,
-                }
-                for order in range(1, memory.order + 1):
-                    used = order <= (made[number] if todo.action is Action.COMPUTE else todo.order)
-                    own = self._tokenwise[number]
-                    power = 0 if not used else 1 if own else memory.power(history, index, order)
-                    numbers[Slot("power", position, order)] = power
-                    numbers[Slot("spacing", position, order)] = memory.spacing([*history, index], order)
-            variant = self._numbered.setdefault((*modes, *memories), len(self._numbered))
-            cells.append(Cell(tuple(modes), memories, variant, numbers))
-        return cells
+        forms = [
+            self._form(site, action, site.index in scored) for site, action in zip(self.program.sites, row, strict=True)
+        ]
+        key = tuple(map(id, forms))
+        if key not in self._calls:
+            parts = (tuple(forms[i] for i in segment.sites) for segment in self.program.segments)
+            self._calls[key] = tuple(map(self._call, parts))
+        return self._calls[key]
 
-    def _mode(self, site: Site, todo: SiteStep, scored: bool) -> Mode:
-        own = Mode.TOKENS if self._tokenwise[site.index] else Mode.PLAIN
-        keys = self.plan.keeps_keys(site.index)
-        alone = Mode.PLAIN if todo.update else Mode.FORECAST  # the others are forecast, and nothing is kept
-        if todo.action is Action.QUERIES:
-            source = {"fresh": Mode.KEYS if keys else Mode.PLAIN, "keep": Mode.KEPT, "update": Mode.KEPT | Mode.UPDATE}
-            return Mode.PARTIAL | Mode.QUERIES | source[todo.keys] | own | alone
-        if todo.action is Action.REUSE:
-            return Mode.REUSE
-        if todo.action is not Action.COMPUTE:
-            return (Mode.PARTIAL | alone if todo.action is Action.PARTIAL else Mode.FORECAST) | own
-        if not self.plan.reads(site.index):
-            return Mode.SCORE if scored else Mode.PLAIN
-        kept = {Mode.SCORE: scored, Mode.HOLD: self._holds(site), Mode.KEYS: keys, Mode.DIFF: todo.order > 0}
-        return reduce(or_, (mode for mode, wanted in kept.items() if wanted), Mode.STORE | own)
+    def _call(self, forms: tuple[Form, ...]) -> SegmentCall:
+        return self._variants.setdefault(forms, SegmentCall(forms, len(self._variants)))
 
-    def _holds(self, site: Site) -> bool:
-        """Whether partial steps take values from the cache that full steps must keep."""
-        partial = self.plan.ever(site.index, Action.PARTIAL)
-        return partial and site.row_proof is not None and bool(site.row_proof.stale_inputs)
+    def _form(self, site: Site, action: Action, scored: bool) -> Form:
+        keep = self.keeps[site.index]
+        key = (id(action), id(keep), scored)
+        if key not in self._forms:
+            self._forms[key] = Form.of(action, replace(keep, score=scored))
+        return self._forms[key]
 
-    def _histories(self) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """For each step, of each site: the last steps before it that computed all, and how many differences are
-        kept."""
-        kept = max((memory.order for memory in self.memories), default=0) + 1
-        last: list[list[int]] = [[] for _ in self.program.sites]
-        made = [0] * len(last)
-        for i, row in enumerate(self.rows):
-            yield [list(steps) for steps in last], list(made)
-            for site, todo in enumerate(row):
-                if todo.action is Action.COMPUTE:
-                    last[site] = [*last[site], i][-kept:]
-                    made[site] = todo.order
+    def _histories(self) -> Iterator[tuple[Past, ...]]:
+        """For each step, of each site: the steps before it that computed all."""
+        kept = 1 + max((k.history.depth for k in self.keeps if k.history is not None), default=0)
+        pasts: tuple[Past, ...] = (Past(),) * len(self.program.sites)
+        for step, row in enumerate(self.rows):
+            yield pasts
+            if any(action.dense for action in row):
+                # Sites with one schedule share one past.
+                new: dict[tuple[int, int], Past] = {}
+                pasts = tuple(
+                    _after(past, step, action, kept, new) if action.dense else past
+                    for past, action in zip(pasts, row, strict=True)
+                )
+
+
+def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[int, int], Past]) -> Past:
+    key = (id(past), id(action))
+    if key not in known:
+        known[key] = Past((*past.full, step)[-kept:], past.times + 1, action.made)
+    return known[key]
+
+
+def _keeps(sites: Sequence[Site], plan: Plan) -> list[Keep]:
+    """What of each site lives from step to step, without what the site has none of; equal ones are one object."""
+    known: dict[Keep, Keep] = {}
+    found = []
+    for site in sites:
+        keep = plan.keep(site.index)
+        keep = replace(
+            keep,
+            stale_inputs=keep.stale_inputs and site.row_proof is not None and bool(site.row_proof.stale_inputs),
+            keys=keep.keys and site.query_proof is not None and bool(site.query_proof.dense_inputs),
+        )
+        found.append(known.setdefault(keep, keep))
+    return found

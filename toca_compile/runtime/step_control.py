@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
+from toca_compile.ir.history import Past
 from toca_compile.ir.plan import kind_of
-from toca_compile.ir.types import Action, StepKind
+from toca_compile.ir.state import State
+from toca_compile.ir.types import StepKind
 from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on_host
 
 log = logging.getLogger(__name__)
@@ -40,28 +42,28 @@ class StepRecord:
     kind: StepKind
     context: str
     k: dict[str, int] = field(default_factory=dict)
-    _done: dict[Any, frozenset[Action]] = field(default_factory=dict, repr=False, compare=False)
+    _done: dict[Any, frozenset[StepKind]] = field(default_factory=dict, repr=False, compare=False)
 
-    def note(self, graph: Any, actions: frozenset[Action], k: Mapping[str, int]) -> None:
+    def note(self, graph: Any, kinds: frozenset[StepKind], k: Mapping[str, int]) -> None:
         """One graph of the model did this in the step; the step's kind is that of all its graphs together."""
-        self._done[graph] = actions
+        self._done[graph] = kinds
         self.kind = kind_of(frozenset().union(*self._done.values()))
         self.k.update(k)
 
     def skipped(self, graph: Any) -> bool:
         """Whether the graph skipped blocks in the step."""
-        return Action.SKIP in self._done.get(graph, ())
+        return StepKind.SKIP in self._done.get(graph, ())
 
 
 @dataclass(frozen=True)
-class Kept:
+class RunConstants:
     """Values that were computed from some inputs, and how those were."""
 
     inputs: tuple[Any, ...]
     values: dict[int, torch.Tensor]
 
     @classmethod
-    def of(cls, inputs: Sequence[Any], values: dict[int, torch.Tensor]) -> "Kept":
+    def of(cls, inputs: Sequence[Any], values: dict[int, torch.Tensor]) -> "RunConstants":
         """Remember what ``values`` came from."""
         return cls(tuple(_state(x) for x in inputs), values)
 
@@ -113,8 +115,8 @@ class Run:
     last: dict[tuple[Any, ...], int] = field(default_factory=dict)  # graph → the last step in which it ran
     schedules: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # and by which laid-out plan
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
-    kept: dict[tuple[Any, ...], Kept] = field(default_factory=dict)  # what does not change during the run
-    computed: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # steps that did not skip, the last ones
+    kept: dict[tuple[Any, ...], RunConstants] = field(default_factory=dict)  # what does not change during the run
+    computed: dict[tuple[Any, ...], Past] = field(default_factory=dict)  # steps that did not skip their range
     bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
     spent: bool = False  # its buffers were freed
 
@@ -125,7 +127,7 @@ class Run:
 
     def forget(self, key: tuple[Any, ...] = ()) -> None:
         """Free what a graph keeps in this run (of all graphs), but for the marks of fresh tokens."""
-        for name in [n for n in self.buffers if n[: len(key)] == key and "stamp" not in n]:
+        for name in [n for n in self.buffers if n[: len(key)] == key and State.STAMP not in n]:
             del self.buffers[name]
         self.spent |= self.steps is not None and self.step >= self.steps - 1
         for kept in (self.kept, self.computed, self.bound):

@@ -1,0 +1,151 @@
+"""Variants: a segment and what its sites do, to a callable: built, verified, lowered and kept. So are the graphs that
+stand in for a skipped range."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_compile.compiler import numeric_check
+from toca_compile.compiler.trace import show
+from toca_compile.ir.calls import tensors
+from toca_compile.ir.graph import value_of
+from toca_compile.ir.plan import Plan, Skip
+from toca_compile.ir.printer import print_variant, variant_name
+from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
+from toca_compile.ir.state import Number, Slot, State
+from toca_compile.ir.types import Site
+from toca_compile.ir.verify import verify_variant
+from toca_compile.lowerings import Lowering
+from toca_compile.passes.proof.block_range import find_range
+from toca_compile.passes.variants.rewrite import rewrite
+from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer, range_values
+from toca_compile.runtime.cache_state import like_buffer
+from toca_compile.runtime.skipping import Graph, Skipping
+
+Checked = dict[tuple[int, tuple[Form, ...]], float]
+
+
+class ProgramVariants:
+    """The graphs of one program.
+
+    Args:
+        lower: makes a callable of a variant.
+        dense: build every variant in its plain meaning: rows computed for all tokens and blended by mask.
+
+    Attributes:
+        checked: which variants were held against their plain meaning, by template and forms, and the seconds.
+    """
+
+    def __init__(self, program: Program, lower: Lowering, *, dense: bool) -> None:
+        self.program, self.lower, self.dense = program, lower, dense
+        self.checked: Checked = {}
+
+    def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
+        """A segment's variant as a callable, which of the segment's inputs it takes, and its slots.
+
+        Raises:
+            PassError: it cannot be built.
+            VerifyError: it is not what it stands for.
+            LoweringError: the machine cannot compile.
+        """
+        variant = self.build(segment, forms, plan)
+        name = variant_name(segment.template, forms)
+        show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
+        examples = [_example(segment.inputs[i]) for i in variant.values]
+        sites = [self.program.sites[i] for i in segment.sites]
+        examples += [self._slot(slot, sites[slot.position], plan) for slot in variant.slots]
+        return self.lower(variant, examples), variant.values, variant.slots
+
+    def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """The rewritten graph of a segment, checked against what it stands for."""
+        program = self.program
+        assert program.types is not None
+        # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
+        exemplar = next(s for s in program.segments if s.template == segment.template)
+        sites = [program.sites[i] for i in exemplar.sites]
+        variant = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=self.dense)
+        self._propagate(variant, exemplar, plan)
+        verify_variant(variant, exemplar)
+        if not self.dense and self._is_due(exemplar, sites, forms):
+            began = time.perf_counter()
+            meaning = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=True)
+            examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
+            for slot in (*variant.slots, *meaning.slots):
+                examples[slot] = self._slot(slot, sites[slot.position], plan)
+            names, shared = [s.name for s in sites], plan.selector.shared_pair
+            numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
+            self.checked[exemplar.template, forms] = time.perf_counter() - began
+        return variant
+
+    def skipping(self, plan: Plan, place: Mapping[fx.Node, int]) -> Skipping | None:
+        """What stands in for the blocks that a plan skips; None where it skips none."""
+        if not plan.skipped:
+            return None
+        found = find_range(self.program, plan.skipped, plan.skip)
+        return Skipping(found, plan.skip, place, _RangeGraphs(found, plan.skip, self.lower))
+
+    def _is_due(self, segment: Segment, sites: list[Site], forms: tuple[Form, ...]) -> bool:
+        """Whether a variant that computes rows is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
+        asked = numeric_check.wanted()
+        by_rows = any(form.action.proof(site) is not None for site, form in zip(sites, forms, strict=True))
+        if not by_rows or asked is numeric_check.Checks.NONE or (segment.template, forms) in self.checked:
+            return False
+        first = not any(template == segment.template for template, _ in self.checked)
+        return first or asked is numeric_check.Checks.ALL
+
+    def _slot(self, slot: Slot, site: Site, plan: Plan) -> Any:
+        """A fake buffer, or a number that could be one: some K, some step."""
+        if isinstance(slot.kind, State):
+            return like_buffer(slot.kind, slot.index, site, self.program, plan)
+        return max(1, site.axis.size // 2) if slot.kind is Number.K else 3
+
+    def _propagate(self, variant: Variant, exemplar: Segment, plan: Plan) -> None:
+        """Give every node of a variant its value, as fake tensors, with some K."""
+        examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
+        sites = [self.program.sites[i] for i in exemplar.sites]
+        examples += [self._slot(slot, sites[slot.position], plan) for slot in variant.slots]
+        modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
+        with modes.pop() if modes else torch.no_grad():
+            _Propagate(variant.module).run(*examples)
+
+
+class _RangeGraphs:
+    """The graphs of one range, each compiled when it is first asked for."""
+
+    def __init__(self, found: BlockRange, skip: Skip, lower: Lowering) -> None:
+        self.found, self.skip, self.lower = found, skip, lower
+        self._graphs: dict[str, Graph] = {}
+
+    def values(self, name: str) -> tuple[fx.Node, ...]:
+        return range_values(self.found, name)
+
+    def compiled(self, name: str) -> Graph:
+        if name not in self._graphs:
+            variant = GRAPHS[name](self.found, self.skip)
+            values = self.values(name)
+            examples: list[Any] = [_example(values[i], computed=True) for i in variant.values]
+            for slot in variant.slots:
+                buffer = isinstance(slot.kind, State)
+                examples.append(self.buffer(slot.kind, slot.position, slot.index) if buffer else 3)  # type: ignore[arg-type]
+            self._graphs[name] = self.lower(variant, examples), variant.values, variant.slots
+        return self._graphs[name]
+
+    def buffer(self, kind: State, position: int, index: int) -> torch.Tensor:
+        return range_buffer(kind, position, index, self.found, self.skip)
+
+
+def _example(node: fx.Node, *, computed: bool = False) -> Any:
+    """A fake tensor as the graph will see the value: inputs as they are, what segments compute contiguous."""
+    value = value_of(node)
+    given = node.op in ("placeholder", "get_attr") and not computed
+    return value if given or not isinstance(value, torch.Tensor) else value.new_empty(value.shape)
+
+
+class _Propagate(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value

@@ -1,0 +1,171 @@
+"""Session: what belongs to one optimised model."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_compile.compiler.check_plan import check_plan
+from toca_compile.compiler.pass_manager import PassManager
+from toca_compile.compiler.pipeline import PIPELINE
+from toca_compile.compiler.variants import ProgramVariants
+from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.ir.graph import source_line
+from toca_compile.ir.plan import Plan, Policy
+from toca_compile.ir.program import Program
+from toca_compile.lowerings import find_lowering, is_dense
+from toca_compile.passes.proof.block_range import find_range
+from toca_compile.passes.variants.measure_scores import check_score
+from toca_compile.policies.storage import checked_policy
+from toca_compile.runtime.executor import FOLLOWED, Executor
+from toca_compile.runtime.step_control import StepControl
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class Session:
+    """Everything that belongs to one optimised model: its policy, its graphs, its runs.
+
+    It knows graphs and plans, and nothing of Dynamo, which hands it graphs through ``backend.py``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        lowering: str = "inductor",
+        strict: bool = True,
+        grid: tuple[int, int] | None = None,
+        hoist: bool = True,
+    ) -> None:
+        policy = checked_policy(policy)
+        if grid is not None and (len(grid) != 2 or min(grid) < 1):
+            raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
+        self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
+        self.applied = policy  # what runs that begin follow
+        self._plans: list[tuple[Policy, dict[int, Plan]]] = []  # of policies, by graph
+        self.lowering = lowering
+        self._lower = find_lowering(lowering)
+        self.control = StepControl(self.warn_once)
+        self.executors: list[Executor] = []
+        self.managers: list[PassManager] = []
+        self.bounded = False  # an OptimizedModel says where calls begin and end
+        self.seen = 0  # graphs that Dynamo handed over
+        self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
+        self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
+        self.changes: dict[Any, int] = {}
+        self.broken = False  # whether the model comes in more than one graph
+        self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
+        self._warned: set[str] = set()
+
+    def fresh(self) -> "Session":
+        """One with the same settings that has seen no graph."""
+        return _made(self.policy, self._settings())
+
+    def __reduce__(self) -> Any:
+        return _made, (self.policy, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
+
+    def set_policy(self, policy: Policy) -> None:
+        """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
+        policy needs a variant that no step so far has needed."""
+        self.follow(checked_policy(policy))
+        self.policy = policy
+        self.control.reset()
+
+    def follow(self, policy: Policy) -> None:
+        """Let runs that begin follow ``policy`` (the user's own, with the numbers of that run). Runs of other threads
+        keep the plans that they began with: whoever calls for them says which, at each call."""
+        if policy is self.applied or policy == self.applied:
+            return
+        plans = [self._plan(policy, executor.number, executor.program) for executor in self.executors]
+        for executor, plan in zip(self.executors, plans, strict=True):
+            executor.set_plan(plan)
+        self.applied = policy
+
+    def _plan(self, policy: Policy, number: int, program: Program) -> Plan:
+        """What a policy plans for a graph, checked, and said what the user should know of it; made once."""
+        plans = next((plans for known, plans in self._plans if known == policy), None)
+        if plans is None:
+            plans = {}
+            self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
+        if number not in plans:
+            plan = check_plan(policy, program, self.warn_once)
+            self._explain_choices(program, plan)
+            plans[number] = plan
+        return plans[number]
+
+    def compile(self, graph: fx.GraphModule, static_inputs: tuple[bool, ...], inputs: Sequence[Any]) -> Executor:
+        """One graph of the model, after all passes, with the policy's plan for it.
+
+        Args:
+            static_inputs: which inputs are parameters or buffers of the model.
+
+        Raises:
+            NoSiteError: there is nothing to cache in it.
+            TocaError: it cannot be compiled with caching; the message says why.
+        """
+        manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
+        program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid))
+        for node in program.module.graph.nodes:
+            if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
+                raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
+        if not program.sites:
+            raise NoSiteError(f"no site was found: the graph {NO_SITE}")
+        plan = self._plan(self.applied, self.seen, program)
+        variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
+        executor = Executor(program, plan, self.control, variants, self.seen)
+        self.managers.append(manager)
+        self.executors.append(executor)
+        return executor
+
+    @property
+    def checked(self) -> list[float]:
+        """Seconds that it took to hold each checked variant against its plain meaning."""
+        return [seconds for e in self.executors for seconds in e.variants.checked.values()]
+
+    def forget(self, executors: Sequence[Executor]) -> None:
+        """Drop graphs that no call will reach again, and their runs."""
+        numbers = {e.number for e in executors}
+        kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
+        self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
+        self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
+        self.control.forget_graphs(numbers)
+
+    def warn_once(self, message: str) -> None:
+        """Say it once in this session."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
+    def _explain_choices(self, program: Program, plan: Plan) -> None:
+        assert program.types is not None
+        found = find_range(program, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
+        for node, entry in zip(found.outputs, found.entries, strict=True) if found is not None else ():
+            if entry is None:
+                self.warn_once(
+                    f"no stream like {node.name} ({source_line(node)}) enters the blocks to skip, so what they add to "
+                    "it is not known: a step that skips them reuses the stream itself"
+                )
+        partial = [s for s in program.sites if plan.selects(s.index)]
+        rule = plan.selector.rule
+        for site in partial if rule.measured else ():
+            scorer = rule.source(site)
+            if scorer is not None and program.sites[scorer.site].attention:
+                check_score(program.sites[scorer.site].attention[-1], rule.name, program.types)
+            elif scorer is None:
+                self.warn_once(f"no {rule.what} runs over the tokens of {site.name}: they are ranked by age alone")
+        if plan.selector.bonus and partial and all(s.axis.grid is None for s in partial):
+            self.warn_once(
+                "the token grid is not visible in the graph, so no token gets the grid bonus; "
+                "give it with optimize(..., grid=(height, width))"
+            )
+
+
+def _made(policy: Policy, settings: dict[str, Any]) -> Session:
+    return Session(policy, **settings)
