@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.calls import tensors
+from toca_compile.ir.graph import CAPTURED_AS
 
 aten = torch.ops.aten
 
@@ -73,6 +74,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for node in captured.graph.nodes:
         _canonical(node)
     captured.graph.eliminate_dead_code()
+    for node in captured.graph.nodes:
+        node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured
 

@@ -1,6 +1,7 @@
 """The console command ``toca-compile``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"toca-compile: {error}; install the extra: pip install 'toca-compile[demo]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, such as head, has enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -62,6 +65,21 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--samples", type=int, default=8)
     tune.add_argument("--lowering", default="eager")
     tune.set_defaults(run=_tune)
+
+    passes = commands.add_parser(
+        "passes", help="print what each compiler pass finds in a model, and the variants of a run",
+        description="MODEL is called a few times, with small example inputs, and what the compiler found is printed. "
+        "Inputs are made by the names of forward's parameters, as diffusers has them; for any other model, the factory "
+        "gives them. A folder without weights gets random ones, and at most two blocks of a kind.",
+    )  # fmt: skip
+    passes.add_argument("model", metavar="MODEL", help="the folder of a diffusers transformer, or "
+                        "package.module:factory, a function that returns the model, alone or with example inputs (a "
+                        "tuple, or a dictionary by name)")  # fmt: skip
+    passes.add_argument("--pass", dest="stage", metavar="NAME", help="print this one alone: a pass such as find-sites, "
+                        "or a variant such as 'template1[reuse, partial]'")  # fmt: skip
+    passes.add_argument("--policy", metavar="NAME|FILE", help="whose variants to print: a preset, a policy of the "
+                        "default table, or a file of save_policy; by default a short run of ToCa")  # fmt: skip
+    passes.set_defaults(run=_passes)
     return parser
 
 
@@ -113,6 +131,30 @@ def _tune(given: argparse.Namespace) -> None:
     policy = tune(model, sampler, target=target, out=given.out, settings=settings)
     save_policy(policy, given.out / "policy.json")
     print(f"{given.out / 'policy.json'}")
+
+
+def _passes(given: argparse.Namespace) -> None:
+    import torch
+
+    from toca_compile.api import explain, optimize
+    from toca_compile.demo.load_model import load
+    from toca_compile.policies import ToCa
+
+    policy = ToCa(num_steps=3, interval=3, fresh_ratio=0.3, schedule="constant")
+    if given.policy is not None:
+        (policy,) = _policies([given.policy], steps=50).values()
+    model, (args, kwargs) = load(given.model)
+    opt = optimize(model, policy, lowering="eager")
+    texts: dict[str, str] = {}
+    step, steps = 0, 1
+    while step < steps and given.stage not in texts:
+        with torch.no_grad(), opt.cache_context("passes", step_index=step):
+            opt(*args, **kwargs)
+        report = explain(opt)
+        texts, step, steps = report.graphs(), step + 1, len(report.plans[0].steps)
+    if given.stage is not None and given.stage not in texts:
+        raise TocaError(f"no pass or variant {given.stage!r}; there are {', '.join(texts)}")
+    print(texts[given.stage] if given.stage is not None else "\n\n".join(f"{n}\n\n{t}" for n, t in texts.items()))
 
 
 def _policies(names: Sequence[str], steps: int) -> dict[str, Any]:

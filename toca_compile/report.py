@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
+from torch._subclasses import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.errors import TocaError
 from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
-from toca_compile.ir.plan import Plan, StepPlan, step_kind
-from toca_compile.ir.printer import print_graph
+from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
+from toca_compile.ir.printer import print_range, print_variant, variant_name
+from toca_compile.ir.program import BlockRange, Variant
+from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
+from toca_compile.passes.proof.block_range import find_range
+from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Session
 
@@ -130,15 +137,21 @@ class Report:
         return StepCounts({kind.value: kinds.count(kind) for kind in StepKind if kind in kinds})
 
     def graphs(self) -> dict[str, str]:
-        """The graph after each pass, and every variant built so far, printed."""
+        """As text: what was known after each pass, by its name; every variant built so far, as ``template1[reuse;
+        rows]``; and what stands in for blocks that the plan skips, as ``blocks[skip]``."""
         texts: dict[str, str] = {}
         for i, (manager, executor) in enumerate(zip(self._session.managers, self._session.executors, strict=True)):
             prefix = f"graph{i}/" if len(self._session.executors) > 1 else ""
+            program, plan = executor.program, executor.plan
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
             for template, forms in executor.ready:
-                segment = next(s for s in executor.program.segments if s.template == template)
-                variant = executor.variants.build(segment, forms, executor.plan)
-                texts[f"{prefix}template{template}[{'; '.join(map(str, forms))}]"] = print_graph(variant.module.graph)
+                segment = next(s for s in program.segments if s.template == template)
+                variant = executor.variants.build(segment, forms, plan)
+                texts[prefix + variant_name(template, forms)] = print_variant(variant, program, segment, forms)
+            if plan.skipped:
+                found = find_range(program, plan.skipped, plan.skip)
+                for name, variant in _stand_ins(found, plan.skip).items():
+                    texts[f"{prefix}blocks[{name}]"] = print_range(name, variant, program, found)
         return texts
 
     def __str__(self) -> str:
@@ -200,6 +213,21 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
             )
         )
     return rows
+
+
+def _stand_ins(found: BlockRange, skip: Skip) -> dict[str, Variant]:
+    """The graphs that stand in for a range of blocks, their values propagated."""
+    names = ("keep", "skip", "probe") if found.probe is not None else ("keep", "skip")
+    variants = {name: GRAPHS[name](found, skip) for name in names}
+    for variant in variants.values():
+        values = [n.meta["val"] for n in variant.module.graph.nodes if "val" in n.meta]
+        slots: list[Any] = [
+            range_buffer(s.kind, s.position, s.index, found, skip) if isinstance(s.kind, State) else 3
+            for s in variant.slots
+        ]
+        mode = next(v.fake_mode for v in (*values, *slots) if isinstance(v, FakeTensor))
+        FakeTensorProp(variant.module, mode).propagate_dont_convert_inputs(*values, *slots)
+    return variants
 
 
 def _actions(executor: Executor, kind: str) -> list[Action]:

@@ -1,30 +1,29 @@
-"""Runs the passes and does everything that surrounds a pass: verify, time, log, dump, name the culprit."""
+"""Runs the passes and does everything that surrounds a pass: verify, time, show, name the culprit."""
 
-import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from toca_compile.compiler.trace import show
 from toca_compile.errors import PassError, TocaError, UnsupportedGraphError
-from toca_compile.ir.printer import print_graph
 from toca_compile.ir.program import Pass, Program
+from toca_compile.ir.program_printer import print_program, summary
 from toca_compile.ir.verify import verify
-
-log = logging.getLogger(__name__)
 
 
 class PassManager:
-    """An ordered run over one program. After it, ``graphs`` holds the text after each pass, ``seconds`` its time.
+    """An ordered run over one program. After it, ``graphs`` are the texts after each pass, ``seconds`` their times.
 
     Args:
         passes: in order.
-        dump_dir: where to write the graph after each pass, as ``03.find-sites.txt``.
+        dump_dir: where to write the text after each pass, as ``03.find-sites.txt``.
     """
 
     def __init__(self, passes: Sequence[Pass], dump_dir: Path | None = None) -> None:
         self.passes = tuple(passes)
         self.dump_dir = dump_dir
-        self.graphs: dict[str, str] = {}
+        self._programs: dict[str, Program] = {}
         self.seconds: dict[str, float] = {}
 
     def run(self, program: Program) -> Program:
@@ -45,9 +44,19 @@ class PassManager:
                 before = ", ".join(p.name for p in self.passes[:i]) or "nothing"
                 raise PassError(f"{step.name} failed after {before}: {error}") from error
             self.seconds[step.name] = time.perf_counter() - start
-            log.debug("%s: %.0f ms", step.name, self.seconds[step.name] * 1e3)
-            self.graphs[step.name] = text = print_graph(program.module.graph)
-            if self.dump_dir is not None:
-                self.dump_dir.mkdir(parents=True, exist_ok=True)
-                (self.dump_dir / f"{i:02}.{step.name}.txt").write_text(text)
+            self._programs[step.name] = program
+            show(f"{i:02}.{step.name}", partial(self._line, step.name), partial(self.text, step.name), self.dump_dir)
         return program
+
+    def text(self, name: str) -> str:
+        """What was known after a pass."""
+        return print_program(self._programs[name], list(self.seconds)[: list(self.seconds).index(name) + 1])
+
+    def _line(self, name: str) -> str:
+        """How long a pass took and what it found."""
+        return f"{self.seconds[name] * 1e3:.0f} ms, {summary(self._programs[name], name)}"
+
+    @property
+    def graphs(self) -> dict[str, str]:
+        """The text after each pass that ran, printed when it is asked for."""
+        return {name: self.text(name) for name in self._programs}

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from toca_compile.compiler import numeric_check
+from toca_compile.compiler.trace import show
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Selector, Skip
+from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
@@ -50,6 +52,8 @@ class ProgramVariants:
             LoweringError: the machine cannot compile.
         """
         variant = self.build(segment, forms, plan)
+        name = variant_name(segment.template, forms)
+        show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
         examples = [_example(segment.inputs[i]) for i in variant.values]
         sites = [self.program.sites[i] for i in segment.sites]
         examples += [self._slot(slot, sites, forms, plan.selector) for slot in variant.slots]

@@ -8,6 +8,8 @@ from torch import fx
 
 from toca_compile.ir.calls import tensors
 
+CAPTURED_AS = "toca_name"  # in a node's meta: its name in the captured graph, which copies of it keep
+
 
 def value_of(node: fx.Node) -> Any:
     """The value a node was traced with: a fake tensor, a tuple of them, or a scalar."""
