@@ -2,6 +2,7 @@
 
 from math import factorial
 
+import torch
 from torch import Tensor
 
 from toca_compile.ops.registry import op
@@ -19,6 +20,19 @@ def forecast(cache: Tensor, difference: Tensor, power: int, order: int) -> Tenso
     steps since the last full one; Newton's polynomial has the product of the distances to the full steps, and order
     0."""
     return cache.float() + difference.float() * power / factorial(order)
+
+
+@op("weighted(Tensor value, SymInt weight) -> Tensor")
+def weighted(value: Tensor, weight: int) -> Tensor:
+    """value · weight · 2⁻³² in float32: a term of a sum whose weights are host numbers."""
+    return value.float() * (weight * 2.0**-32)
+
+
+@op("store_at_(Tensor(a!) ring, SymInt place, Tensor value) -> Tensor(a!)")
+def store_at_(ring: Tensor, place: int, value: Tensor) -> Tensor:
+    """Copy ``value`` into ``ring[place]`` of ``[places, …]``, in place; returns ``ring``."""
+    at = torch.zeros(1, dtype=torch.int64, device=ring.device) + place
+    return ring.index_copy_(0, at, value.to(ring.dtype).unsqueeze(0))
 
 
 @op("token_age(Tensor stamp, SymInt since, SymInt step) -> Tensor")

@@ -2,6 +2,7 @@
 
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.registry import import_files, register
+from toca_compile.policies.anchors import Anchors, Chebyshev, Foca, Hermite, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.composition import (
     Composition,
@@ -26,18 +27,23 @@ import_files(__name__, __path__)
 __all__ = [
     "PRESETS",
     "Adaptive",
+    "Anchors",
     "BlockCache",
+    "Chebyshev",
     "Composition",
     "Compute",
     "DuCa",
     "Every",
+    "Foca",
     "Fora",
     "Forecast",
     "FullCompute",
+    "Hermite",
     "IntervalFunction",
     "Listed",
     "Partial",
     "Periodic",
+    "Polynomial",
     "Queries",
     "Reuse",
     "Rule",
@@ -45,6 +51,7 @@ __all__ = [
     "Share",
     "SkipBlocks",
     "Spread",
+    "Taylor",
     "TaylorSeer",
     "TaylorToCa",
     "ToCa",

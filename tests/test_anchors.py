@@ -1,0 +1,187 @@
+"""Anchors: the published predictors as weights of kept values, equal to their literal forms, exact where they must be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.oracles import anchors as literal
+from tests.sampling import noise, sample
+from toca_compile import Composition, PolicyError, TaylorSeer
+from toca_compile.ir.anchors import Ring, Weights
+from toca_compile.ir.history import Past
+from toca_compile.ir.state import Number
+from toca_compile.lowerings import inductor
+from toca_compile.ops import series
+from toca_compile.policies import (
+    Anchors,
+    Chebyshev,
+    Every,
+    Foca,
+    Hermite,
+    Listed,
+    Partial,
+    Polynomial,
+    Rule,
+    Share,
+    SkipBlocks,
+    Taylor,
+)  # fmt: skip
+from toca_compile.policies.storage import as_data, from_data
+
+PREDICTORS: list[tuple[Weights, Any]] = [
+    (Polynomial(), literal.newton),
+    (Taylor(), literal.taylor),
+    (Hermite(0.5), literal.hicache(0.5)),
+    (Hermite(0.9), literal.hicache(0.9)),
+    (Foca(), literal.foca),
+    (Chebyshev(4, 0.1, 14), literal.spectrum(4, 0.1, 14, 0.0)),
+    (Chebyshev(3, 0.05, 14, local=0.5), literal.spectrum(3, 0.05, 14, 0.5)),
+]
+UNEVEN = (0, 1, 4, 6, 7, 11)
+
+
+def composition(full: Sequence[int], do: Any, steps: int = 14, **fields: Any) -> Composition:
+    return Composition(steps, Listed(tuple(full)), (Rule(do),), **fields)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["sites", "blocks"])
+@pytest.mark.parametrize("kept", [1, 3, 4])
+@pytest.mark.parametrize(("by", "predict"), PREDICTORS, ids=lambda p: repr(p) if isinstance(p, Weights) else "")
+def test_equal_to_its_literal_form(by: Weights, predict: Any, kept: int, blocks: bool) -> None:
+    """Of single sites and of the stack of blocks, at uneven gaps."""
+    torch._dynamo.reset()
+    model = randomize(PlainDiT((4, 4), width=8, depth=2))
+    do = Anchors(by, kept)
+    opt = toca_compile.optimize(model, composition(UNEVEN, SkipBlocks(do=do) if blocks else do), lowering="eager")
+    oracle = literal.AnchorOracle(model, UNEVEN, kept, predict, blocks=blocks)
+    x = noise(2, (4, 4), seed=3)
+    expected = sample(oracle, 14, x)
+    torch.testing.assert_close(sample(opt, 14, x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert toca_compile.explain(opt).schedule == "".join(
+        "F" if i in UNEVEN else "S" if blocks else "T" for i in range(14)
+    )
+
+
+def told(ring: Ring, values: torch.Tensor, full: Sequence[int], step: int) -> torch.Tensor:
+    """What the graphs do, on one number: the ring written at each full step, the sum at ``step``."""
+    output, kept = torch.zeros(()), torch.zeros(max(ring.kept - 1, 1))
+    past = Past()
+    for at in full:
+        numbers = ring.numbers(past, at, 0)
+        if ring.kept > 1:
+            series.store_at_(kept, numbers[Number.KEEP, 0], output)
+        output = values[at].clone()
+        past = Past((*past.full, at)[-ring.kept :], past.times + 1, 0)
+    numbers = ring.numbers(past, step, 0)
+    total = series.weighted(output, numbers[Number.MOVE, 0])
+    return total + sum(series.weighted(kept[i], numbers[Number.MOVE, i + 1]) for i in range(ring.kept - 1))
+
+
+@given(st.data(), st.integers(1, 5))
+def test_a_polynomial_is_exact_below_the_number_of_anchors(data: st.DataObject, kept: int) -> None:
+    """However they are spaced, and however many were before them."""
+    gaps = data.draw(st.lists(st.integers(1, 6), min_size=kept - 1, max_size=kept + 4))
+    full = [0]
+    for gap in gaps:
+        full.append(full[-1] + gap)
+    step = full[-1] + data.draw(st.integers(1, 6))
+    coefficients = data.draw(st.lists(st.integers(-5, 5), min_size=1, max_size=kept))
+    x = torch.arange(step + 1, dtype=torch.float64) / 8
+    values = sum((c * x**i for i, c in enumerate(coefficients)), start=torch.zeros_like(x)).float()
+    actual = told(Ring(kept, by=Polynomial()), values, full, step)
+    torch.testing.assert_close(actual, values[step], rtol=1e-3, atol=1e-2)
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=0, max_size=4), st.integers(1, 6), st.sampled_from([p for p, _ in PREDICTORS])
+)
+def test_weights_of_a_constant_sum_to_one(gaps: list[int], ahead: int, by: Weights) -> None:
+    """What never changes is forecast as it is; a ridge shrinks it a little."""
+    full = [0]
+    for gap in gaps:
+        full.append(full[-1] + gap)
+    weights = by.weights(full, full[-1] + ahead)
+    assert len(weights) == len(full)
+    if not isinstance(by, Chebyshev):
+        assert sum(weights) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_newton_and_taylor_are_what_differences_make_of_them() -> None:
+    model, x = randomize(PlainDiT((4, 4), width=8, depth=2)), noise(2, (4, 4))
+    for basis, by in (("newton", Polynomial()), ("taylor", Taylor())):
+        results = []
+        for policy in (TaylorSeer(14, order=2, full=UNEVEN, basis=basis), composition(UNEVEN, Anchors(by, 3))):
+            torch._dynamo.reset()
+            results.append(sample(toca_compile.optimize(model, policy, lowering="eager"), 14, x))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_is_the_last_values() -> None:
+    sizes = []
+    for kept in (1, 3):
+        torch._dynamo.reset()
+        opt = toca_compile.optimize(
+            randomize(PlainDiT()), composition((0, 4), Anchors(Polynomial(), kept), 8), lowering="eager"
+        )
+        sample(opt, 7, noise())
+        sizes.append(opt.cache_bytes)
+        assert toca_compile.explain(opt).cache_bytes == opt.cache_bytes
+    assert sizes[1] == 3 * sizes[0]
+
+
+@pytest.mark.inductor
+def test_no_recompile_for_other_weights() -> None:
+    """One variant for all weights, steps and rules."""
+    opt = toca_compile.optimize(
+        randomize(PlainDiT((4, 4), width=8, depth=2)), composition(UNEVEN, Anchors(Polynomial(), 3))
+    )
+    x = noise(1, (4, 4))
+    sample(opt, 6, x)
+    before = inductor.compiles
+    sample(opt, 14, x)
+    for by in (Hermite(0.7), Foca(), Chebyshev(num_steps=14)):
+        opt.policy = composition(UNEVEN, Anchors(by, 3))
+        result = sample(opt, 14, x)
+        assert inductor.compiles == before
+    eager = toca_compile.optimize(
+        randomize(PlainDiT((4, 4), width=8, depth=2)), composition(UNEVEN, Anchors(by, 3)), lowering="eager"
+    )
+    torch.testing.assert_close(result, sample(eager, 14, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Anchors(Polynomial(), 0), "kept"),
+        (lambda: Anchors("newton"), "by"),
+        (lambda: Hermite(0.0), "scale"),
+        (lambda: SkipBlocks(order=1, do=Anchors(Polynomial())), "without order"),
+        (lambda: SkipBlocks(do=Partial()), "reuses or forecasts"),
+    ],
+)
+def test_nonsense_is_refused(make: Any, why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        make()
+
+
+def test_tokens_with_a_history_of_their_own_cannot_be_anchors() -> None:
+    policy = Composition(
+        8, Every(4), (Rule(Partial(), kinds=("mlp",), depths=(0.0, 1.0)), Rule(Anchors(Polynomial()))),
+        alternate=(Rule(Anchors(Polynomial())),), how_many=Share(0.5),
+    )  # fmt: skip
+    opt = toca_compile.optimize(randomize(PlainDiT()), policy, lowering="eager")
+    with pytest.raises(PolicyError, match="one by one"):
+        sample(opt, 8, noise())
+
+
+def test_a_file_holds_them_and_a_run_sets_its_steps() -> None:
+    policy = composition((0, 4), SkipBlocks(do=Anchors(Chebyshev(num_steps=50), 6)), 8)
+    assert from_data(as_data(policy)) == policy
+    (rule,) = policy.for_run(30, True).rules
+    assert rule.do == SkipBlocks(do=Anchors(Chebyshev(num_steps=30), 6))
