@@ -87,7 +87,7 @@ def test_products_are_counted_as_torch_counts_them(name: str) -> None:
     model = make()
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
     call(opt)
-    module = opt._session.executors[0].program.module
+    module = toca_compile.explain(opt).program.module
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         WrittenOut(module).run(*_inputs(opt))
     assert toca_compile.explain(opt).flops("full", counting="torch") == counter.get_total_flops()
@@ -104,7 +104,7 @@ class WrittenOut(torch.fx.Interpreter):
 
 
 def _inputs(opt: Any) -> list[torch.Tensor]:
-    graph = opt._session.executors[0].program.module.graph
+    graph = toca_compile.explain(opt).program.module.graph
     return [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in graph.nodes if n.op == "placeholder"]
 
 

@@ -55,7 +55,7 @@ def test_1_every_layer_is_of_one_mind(name: str) -> None:
     policy = preset(name)
     opt = toca_compile.optimize(randomize(PlainDiT(depth=4)), policy, lowering="eager")
     sample(opt, 1, noise())
-    plan = opt._session.executors[0].plan
+    plan = toca_compile.explain(opt).plan
     for step in plan.steps:
         attention = [a.kind for a in step.sites[::2]]
         assert len(set(attention)) == 1
@@ -64,10 +64,10 @@ def test_1_every_layer_is_of_one_mind(name: str) -> None:
 def test_2_depth_is_the_models_own() -> None:
     """At the last of 50 layers FLUX's factor is ½ of the middle's, not negative."""
     opt = optimized_flux(preset("flux-dev/50-n4", num_steps=5, fresh_ratio=0.5), 5, flux(1, 50))
-    step = opt._session.executors[0].plan.steps[3]
+    step = toca_compile.explain(opt).plan.steps[3]
     ks = [
         s.computed(site)
-        for s, site in zip(step.sites, opt._session.executors[0].program.sites, strict=True)
+        for s, site in zip(step.sites, toca_compile.explain(opt).program.sites, strict=True)
         if site.kind == "parallel"
     ]
     assert (ks[0], ks[-1]) == (42, 16)  # 0.5·1.6·(1.5, 0.5) of 42 tokens: more than all, and 0.4
@@ -77,7 +77,7 @@ def test_2_depth_is_the_models_own() -> None:
 def test_3_any_grid() -> None:
     opt = toca_compile.optimize(randomize(PlainDiT((6, 14))), preset("dit-xl-2/ddim-50", cell=4), lowering="eager")
     sample(opt, 50, noise(size=(6, 14)))
-    assert opt._session.executors[0].program.sites[1].axis.grid == (3, 7)
+    assert toca_compile.explain(opt).program.sites[1].axis.grid == (3, 7)
 
 
 def test_4_no_map_is_made_or_kept() -> None:
@@ -120,7 +120,7 @@ def test_5_text_is_not_packed_over_the_batch() -> None:
 def test_6_only_what_is_read_is_scored() -> None:
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"))
     scored = {name[-2] for run in opt._session.control.runs for name in run.buffers if name[-3] is State.SCORE}
-    kinds = {opt._session.executors[0].program.sites[i].kind for i in scored}
+    kinds = {toca_compile.explain(opt).program.sites[i].kind for i in scored}
     assert kinds == {"cross_attention"}
 
 
@@ -223,7 +223,7 @@ def test_11_nothing_is_done_for_no_token() -> None:
     """OpenSora's cross-attention selects nothing: between its full steps it is the cache, and nothing else."""
     opt = toca_compile.optimize(video(2), preset("opensora-1.2/rflow-30"), lowering="eager")
     sample_video(opt, gaussian(1, 2, 3, 4, 4), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=29)
-    program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
+    program, plan = toca_compile.explain(opt).program, toca_compile.explain(opt).plan
     cross = [s.index for s in program.sites if s.kind == "cross_attention"]
     assert {step.sites[i].word for step in plan.steps for i in cross} == {"compute", "reuse"}
     (run,) = opt._session.control.runs
@@ -241,7 +241,7 @@ def test_11_selection_is_a_function_of_its_inputs() -> None:
 def test_12_all_tokens_are_computed_densely() -> None:
     """PixArt's early layers clamp to every token: no gather, no scatter."""
     opt = optimized_pixart(preset("pixart-alpha/dpm-20"), 20, depth=3)
-    program, plan = opt._session.executors[0].program, opt._session.executors[0].plan
+    program, plan = toca_compile.explain(opt).program, toca_compile.explain(opt).plan
     mlp = next(s.index for s in program.sites if s.kind == "mlp")
     assert plan.steps[1].sites[mlp].dense
     assert plan.steps[1].kind == "partial"

@@ -148,7 +148,7 @@ def test_what_is_found_in_each_style() -> None:
         for site in report.sites:
             assert ("partial" in site.actions) == (site.kind == "mlp"), name
             assert (site.reason is None) == (site.kind == "mlp"), name
-        program = opt._session.executors[0].program
+        program = toca_compile.explain(opt).program
         assert program.sites[1].axis.grid == (4, 4), name
         assert program.sites[1].axis.offset == (3 if name == "register" else 0), name
         blocks = [s.template for s in program.segments if s.sites]
@@ -204,7 +204,7 @@ def test_a_grid_that_the_graph_does_not_show_can_be_given(caplog: pytest.LogCapt
         with torch.no_grad():
             for _ in range(3):
                 opt(x, t, y)
-        grids.append(opt._session.executors[0].program.sites[1].axis.grid)
+        grids.append(toca_compile.explain(opt).program.sites[1].axis.grid)
     assert grids == [None, (4, 6), (6, 4)]
     assert len([r for r in caplog.records if "grid=(height, width)" in r.message]) == 1
 

@@ -197,8 +197,8 @@ def test_opensora(depth: int, videos: int, latents: tuple[int, int, int], given:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert results[0].isfinite().all()
     same_selections(oracle.caches.selected, math.prod(latents) // 4)
-    by_kind = {s.kind: s.index for s in opt._session.executors[0].program.sites}
-    steps = opt._session.executors[0].plan.steps
+    by_kind = {s.kind: s.index for s in toca_compile.explain(opt).program.sites}
+    steps = toca_compile.explain(opt).plan.steps
     for kind, full in {
         "self_attention": [0, 1, 2, *range(3, 30, 3)],
         "mlp": [0, 1, 2, *range(3, 30, 3)],
@@ -211,7 +211,7 @@ def test_opensora_is_one_axis_of_frames_and_places() -> None:
     model = randomize(STDiT3(width=24, heads=2, depth=2, caption_channels=8, in_channels=2))
     opt = toca_compile.optimize(model, preset("opensora-1.2/rflow-30"), lowering="eager")
     sample_video(opt, gaussian(1, 2, 3, 6, 8), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=1)
-    program = opt._session.executors[0].program
+    program = toca_compile.explain(opt).program
     (axis,) = {s.axis for s in program.sites}
     assert (axis.size, axis.frames, axis.grid) == (36, 3, (3, 4))
     blocks = [s.template for s in program.segments if s.sites]

@@ -88,12 +88,12 @@ def test_depth_comes_from_the_graph() -> None:
             randomize(PlainDiT((16, 16), depth=depth)), preset("dit-xl-2/ddim-50"), lowering="eager"
         )
         sample(opt, 1, noise(size=(16, 16)))
-        plan = opt._session.executors[0].plan
+        plan = toca_compile.explain(opt).plan
         ks = [a.tokens for a in plan.steps[48].sites if isinstance(a, Partial)]  # s = 1
         assert len(ks) == depth
         assert (ks[0], ks[-1]) == (26, 39)  # ⌊64·0.07·(0.8, 1.2)·2.92·2.5⌋
         opt.policy = preset("dit-xl-2/ddim-50", layer_span=27)
-        plan = opt._session.executors[0].plan
+        plan = toca_compile.explain(opt).plan
         ks = [a.tokens for a in plan.steps[48].sites if isinstance(a, Partial)]
         assert ks[-1] == int(64 * 0.07 * (0.8 + 0.4 * (depth - 1) / 27) * 2.92 * 2.5)
 

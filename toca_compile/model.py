@@ -165,6 +165,33 @@ class OptimizedModel(OptimizedModule):
             return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code)
         return _Entry(self.dynamo_ctx(types.FunctionType(code, {"__builtins__": __builtins__})), code)
 
+    def compile(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]
+        """Trace the model for inputs like these and compile every variant that the policy's plan needs, instead of each
+        at the step that first needs it. No run begins or ends by it. What is compiled is logged at level INFO.
+
+        Args:
+            args, kwargs: example inputs, as the model is called with them.
+
+        Returns:
+            How many variants were compiled beside those of a first step.
+
+        Raises:
+            TocaError: there are no inputs, or as a call would raise.
+        """
+        if not _leaves(args, kwargs):
+            raise TocaError(
+                "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
+                "with, and makes all variants of the plan before the first step"
+            )
+        session, own = self._session, "compile"
+        with session.control.lock, torch.no_grad():
+            try:
+                with self.cache_context(own, step_index=0):
+                    self(*args, **kwargs)
+            finally:
+                session.control.reset(own)
+            return sum(executor.compile_plan() for executor in session.executors)
+
     def reset(self, context: str | None = None) -> None:
         """Forget every run, or those of one context: its next call is step 0 of a new one, and the caches are freed."""
         with self._session.control.lock:

@@ -13,7 +13,7 @@ from toca_compile.errors import TocaError
 from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.printer import print_range, print_variant, variant_name
-from toca_compile.ir.program import BlockRange, Variant
+from toca_compile.ir.program import BlockRange, Program, Variant
 from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
 from toca_compile.passes.proof.block_range import find_range
@@ -61,6 +61,16 @@ class Report:
         self._session = session
         self._models: dict[tuple[int, str], CostModel] = {}
         self.sites = tuple(row for i, e in enumerate(session.executors) for row in _site_rows(e, self._cost(i)))
+
+    @property
+    def program(self) -> Program:
+        """The first graph after all passes: its sites, segments and what else is known of it."""
+        return self._session.executors[0].program
+
+    @property
+    def plan(self) -> Plan:
+        """The policy's plan for the first graph."""
+        return self._session.executors[0].plan
 
     @property
     def plans(self) -> tuple[Plan, ...]:

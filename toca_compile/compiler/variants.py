@@ -123,6 +123,9 @@ class _RangeGraphs:
     def values(self, name: str) -> tuple[fx.Node, ...]:
         return range_values(self.found, name)
 
+    def ready(self, name: str) -> bool:
+        return name in self._graphs
+
     def compiled(self, name: str) -> Graph:
         if name not in self._graphs:
             variant = GRAPHS[name](self.found, self.skip)

@@ -178,28 +178,28 @@ class Executor:
                 fresh[site.name] = torch.full(shape, action.dense)
         return fresh
 
-    def compile_plan(self, progress: Callable[[str], None] = lambda name: None) -> int:
+    def compile_plan(self) -> int:
         """Compile all variants of the plan that are not compiled yet, instead of each when a step first meets it.
-
-        Args:
-            progress: is told what is compiled next.
 
         Returns:
             How many were compiled.
         """
-        count = 0
+        pending: dict[_Variant, Segment] = {}
         for calls in {id(calls): calls for calls in self.schedule.calls}.values():
             for segment, call in zip(self.program.segments, calls, strict=True):
                 if (segment.template, call.forms) not in self.ready:
-                    progress(f"template {segment.template}: {', '.join(map(str, call.forms)) or 'no site'}")
-                    self._graph(segment, call.forms)
-                    count += 1
+                    pending.setdefault((segment.template, call.forms), segment)
         skipping = self._now.skipping
-        for name in skipping.names if skipping is not None else ():
+        ranges = [] if skipping is None else [name for name in skipping.names if not skipping.graphs.ready(name)]
+        count = len(pending) + len(ranges)
+        for i, ((template, forms), segment) in enumerate(pending.items(), 1):
+            does = "; ".join(map(str, forms)) or "no site"
+            log.info("compiling variant %d of %d: template %d [%s]", i, count, template, does)
+            self._graph(segment, forms)
+        for i, name in enumerate(ranges, len(pending) + 1):
             assert skipping is not None
-            progress(f"skipped blocks: {name}")
+            log.info("compiling variant %d of %d: skipped blocks, %s", i, count, name)
             skipping.graphs.compiled(name)
-            count += 1
         return count
 
     def planned_bytes(self) -> int:

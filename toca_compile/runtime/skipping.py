@@ -26,6 +26,10 @@ class RangeGraphs(Protocol):
         """The values that a graph chooses its arguments from."""
         ...
 
+    def ready(self, name: str) -> bool:
+        """Whether it is compiled."""
+        ...
+
     def compiled(self, name: str) -> Graph:
         """``"keep"``, ``"skip"``, ``"probe"`` or ``"keep change"``."""
         ...
