@@ -155,8 +155,11 @@ class Blended:
                 raise Ambiguous("several streams through skipped blocks")
             if self.orders or cached:
                 raise Ambiguous("forecasts or cached keys beside skipped blocks")
-            if any(block.skip == "cat" for block in self.twin.spec.blocks):
+            blocks = self.twin.spec.blocks
+            if any(block.skip == "cat" for block in blocks):
                 raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
+            if any(block.skip for block in blocks) and any(r.add == "in_place" for b in blocks for r in b.branches):
+                raise Ambiguous("an earlier stream that blocks among the skipped ones may have added to")
 
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""
@@ -285,16 +288,16 @@ class Blended:
         if i not in skipped:
             return run()
         if i == min(skipped):
-            self.entered = h
+            self.entered = h.clone()  # blocks may add to the stream in place
         if skips:
             if i > min(skipped):
                 return h, s
             kept = self.range[0].values[-1]
-            return (h + kept if self.skips.residual else kept), s
+            return (h + kept if self.skips.residual else kept.clone()), s
         h, s = run()
         if i == max(skipped):
             self.range = [Series(self.basis)]
-            self.range[0].keep(h - self.entered if self.skips.residual else h, self.step, True)
+            self.range[0].keep(h - self.entered if self.skips.residual else h.clone(), self.step, True)
         return h, s
 
 

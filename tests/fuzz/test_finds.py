@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
-from tests.fuzz.oracles import examine
+from tests.fuzz.oracles import Tally, examine
 from toca_compile import BlockCache, Fora, FullCompute, TaylorToCa, ToCa
-from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share
+from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share, SkipBlocks
 
 SOME = ToCa(6, 3, 0.4, "constant")
 JOINT = Composition(
@@ -50,8 +50,30 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
     ),
 }
 
+# Mistakes of the fuzzer's own, seen as failures of the compiler.
+MISTAKES: dict[str, tuple[Spec, list[Any]]] = {
+    "skipped blocks that add to the stream in place": (
+        Spec((Block(), Block((Branch("attention", add="in_place"),)))),
+        [Composition(3, Every(3), alternate=(Rule(SkipBlocks(first=1)),)),
+         Composition(3, Every(3), alternate=(Rule(SkipBlocks(first=1, residual=False)),))],
+    ),
+    "blocks that add in place to what skipped ones left": (
+        Spec((Block(), Block((Branch("attention", add="in_place"),)))),
+        [Composition(3, Every(3), (Rule(SkipBlocks(last=1, residual=False)),))],
+    ),
+    "autocast around an op with a vector": (Spec((Block((Branch(inside="lerp", island="autocast"),)),)), [FullCompute()]),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", FINDS)
 def test_found_once(name: str) -> None:
     spec, policies = FINDS[name]
     assert examine(spec, policies) == []
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistaken_once(name: str) -> None:
+    spec, policies = MISTAKES[name]
+    assert examine(spec, policies, tally := Tally()) == []
+    skips = sum(isinstance(policy, Composition) for policy in policies)
+    assert tally.applied["blend with skips"] == skips
