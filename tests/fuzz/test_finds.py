@@ -48,6 +48,14 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block(), Block((Branch("attention"),), skip="add"))),
         [BlockCache(4, interval=2), BlockCache(4, threshold=0.05)],
     ),
+    "keys made across samples beside an MLP": (
+        Spec((Block((Branch("attention"), Branch("fused", inside="roll_flat", on="k"))),)),
+        [TaylorToCa(2, keys="update"), TaylorToCa(3, keys="fresh"), TaylorToCa(3, keys=None)],
+    ),
+    "queries turned about among samples beside an MLP": (
+        Spec((Block((Branch("attention"), Branch("fused", inside="batch_flip", on="q"))),)),
+        [TaylorToCa(2, keys="update")],
+    ),
 }
 
 # Mistakes of the fuzzer's own, seen as failures of the compiler.
