@@ -56,7 +56,12 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block((Branch("attention"), Branch("fused", inside="batch_flip", on="q"))),)),
         [TaylorToCa(2, keys="update")],
     ),
-}
+    "scores where a later block mistakes tokens for samples": (
+        Spec((Block((Branch("fused"),)), Block((Branch(inside="transposed"),)))),
+        [Composition(2, Every(2), (Rule(Queries()),), which=Selector(score), how_many=Share(0.5))
+         for score in ("v_norm", "k_norm", "attention", "entropy")],
+    ),
+}  # fmt: skip
 
 # Mistakes of the fuzzer's own, seen as failures of the compiler.
 MISTAKES: dict[str, tuple[Spec, list[Any]]] = {
