@@ -131,6 +131,7 @@ class Blended:
         self.range: list[Series] = []
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self.held: dict[str, Tensor] = {}
+        self.ran: set[str] = set()  # the branches that are sites, in this step
         self.step = 0
 
     @property
@@ -164,7 +165,7 @@ class Blended:
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""
         masks = masks_of(self.twin, self.sites, fresh)
-        self.step = step
+        self.step, self.ran = step, set()
         kinds = {owner_of(self.twin, s): s.kind for s in self.sites}
         keepers: list[Any] = [m for m in self.twin.modules() if hasattr(m, "keep")]
         try:
@@ -214,6 +215,9 @@ class Blended:
     ) -> Tensor:  # fmt: skip
         if mask is None:
             return value
+        if path in self.ran:
+            raise Ambiguous("a branch that runs in several blocks, of which one is a site")
+        self.ran.add(path)
         series = self.kept.setdefault(path, Series(self.basis, getattr(self._does(kind), "order", 0)))
         if bool(mask.all()):
             series.keep(value, self.step, self.step < self.parts.differences_from)

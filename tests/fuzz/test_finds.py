@@ -74,6 +74,10 @@ MISTAKES: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block(), Block((Branch("attention", add="in_place"),)))),
         [Composition(3, Every(3), (Rule(SkipBlocks(last=1, residual=False)),))],
     ),
+    "a branch in two blocks, in the last of which nothing reads it": (
+        Spec((Block((Branch(inside="swap"),), "joint"), Block()), text="joint", shared_weights=True),
+        [Fora(2)],
+    ),
     "autocast around an op with a vector": (Spec((Block((Branch(inside="lerp", island="autocast"),)),)), [FullCompute()]),
 }  # fmt: skip
 
