@@ -161,6 +161,10 @@ class Blended:
                 raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
             if any(block.skip for block in blocks) and any(r.add == "in_place" for b in blocks for r in b.branches):
                 raise Ambiguous("an earlier stream that blocks among the skipped ones may have added to")
+            end = blocks[-1 - self.skips.last].branches[-1] if self.skips.last < len(blocks) else None
+            if end is not None and end.place == "post":
+                # What is kept is the sum in front of that norm, which runs at every step: here both would be kept.
+                raise Ambiguous("a range of blocks that ends in a norm of the stream")
 
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""

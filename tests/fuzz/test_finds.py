@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
+import toca_compile
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
+from tests.fuzz.models import build, inputs
 from tests.fuzz.oracles import Tally, examine
 from toca_compile import BlockCache, Fora, FullCompute, TaylorToCa, ToCa
 from toca_compile.policies import Composition, Every, Queries, Rule, Selector, Share, SkipBlocks
@@ -80,6 +83,25 @@ MISTAKES: dict[str, tuple[Spec, list[Any]]] = {
     ),
     "autocast around an op with a vector": (Spec((Block((Branch(inside="lerp", island="autocast"),)),)), [FullCompute()]),
 }  # fmt: skip
+
+
+def test_a_norm_behind_skipped_blocks_is_computed() -> None:
+    """What skipped blocks add is kept as it is before the norm of the stream that ends the last one."""
+    spec = Spec((Block((Branch("attention"), Branch("swiglu", place="post"))),))
+    policy = Composition(3, Every(3), alternate=(Rule(SkipBlocks()),))
+    model: Any = build(spec)
+    calls, entered, summed = inputs(spec, 3, False), [], []
+    with torch.no_grad():
+        opt = toca_compile.optimize(model, policy, lowering="eager")
+        out = [opt(*given) for given in calls][2]
+        block = model.blocks[0]
+        block.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+        block.branches[1].norm.register_forward_pre_hook(lambda module, args: summed.append(args[0]))
+        torch._dynamo.reset()
+        model(*calls[0])
+        model(*calls[2])
+        stream = block.branches[1].norm(entered[1] + summed[0] - entered[0])
+        torch.testing.assert_close(out, model.head(model.norm(stream)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FINDS)
