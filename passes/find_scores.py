@@ -29,6 +29,9 @@ def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site
         lead = tuple(f for f in types.factors.resolve(attention.lead) if f in site.batch)
         if other.batch != site.batch or lead != site.batch:
             continue
+        # A reshape across samples and tokens may make one factor of both: scores are laid out by factors.
+        if set(site.batch) & (types.factors.atoms(attention.key_axis) | types.factors.atoms(attention.axis)):
+            continue
         # A map that the site does not make itself (weights that are learned, say) is out of its graph's reach.
         if attention.map is not None and attention.map not in other.region:
             continue

@@ -60,7 +60,7 @@ def find_sites(
         inside = tuple(a for a in attentions if a.node in region)
         proofs = [_prove(types, branch.source, output, region, tokens, inside) for tokens in choices]
         tokens, proof, batch = next((p for p in proofs if isinstance(p[1], RowProof)), proofs[0])
-        queries = _queries(types, branch.source, output, region, tokens, proof)
+        queries = _queries(types, branch, output, tokens, proof, batch)
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
             axes[factors] = _axis(graph, types, factors, len(axes), grid)
@@ -134,16 +134,22 @@ def _prove(
 
 def _queries(
     types: AxisTypes,
-    source: fx.Node,
+    branch: _Branch,
     output: fx.Node,
-    region: frozenset[fx.Node],
     tokens: tuple[FactorPos, ...],
     proof: RowProof | Blocked,
+    batch: Product,
 ) -> RowProof | Blocked | None:
-    """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens."""
+    """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens.
+    ``batch``: the factors that number the site's samples; one selection serves both proofs."""
     if isinstance(proof, RowProof) and not proof.stale_inputs:
         return None
-    return prove_queries(types, source, output, region, tokens, batch_of(types, source, output, region, tokens))
+    region = branch.region & ancestors([output], stop=[branch.source])
+    carried = batch_of(types, branch.source, output, region, tokens)
+    if isinstance(proof, RowProof) and tuple(types.type_of(output)[o.dim][o.index] for o in carried) != batch:
+        # What is held hides it from the first proof: keys, say, that are made across samples.
+        return Blocked(proof.stale_inputs[0], "mixes samples that the rest of the branch keeps apart")
+    return prove_queries(types, branch.source, output, region, tokens, carried)
 
 
 def _computes(proof: RowProof, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:

@@ -131,6 +131,7 @@ class Blended:
         self.range: list[Series] = []
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self.held: dict[str, Tensor] = {}
+        self.ran: set[str] = set()  # the branches that are sites, in this step
         self.step = 0
 
     @property
@@ -155,13 +156,20 @@ class Blended:
                 raise Ambiguous("several streams through skipped blocks")
             if self.orders or cached:
                 raise Ambiguous("forecasts or cached keys beside skipped blocks")
-            if any(block.skip == "cat" for block in self.twin.spec.blocks):
+            blocks = self.twin.spec.blocks
+            if any(block.skip == "cat" for block in blocks):
                 raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
+            if any(block.skip for block in blocks) and any(r.add == "in_place" for b in blocks for r in b.branches):
+                raise Ambiguous("an earlier stream that blocks among the skipped ones may have added to")
+            end = blocks[-1 - self.skips.last].branches[-1] if self.skips.last < len(blocks) else None
+            if end is not None and end.place == "post":
+                # What is kept is the sum in front of that norm, which runs at every step: here both would be kept.
+                raise Ambiguous("a range of blocks that ends in a norm of the stream")
 
     def __call__(self, step: int, given: Sequence[Tensor], fresh: dict[str, Tensor], kind: str) -> Tensor:
         """The output of one step, whose sites computed the tokens ``fresh``."""
         masks = masks_of(self.twin, self.sites, fresh)
-        self.step = step
+        self.step, self.ran = step, set()
         kinds = {owner_of(self.twin, s): s.kind for s in self.sites}
         keepers: list[Any] = [m for m in self.twin.modules() if hasattr(m, "keep")]
         try:
@@ -211,6 +219,9 @@ class Blended:
     ) -> Tensor:  # fmt: skip
         if mask is None:
             return value
+        if path in self.ran:
+            raise Ambiguous("a branch that runs in several blocks, of which one is a site")
+        self.ran.add(path)
         series = self.kept.setdefault(path, Series(self.basis, getattr(self._does(kind), "order", 0)))
         if bool(mask.all()):
             series.keep(value, self.step, self.step < self.parts.differences_from)
@@ -285,16 +296,16 @@ class Blended:
         if i not in skipped:
             return run()
         if i == min(skipped):
-            self.entered = h
+            self.entered = h.clone()  # blocks may add to the stream in place
         if skips:
             if i > min(skipped):
                 return h, s
             kept = self.range[0].values[-1]
-            return (h + kept if self.skips.residual else kept), s
+            return (h + kept if self.skips.residual else kept.clone()), s
         h, s = run()
         if i == max(skipped):
             self.range = [Series(self.basis)]
-            self.range[0].keep(h - self.entered if self.skips.residual else h, self.step, True)
+            self.range[0].keep(h - self.entered if self.skips.residual else h.clone(), self.step, True)
         return h, s
 
 

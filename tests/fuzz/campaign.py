@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.fuzz.grammar import draw, draw_policy, written
 from tests.fuzz.minimise import as_test, minimise
-from tests.fuzz.oracles import Tally, examine
+from tests.fuzz.oracles import Tally, Unusable, examine
 
 
 def work(given: Any, job: int) -> Tally:
@@ -25,7 +25,13 @@ def work(given: Any, job: int) -> Tally:
         policies = [draw_policy(r) for _ in range(given.policies)]
         if any(word in written(spec) for word in words):
             continue
-        for number, failure in enumerate(examine(spec, policies, tally)):
+        try:
+            failures = examine(spec, policies, tally)
+        except Unusable as error:  # a mistake of the grammar: the campaign goes on, and tells it
+            tally.unusable += 1
+            print(f"seed {seed}: unusable: {error}", flush=True)
+            continue
+        for number, failure in enumerate(failures):
             print(f"seed {seed}: {failure}", flush=True)
             seen[failure.kind] = seen.get(failure.kind, 0) + 1
             small = spec

@@ -131,7 +131,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Apply]] = {
     "in_place": (("vector",), _in_place),
     "assign_channel": ((), _assign_channel),
     "addcmul": (("vector",), lambda m, h: torch.addcmul(h, h, m.vector, value=0.5)),
-    "lerp": (("vector",), lambda m, h: torch.lerp(h, h * h, m.vector)),
+    "lerp": (("vector",), lambda m, h: torch.lerp(h, h * h, m.vector.to(h.dtype))),
     "rounded": ((), lambda m, h: h.to(torch.bfloat16).to(h.dtype)),
     "complex": ((), _complex),
     "groups": ((), lambda m, h: F.group_norm(h.reshape(-1, h.shape[-1]), 2).reshape(h.shape)),

@@ -53,6 +53,7 @@ class Tally:
 
     models: int = 0
     runs: int = 0
+    unusable: int = 0
     sites: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     applied: Counter[str] = field(default_factory=Counter)
@@ -62,14 +63,19 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Count in what another process counted."""
         self.models, self.runs = self.models + other.models, self.runs + other.runs
+        self.unusable += other.unusable
         for name in ("sites", "refusals", "applied", "not_applied", "failures"):
             getattr(self, name).update(getattr(other, name))
 
     def __str__(self) -> str:
-        lines = [f"models {self.models}, runs {self.runs}"]
+        lines = [f"models {self.models}, runs {self.runs}, unusable draws {self.unusable}"]
         for name in ("sites", "applied", "not_applied", "refusals", "failures"):
             lines += [f"{name}:", *(f"  {count:6}  {what}" for what, count in getattr(self, name).most_common())]
         return "\n".join(lines)
+
+
+class Unusable(Exception):
+    """The description's model does not run without the compiler: nothing is learned of it."""
 
 
 class _Off(Exception):
@@ -83,10 +89,13 @@ class Subject:
 
     def __init__(self, spec: Spec, tally: Tally, lowering: str = "eager") -> None:
         self.spec, self.tally, self.lowering = spec, tally, lowering
-        self.model, self.twin = build(spec), made(Twin(spec))
         self.opt: Any = None
         self._plain: dict[tuple[bool, int], Tensor] = {}
-        self.noise = self._rounding()
+        try:
+            self.model, self.twin = build(spec), made(Twin(spec))
+            self.noise = self._rounding()
+        except Exception as error:
+            raise Unusable(f"{type(error).__name__}: {error}") from error
 
     def plain(self, constant: bool, step: int) -> Tensor:
         """The uncached output at one call."""
@@ -297,7 +306,11 @@ class Subject:
 def examine(
     spec: Spec, policies: Sequence[Any], tally: Tally | None = None, lowering: str = "eager"
 ) -> list[Failure]:  # fmt: skip
-    """What fails of one model under these policies."""
+    """What fails of one model under these policies.
+
+    Raises:
+        Unusable: the model itself fails, uncached.
+    """
     tally = Tally() if tally is None else tally
     with torch.inference_mode() if spec.inference_mode else torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,15 +1,19 @@
 """Two hundred random models, each under a random policy; and that the fuzzer sees what it is there to see."""
 
+import argparse
 import dataclasses
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fuzz import campaign
 from tests.fuzz.grammar import Attention, Block, Branch, Spec, draw, draw_policy, read, written
 from tests.fuzz.minimise import minimise
+from tests.fuzz.mixes import TABLE
 from tests.fuzz.models import build, inputs
 from tests.fuzz.oracles import Tally, examine
 from toca_compile import Fora, FullCompute, TaylorSeer, ToCa
@@ -63,6 +67,33 @@ def test_every_branch_matters() -> None:
                     branch.keep = lambda path, value, lay: torch.zeros_like(value)
                     assert not torch.allclose(model(*given), whole, rtol=1e-3, atol=1e-3), (seed, branch.path)
                     branch.keep = lambda path, value, lay: value
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("island", ["autocast", "bfloat16"])
+def test_every_op_runs_in_every_precision(island: str, dtype: str) -> None:
+    """A model that fails without the compiler tells nothing of it: no draw may be one."""
+    for name in TABLE:
+        for body in ("mlp", "attention"):
+            spec = Spec((Block((Branch(body, inside=name, island=island),)),), dtype=dtype)
+            with torch.no_grad():
+                assert build(spec)(*inputs(spec, 1, True)[0]).isfinite().all(), (name, body)
+
+
+def test_a_campaign_counts_the_models_that_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken, sound = with_op("silu"), SPEC
+    monkeypatch.setattr(campaign, "draw", lambda seed: (broken, sound)[seed])
+    monkeypatch.setattr(campaign, "draw_policy", lambda r: Fora(2, 2))
+    monkeypatch.setitem(TABLE, "silu", ((), lambda m, h: h @ h))
+    monkeypatch.setenv("TOCA_VERIFY", "0")  # the campaign sets it
+    given = argparse.Namespace(
+        verify=False, minutes=1.0, seed=0, models=2, jobs=1, without="", policies=1, minimise=0.0, each=1, out=tmp_path
+    )
+    tally = campaign.work(given, 0)
+    assert (tally.unusable, tally.models, tally.failures.total()) == (1, 1, 0)
+    assert "seed 0: unusable: RuntimeError" in capsys.readouterr().out
 
 
 # -- faults that it must see -------------------------------------------------------------------------------------------
