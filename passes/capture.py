@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import CAPTURED_AS
+from toca_compile.ir.graph import CAPTURED_AS, operand_nodes
+from toca_compile.rules.registry import Work, work_of
 
 aten = torch.ops.aten
 
@@ -166,6 +167,21 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
+        _cast_operands(node)
+
+
+def _cast_operands(product: fx.Node) -> None:
+    """A product of operands of several dtypes stood in an autocast, which cast them to the result's. The result's dtype
+    need not tell: fake kernels take it from the first operand and let the others be."""
+    dtype = next(iter(tensors(product.meta["val"]))).dtype
+    for operand in dict.fromkeys(operand_nodes(product)):
+        value = operand.meta["val"]
+        if value.is_floating_point() and value.dtype != dtype and dtype.is_floating_point:
+            with product.graph.inserting_before(product):
+                cast = product.graph.call_function(aten._to_copy.default, (operand,), {"dtype": dtype})
+            cast.meta = {**product.meta, "val": value.to(dtype)}
+            product.replace_input_with(operand, cast)
 
 
 def _name_what_goes(squeeze: fx.Node, shape: Sequence[int]) -> None:

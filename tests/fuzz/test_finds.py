@@ -18,6 +18,18 @@ JOINT = Composition(
 )  # fmt: skip
 
 FINDS: dict[str, tuple[Spec, list[Any]]] = {
+    "a product without a bias of what is half already, in an autocast": (
+        Spec((Block((Branch(inside="squeeze", island="autocast"), Branch("attention"))),)),
+        [FullCompute()],
+    ),
+    "a convolution of what is half already, in an autocast": (
+        Spec((Block((Branch("attention", inside="conv2d", island="autocast"),)),)),
+        [FullCompute()],
+    ),
+    "a single step inside a double model": (
+        Spec((Block((Branch("attention", Attention(rope="complex"), modulation="block"),)),), height=2, channels=16, dtype="float64", registers=2),
+        [Composition(4, rules=(Rule(Queries()),), how_many=Share(0.8))],
+    ),
     "a template whose first block has one value at two inputs": (
         Spec((Block((Branch("attention", gate="block"),), skip="add"),) * 2),
         [FullCompute()],
