@@ -10,7 +10,7 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import ancestors, module_path, operand_nodes, value_of
+from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
@@ -67,7 +67,7 @@ def find_sites(
         sites.append(
             Site(
                 index=len(sites),
-                name=_name(region, len(sites)),
+                name=common_module(n for n in region if work_of(n) in _ARITHMETIC) or f"site{len(sites)}",
                 kind=_kind(inside, factors, proof, types),
                 axis=axes[factors],
                 batch=batch,
@@ -293,14 +293,3 @@ def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[
                     if all(run) and tuple(f for dim in run for f in dim) == factors:
                         return types.factors.size(run[-2]), types.factors.size(run[-1])
     return None
-
-
-def _name(region: Iterable[fx.Node], index: int) -> str:
-    """The module that holds all the branch's arithmetic, as the user named it."""
-    paths = [module_path(n) for n in region if work_of(n) in _ARITHMETIC]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common) or f"site{index}"

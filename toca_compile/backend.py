@@ -1,14 +1,21 @@
-"""The Dynamo backend: the entry point, and all hooks of torch that are not public."""
+"""The Dynamo backend: the entry point, and the hooks of Dynamo that are not public.
+
+Each was seen on torch 2.13 and has a test named after it in ``tests/test_backend_hooks.py``, which fails where a
+version of torch has changed it. (Inductor's stand in ``lowerings/inductor.py``, and ``make_fx``'s in the capture pass.)
+"""
 
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile.errors import GRAD_ENABLED, InferenceModeError, NoSiteError, PolicyError, TocaError
@@ -21,6 +28,8 @@ def toca(gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] |
 
     Options are the keywords of ``toca_compile.optimize``: ``policy``, ``lowering``, ``strict``, ``grid``, ``hoist``.
     """
+    # torch hands a backend its options, and nothing that tells one torch.compile call from another: options may be one
+    # dictionary for several calls, or none. What does is the wrapper that calls us.
     owner = sys._getframe(1).f_locals.get("self")
     try:
         session = session_of(owner, options)
@@ -124,6 +133,17 @@ class _Graph:
         return executor(*inputs)
 
 
+def dynamo_context(session: Session) -> Any:
+    """What makes a callable one that Dynamo compiles for the session. The cache key of a graph is its shape: a new
+    resolution or batch is a new graph, never a generic slow one."""
+    return torch._dynamo.optimize(dynamo_backend(session), dynamic=False)
+
+
+def dynamo_limits(limits: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Dynamo's settings, for a while."""
+    return torch._dynamo.config.patch(limits)
+
+
 def dynamo_backend(session: Session) -> Callable[..., Any]:
     """The session as Dynamo's backend, without keeping it alive."""
     weak = weakref.ref(session)
@@ -166,3 +186,14 @@ def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...
             owned = guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module()
         fixed.append(owned or isinstance(value, torch.nn.Parameter))
     return tuple(fixed)
+
+
+__all__ = [
+    "BackendCompilerFailed",
+    "OptimizedModule",
+    "dynamo_context",
+    "dynamo_limits",
+    "remove_from_cache",
+    "session_of",
+    "toca",
+]

@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
-from torch._dynamo.exc import BackendCompilerFailed
 
-from toca_compile.backend import dynamo_backend
+from toca_compile.backend import (
+    BackendCompilerFailed,
+    OptimizedModule,
+    dynamo_context,
+    dynamo_limits,
+    remove_from_cache,
+)
 from toca_compile.errors import (
     GRAD_ENABLED,
     NO_SITE,
@@ -70,11 +74,9 @@ class OptimizedModel(OptimizedModule):
         object.__setattr__(self, "_entries", OrderedDict())
         object.__setattr__(self, "_hook_lists", (-1, []))
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
-        object.__setattr__(self, "_limits", torch._dynamo.config.patch(_LIMITS))
+        object.__setattr__(self, "_limits", dynamo_limits(_LIMITS))
         session.bounded = True
-        # The cache key of a graph is its shape: a new resolution or batch is a new graph, never a generic slow one.
-        context: Any = torch._dynamo.optimize(dynamo_backend(session), dynamic=False)
-        super().__init__(model, context)
+        super().__init__(model, dynamo_context(session))
 
     def _initialize(self) -> None:
         self.forward = self._dispatch

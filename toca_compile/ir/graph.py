@@ -68,6 +68,16 @@ def module_path(node: fx.Node) -> list[str]:
     return [part for part in path.split(".") if part and part != "_orig_mod"]
 
 
+def common_module(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module that all nodes came from, as the user named it; empty where there is none."""
+    common: list[str] = []
+    for parts in zip(*(module_path(node) for node in nodes), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
 def signature(node: fx.Node) -> tuple[Any, ...]:
     """What must agree for two nodes to be the same op on the same kind of operands: target, constants, shapes."""
 

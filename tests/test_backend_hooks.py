@@ -1,0 +1,164 @@
+"""Canaries: what ``backend.py`` takes from Dynamo that is not public. One test a hook, named after it; where one fails, a
+version of torch has changed it, and the file says what depends on it."""
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+
+from toca_compile import backend
+from toca_compile.backend import BackendCompilerFailed, OptimizedModule, dynamo_limits, remove_from_cache
+
+ROOT = Path(__file__).resolve().parent.parent
+seen: list[Any] = []
+
+
+def record(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    seen.append(gm)
+    return gm.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    seen.clear()
+
+
+def test_optimized_module() -> None:
+    """Keeps the model as ``_orig_mod`` and its context as ``dynamo_ctx``; ``_initialize`` chooses what is called."""
+    model = nn.Linear(2, 2)
+    wrapped = torch.compile(model, backend=record)
+    assert isinstance(wrapped, OptimizedModule)
+    assert wrapped._orig_mod is model
+    assert callable(wrapped.dynamo_ctx)
+    assert "_initialize" in vars(OptimizedModule)
+
+
+def test_remove_from_cache() -> None:
+    """Forgets what was compiled of a code object."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    compiled = torch._dynamo.optimize(record, dynamic=False)(double)
+    for _ in range(2):
+        compiled(torch.ones(2))
+    assert len(seen) == 1
+    remove_from_cache(double.__code__)
+    compiled(torch.ones(2))
+    assert len(seen) == 2
+
+
+def test_code_objects_have_caches_of_their_own() -> None:
+    """A copy of a function's code is compiled apart: the model's signatures rest on it."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    for _ in range(3):
+        own = types.FunctionType(double.__code__.replace(), {"__builtins__": __builtins__})
+        torch._dynamo.optimize(record, dynamic=False)(own)(torch.ones(2))
+    assert len(seen) == 3
+
+
+def test_backend_compiler_failed() -> None:
+    """Wraps what a backend raises, as ``inner_exception``."""
+    error = ValueError("mine")
+
+    def fails(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise error
+
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(lambda x: x + 1, backend=fails)(torch.ones(2))
+    assert caught.value.inner_exception is error
+
+
+def test_config_patch() -> None:
+    """Sets Dynamo's limits for a while."""
+    before = torch._dynamo.config.recompile_limit
+    with dynamo_limits({"recompile_limit": 77}):
+        assert torch._dynamo.config.recompile_limit == 77
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_compile_subgraph_reason() -> None:
+    """Of a graph before a break: why, and at which line of the user's."""
+
+    def breaks(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(breaks, backend=record)(torch.ones(2))
+    reason = seen[0].compile_subgraph_reason
+    assert reason.graph_break
+    assert str(reason.reason)
+    assert reason.user_stack[-1].filename == __file__
+
+
+def test_grapharg_source() -> None:
+    """Tells inputs that belong to the model from those of a call."""
+    found: list[tuple[bool, ...]] = []
+
+    def asks(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(backend._static_inputs(gm, [None] * len(inputs)))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(nn.Linear(2, 2), backend=asks)(torch.ones(1, 2))
+    assert sorted(found[0]) == [False, True, True]
+
+
+def test_frame_of_the_backends_caller() -> None:
+    """A string backend is called by the object that stands for one torch.compile call."""
+    owners = []
+
+    def asks(gm: torch.fx.GraphModule, inputs: Any, *, options: Any = None) -> Any:
+        owners.append(sys._getframe(1).f_locals.get("self"))
+        return gm.forward
+
+    first, second = (torch.compile(lambda x: x + 1, backend=asks, options={"a": i}) for i in range(2))
+    for compiled in (first, second):
+        compiled(torch.ones(2))
+        compiled(torch.ones(3))
+    assert None not in owners
+    assert owners[0] is owners[1]
+    assert owners[2] is owners[3] is not owners[0]
+
+
+def test_compile_wrapper() -> None:
+    """The frame between the user's call of a compiled function and Dynamo: what lies below is no fragment."""
+    names: list[str] = []
+
+    def looks(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back  # type: ignore[assignment]
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=looks)(torch.ones(2))
+    assert "compile_wrapper" in names
+
+
+def test_lookup_backend() -> None:
+    """Inductor as a backend, for graphs that are not cached."""
+    assert callable(lookup_backend("inductor"))
+
+
+def test_no_other_file_reaches_into_dynamo() -> None:
+    allowed = {
+        "toca_compile/backend.py",
+        "toca_compile/__init__.py",  # imports it, to name the folder that cannot be written
+        "toca_compile/lowerings/inductor.py",  # sources of symbols
+        "toca_compile/quality/evaluation.py",  # counters
+    }
+    for path in [*(ROOT / "toca_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
+        name = str(path.relative_to(ROOT))
+        assert name in allowed or not re.search(r"torch\._dynamo|_getframe", path.read_text()), name
