@@ -102,7 +102,7 @@ def test_4_no_map_is_made_or_kept() -> None:
         for run in opt._session.control.runs:
             assert run.buffers
             for name, buffer in run.buffers.items():
-                assert buffer.dim() == 2 if name[-3] in ("score", "stamp") else buffer.shape[-2:] != (n, n)
+                assert buffer.dim() == 2 if name[-3] in (State.SCORE, State.STAMP) else buffer.shape[-2:] != (n, n)
 
 
 def test_5_text_is_not_packed_over_the_batch() -> None:
@@ -131,7 +131,7 @@ def test_7_no_dead_cache() -> None:
         opt = optimized_flux(policy)
         (run,) = opt._session.control.runs
         kinds = [name[-3] for name in run.buffers]
-        assert (kinds.count("cache"), kinds.count("held")) == (2 * 4 + 2, held)
+        assert (kinds.count(State.OUTPUT), kinds.count(State.STALE_INPUT)) == (2 * 4 + 2, held)
 
 
 def test_8_weights_are_the_models_own() -> None:
@@ -229,7 +229,7 @@ def test_11_nothing_is_done_for_no_token() -> None:
     (run,) = opt._session.control.runs
     stamps = {name[-2] for name in run.buffers if name[-3] is State.STAMP}
     assert not stamps & set(cross)
-    text = "\n".join(t for n, t in toca_compile.explain(opt).graphs().items() if "reuse; reuse; rows" in n)
+    text = "\n".join(t for n, t in toca_compile.explain(opt).graphs().items() if "reuse; reuse; partial" in n)
     assert text.count("toca.select_tokens(") == text.count("toca.scatter_tokens_(") == 2  # the two MLPs of a block
 
 

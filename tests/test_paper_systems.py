@@ -143,14 +143,14 @@ def test_text_keys_and_values_are_computed_once_a_run() -> None:
     constant = [s for s in executor.program.segments if s.constant]
     assert len(constant) == 3  # the caption's projection, and both blocks' keys and values
     calls = []
-    for (template, modes, memories), (call, values, slots) in list(executor.ready.items()):
+    for (template, forms), (call, values, slots) in list(executor.ready.items()):
         if template in {s.template for s in constant}:
 
             def counted(*args: Any, call: Any = call, template: int = template) -> Any:
                 calls.append(template)
                 return call(*args)
 
-            executor.ready[template, modes, memories] = (counted, values, slots)
+            executor.ready[template, forms] = (counted, values, slots)
     same = run([text] * 4)
     assert len(calls) == 3
     other = text.clone()

@@ -374,4 +374,4 @@ def test_graphs_are_printed_on_request() -> None:
     sample(opt, 4, noise())
     graphs = toca_compile.explain(opt).graphs()
     assert list(graphs)[:5] == ["capture", "infer-axes", "find-attention", "find-sites", "outline"]
-    assert "toca.scatter_tokens_" in graphs["template1[reuse; rows]"]
+    assert "toca.scatter_tokens_" in graphs["template1[reuse; partial]"]

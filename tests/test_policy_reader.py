@@ -21,16 +21,21 @@ from toca_compile import FullCompute, PolicyError, ToCa, load_policy, policies, 
 from toca_compile.policies import (
     PRESETS,
     Adaptive,
+    Anchors,
     BlockCache,
+    Chebyshev,
     Composition,
     DuCa,
     Every,
+    Foca,
     Fora,
     Forecast,
+    Hermite,
     IntervalFunction,
     Listed,
     Partial,
     Periodic,
+    Polynomial,
     Queries,
     Reuse,
     Rule,
@@ -38,6 +43,7 @@ from toca_compile.policies import (
     Share,
     SkipBlocks,
     Spread,
+    Taylor,
     TaylorSeer,
     TaylorToCa,
     preset,
@@ -149,7 +155,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 PARTS = [
     FullCompute(), Fora(), ToCa(), DuCa(), TaylorSeer(), TaylorToCa(), BlockCache(), Composition(), RatioSchedule(), Selector(), Share(),
     Rule(Reuse()), Reuse(), Forecast(), Partial(), Queries(), SkipBlocks(), Every(), Periodic(), IntervalFunction(), Spread(),
-    Listed((0,)), Adaptive(),
+    Listed((0,)), Adaptive(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
 from tests.sampling import noise, sample
 from toca_compile import Composition, Fora, FullCompute, PolicyError, TaylorToCa, VerifyError
+from toca_compile.ir.state import State
 from toca_compile.lowerings import LOWERINGS
 from toca_compile.passes.variants.restrict import Restriction
 from toca_compile.policies import Every, Queries, Rule, Selector, Share
@@ -110,7 +111,9 @@ def test_selected_rows_are_the_full_models() -> None:
         h, c = model.prepare(x, torch.tensor([500, 500]), y)
         shift, scale, *_ = model.blocks[0].modulation(c).unsqueeze(1).chunk(6, dim=-1)
         wanted = model.blocks[0].attention(model.blocks[0].norm1(h) * (1 + scale) + shift)[0]
-    (cache,) = [b for run in opt._session.control.runs for n, b in run.buffers.items() if n[-3:] == ("cache", 0, 0)]
+    (cache,) = [
+        b for run in opt._session.control.runs for n, b in run.buffers.items() if n[-3:] == (State.OUTPUT, 0, 0)
+    ]
     (fresh,) = [m for n, m in opt.fresh_tokens().items() if "mlp" not in n]
     assert fresh.sum(1).tolist() == [7, 7]
     torch.testing.assert_close(cache[fresh], wanted[fresh])

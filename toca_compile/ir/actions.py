@@ -333,7 +333,7 @@ class Partial(Selecting):
         return replace(super().needs(defaults), stale_inputs=True)
 
     def __str__(self) -> str:
-        return "rows" if self.update else "rows of a forecast"
+        return "partial" if self.update else "partial beside a forecast"
 
 
 @register
@@ -420,7 +420,7 @@ class Queries(Selecting):
         return _altered(planned, keys="fresh" if fresh else self.keys, refresh=0)
 
     def __str__(self) -> str:
-        return ("rows of queries" if self.update else "rows of queries of a forecast") + f", keys {self.keys}"
+        return f"queries, keys {self.keys}" + ("" if self.update else ", beside a forecast")
 
 
 @register
