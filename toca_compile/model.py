@@ -185,13 +185,13 @@ class OptimizedModel(OptimizedModule):
                 "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
                 "with, and makes all variants of the plan before the first step"
             )
-        session, own = self._session, "compile"
+        session, own = self._session, "(compile)"
         with session.control.lock, torch.no_grad():
             try:
                 with self.cache_context(own, step_index=0):
                     self(*args, **kwargs)
             finally:
-                session.control.reset(own)
+                session.control.undo(own)
             return sum(executor.compile_plan() for executor in session.executors)
 
     def reset(self, context: str | None = None) -> None:

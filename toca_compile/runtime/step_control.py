@@ -235,6 +235,12 @@ class StepControl:
         if context is None and not mine:
             self._directions.clear()
 
+    def undo(self, context: str) -> None:
+        """As if there had been no call in this context."""
+        self.reset(context)
+        for entry in [entry for entry in self._records if entry[1].context == context]:
+            self._records.remove(entry)
+
     def forget_graphs(self, numbers: set[int]) -> None:
         """Forget the runs that began with one of these graphs."""
         for streams in list(self._streams.values()):
