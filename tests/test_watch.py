@@ -61,8 +61,8 @@ def test_each_pass_shows_what_it_found(graphs: dict[str, str]) -> None:
 
 
 def test_every_value_of_a_variant_has_a_type(graphs: dict[str, str]) -> None:
-    text = graphs["template1[reuse; rows]"]
-    assert text.startswith("// template 1: blocks.0 reuse; blocks.0.mlp rows\n")
+    text = graphs["template1[reuse; partial]"]
+    assert text.startswith("// template 1: blocks.0 reuse; blocks.0.mlp partial\n")
     lines = [line for line in text.splitlines() if " = " in line and not line.startswith("//")]
     assert all(re.search(r" : (int|(\d+ × )?[a-z]+\d+\[[\d, ]*\] \[.*\])", line) for line in lines), text
     assert re.search(r"cache1 = buffer cache of blocks\.0\.mlp +: f32\[2, 16, 16\] \[b, \(h w\), c\]", text)
@@ -113,7 +113,7 @@ def test_the_log_has_a_line_at_info_and_the_text_at_debug(caplog: pytest.LogCapt
         assert any(
             re.fullmatch(r"03\.find-sites: \d+ ms, 4 residual branches: 2 mlp, 2 self_attention", s) for s in said
         )
-        for name in ("find-sites", "template1[reuse; rows]"):
+        for name in ("find-sites", "template1[reuse; partial]"):
             assert any(s.endswith(graphs[name]) for s in said) is (level == logging.DEBUG)
 
 
@@ -132,7 +132,7 @@ def test_torch_logs_and_tlparse_show_the_texts(tmp_path: Path) -> None:
     artifacts = [r["artifact"]["name"] for r in records if "artifact" in r]
     ours = [a for a in artifacts if a.startswith("toca_compile.")]
     assert ours[: len(NAMES)] == [f"toca_compile.{i:02}.{name}" for i, name in enumerate(NAMES)]
-    assert "toca_compile.template1[reuse; rows]" in ours
+    assert "toca_compile.template1[reuse; partial]" in ours
     assert f"\t{done.stdout.splitlines()[0]}" in lines
 
 
@@ -165,7 +165,7 @@ def test_the_command_prints_passes_and_variants(capsys: pytest.CaptureFixture[st
     assert main(["passes", "tests.test_watch:tiny"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}\n\n// {name}: " in printed for name in NAMES)
-    assert "template1[reuse; rows]\n\n// template 1: blocks.0 reuse" in printed
+    assert "template1[reuse; partial]\n\n// template 1: blocks.0 reuse" in printed
     assert main(["passes", "tests.test_watch:by_name", "--pass", "find-sites"]) == 0
     assert capsys.readouterr().out == graphs["find-sites"] + "\n"
 
@@ -175,7 +175,7 @@ def test_the_command_prints_the_variants_of_a_policy(tmp_path: Path, capsys: pyt
     assert main(["passes", "tests.test_watch:tiny", "--policy", str(tmp_path / "fora.json")]) == 0
     printed = capsys.readouterr().out
     assert "template1[reuse; reuse]" in printed
-    assert "template1[reuse; rows]" not in printed
+    assert "template1[reuse; partial]" not in printed
 
 
 @pytest.mark.parametrize(
