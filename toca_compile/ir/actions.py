@@ -7,7 +7,7 @@ that are compiled (``form``: without them). A new action is a class here or in a
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -484,9 +484,10 @@ def _rest(order: int) -> Action:
     return Forecast(order) if order else Reuse()
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _altered(action: A, **changes: Any) -> A:
-    """The same with other fields: one object for all steps of a plan that say the same."""
+    """The same with other fields: one object for all steps of a plan that say the same, whose layout is faster by it.
+    Bounded, so that policies that are gone do not stay."""
     return replace(action, **changes)
 
 

@@ -131,5 +131,3 @@ class CacheSpec(History):
 
 
 OUTPUT_ONLY = CacheSpec()
-
-__all__ = ["OUTPUT_ONLY", "CacheSpec", "History", "Numbers", "Past"]
