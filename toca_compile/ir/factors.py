@@ -6,7 +6,7 @@ space) and views take them apart (a reshape of 64 to 8×8 refines one factor int
 factor occurs, so they live in one union-find table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 Factor = int
@@ -102,25 +102,30 @@ class Factors:
         return (product,)
 
     def atoms(self, product: Product) -> set[Factor]:
-        """The factors of a dimension, and those of its parts if it is a concatenation."""
-        return {f for part in self.segments(product) for f in part} | set(product)
+        """The factors of a dimension, and those of its parts, and of theirs, if it is a concatenation."""
+        return {f for _, part in self._nested(product) for f in part} | set(product)
 
     def window(self, product: Product, start: int, size: int, step: int) -> Product:
         """The index space of ``size`` elements from ``start`` on, every ``step``-th. A window that is the whole, or a
-        run of whole segments of a concatenation, is that space itself; the same window asked for twice is the same."""
+        part of a concatenation, is that space itself; the same window asked for twice is the same."""
         product = self.resolve(product)
         if size == self.size(product):
             return product
-        if step == 1:
-            offset = 0
-            for part in self.segments(product):
-                if offset == start and self.size(part) == size:
-                    return part
-                offset += self.size(part)
+        for offset, part in self._nested(product) if step == 1 else ():
+            if offset == start and self.size(part) == size:
+                return part
         key = (product, start, size, step)
         if key not in self._windows:
             self._windows[key] = self.new(size)
         return self._windows[key]
+
+    def _nested(self, product: Product, begin: int = 0) -> Iterator[tuple[int, Product]]:
+        """A dimension, the parts of which it is a concatenation, those of theirs, and where each begins."""
+        product = self.resolve(product)
+        yield begin, product
+        for part in self._segments.get(product[0], ()) if len(product) == 1 else ():
+            yield from self._nested(part, begin)
+            begin += self.size(part)
 
     def _root(self, factor: Factor) -> Factor:
         while self._parent[factor] != factor:
