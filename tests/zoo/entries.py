@@ -94,7 +94,7 @@ ENTRIES: dict[str, Entry] = {
         WAN | dict(full_chunk_limit=3),
         dict(hidden_states=x(1, 4, 4, 8, 8), timestep=t(1, 4, top=900.0), r_timestep=t(1, 4, top=450.0), **TEXT,
             chunk_partition=[2, 2]),
-        refused="torch.vmap",
+        refused="the model uses torch.vmap",
     ),
     "AnyFlowTransformer3DModel": Entry(
         WAN,
@@ -232,7 +232,7 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_states=x(1, 4, 8, 8), timestep=t(1), **TEXT, prior_token_id=torch.arange(16)[None],
             prior_token_drop=torch.zeros(1, 16, dtype=torch.bool), target_size=torch.tensor([[8.0, 8.0]]),
             crop_coords=torch.zeros(1, 2)),
-        refused="in place",
+        refused="the model changes its input .* in place",
     ),
     "HeliosTransformer3DModel": Entry(
         {k: v for k, v in WAN.items() if k != "rope_max_seq_len"} | dict(num_layers=1, attention_head_dim=12,
@@ -320,7 +320,7 @@ ENTRIES: dict[str, Entry] = {
         dict(in_visual_dim=2, out_visual_dim=4, time_dim=8, model_dim=16, ff_dim=24, num_visual_blocks=1,
             axes_dims=(4, 2, 2)),
         dict(hidden_states=x(1, 2, 8, 8, 5), timestep=t(1, top=900.0)),
-        refused="torch.vmap",
+        refused="the model uses torch.vmap",
     ),
     "Kandinsky6Transformer3DModel": Entry(
         dict(in_visual_dim=4, in_text_dim=12, in_text_dim2=6, time_dim=8, out_visual_dim=4, model_dim=16, ff_dim=24,
@@ -413,7 +413,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(num_layers=1, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4,
             max_sequence_length=5),
         VIDEO | dict(encoder_hidden_states=c(1, 5, 16), encoder_attention_mask=MASK.bool()),
-        refused="Dynamic shape operator",
+        refused="split it into several graphs: Dynamic shape operator",
     ),
     "MotifVideoTransformer3DModel": Entry(
         dict(num_attention_heads=2, attention_head_dim=12, in_channels=9, out_channels=4, num_layers=1,
@@ -464,7 +464,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | ROPE | dict(in_channels=4, out_channels=4, num_layers=2, context_in_dim=12),
         dict(hidden_states=x(1, 16, 4), **TEXT, timestep=t(1, top=0.9), img_shapes=[[(1, 4, 4)]],
             img_mask=torch.tensor([[False] * 5 + [True] * 4])),
-        refused="in place",
+        refused="the model changes its input .* in place",
     ),
     "QwenImageTransformer2DModel": Entry(
         HEADS | ROPE | dict(in_channels=4, out_channels=1, num_layers=2, joint_attention_dim=12),
