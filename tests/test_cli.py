@@ -119,7 +119,7 @@ def test_the_log_has_a_line_at_info_and_the_text_at_debug(caplog: pytest.LogCapt
 
 def test_torch_logs_and_tlparse_show_the_texts(tmp_path: Path) -> None:
     """By the environment variables, in a process of its own."""
-    code = "from tests.test_watch import texts; print(texts()['find-sites'])"
+    code = "from tests.test_cli import texts; print(texts()['find-sites'])"
     asked = {"TORCH_LOGS": "+toca_compile", "TORCH_TRACE": str(tmp_path), "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=True
@@ -162,17 +162,17 @@ def fails() -> None:
 
 
 def test_the_command_prints_passes_and_variants(capsys: pytest.CaptureFixture[str], graphs: dict[str, str]) -> None:
-    assert main(["passes", "tests.test_watch:tiny"]) == 0
+    assert main(["passes", "tests.test_cli:tiny"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}\n\n// {name}: " in printed for name in NAMES)
     assert "template1[reuse; partial]\n\n// template 1: blocks.0 reuse" in printed
-    assert main(["passes", "tests.test_watch:by_name", "--pass", "find-sites"]) == 0
+    assert main(["passes", "tests.test_cli:by_name", "--pass", "find-sites"]) == 0
     assert capsys.readouterr().out == graphs["find-sites"] + "\n"
 
 
 def test_the_command_prints_the_variants_of_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toca_compile.save_policy(toca_compile.Fora(2, 2), tmp_path / "fora.json")
-    assert main(["passes", "tests.test_watch:tiny", "--policy", str(tmp_path / "fora.json")]) == 0
+    assert main(["passes", "tests.test_cli:tiny", "--policy", str(tmp_path / "fora.json")]) == 0
     printed = capsys.readouterr().out
     assert "template1[reuse; reuse]" in printed
     assert "template1[reuse; partial]" not in printed
@@ -183,13 +183,13 @@ def test_the_command_prints_the_variants_of_a_policy(tmp_path: Path, capsys: pyt
     [
         (["nowhere"], "neither a folder"),
         (["nowhere.at_all:model"], "cannot be imported"),
-        (["tests.test_watch:nobody"], "nobody"),
-        (["tests.test_watch:no_model"], "must return a torch.nn.Module"),
-        (["tests.test_watch:fails"], "failed: RuntimeError: out of order"),
-        (["tests.test_watch:no_inputs"], "write a factory that returns the model with its inputs"),
+        (["tests.test_cli:nobody"], "nobody"),
+        (["tests.test_cli:no_model"], "must return a torch.nn.Module"),
+        (["tests.test_cli:fails"], "failed: RuntimeError: out of order"),
+        (["tests.test_cli:no_inputs"], "write a factory that returns the model with its inputs"),
         (["tests"], "no config.json"),
-        (["tests.test_watch:tiny", "--pass", "find-nothing"], "no pass or variant 'find-nothing'; there are capture,"),
-        (["tests.test_watch:tiny", "--policy", "nothing"], "no preset 'nothing'"),
+        (["tests.test_cli:tiny", "--pass", "find-nothing"], "no pass or variant 'find-nothing'; there are capture,"),
+        (["tests.test_cli:tiny", "--policy", "nothing"], "no preset 'nothing'"),
     ],
 )
 def test_a_wrong_word_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
