@@ -31,6 +31,7 @@ def dit_xl_2() -> Any:
     return opt
 
 
+@pytest.mark.xdist_group("dit-xl-2")
 def test_full_run(dit_xl_2: Any) -> None:
     report = toca_compile.explain(dit_xl_2)
     assert float(report.flops("full")) * 50 / TERA == pytest.approx(23.7352812032, rel=5e-3)
@@ -46,6 +47,7 @@ def test_full_run(dit_xl_2: Any) -> None:
         ("dit-xl-2/ddim-50", {"fresh_ratio": 0.0}, 8.5600),
     ],
 )
+@pytest.mark.xdist_group("dit-xl-2")
 def test_published_runs(dit_xl_2: Any, name: str, changes: dict[str, Any], published: float) -> None:
     """Within 0.5 %: the published code refreshes layer 0 alone in two steps, which decided once a step does not."""
     dit_xl_2.policy = preset(name, **changes)
@@ -53,6 +55,7 @@ def test_published_runs(dit_xl_2: Any, name: str, changes: dict[str, Any], publi
     assert report.run_flops() / TERA == pytest.approx(published, rel=5e-3)
 
 
+@pytest.mark.xdist_group("dit-xl-2")
 def test_symbols(dit_xl_2: Any) -> None:
     dit_xl_2.policy = preset("dit-xl-2/ddim-50")
     report = toca_compile.explain(dit_xl_2)
@@ -137,6 +140,7 @@ def test_a_partial_step_costs_what_its_variant_does(monkeypatch: pytest.MonkeyPa
     assert toca_compile.explain(opt).flops("partial", counting="torch") == sum(counted) > 0
 
 
+@pytest.mark.xdist_group("dit-xl-2")
 def test_the_report_is_readable(dit_xl_2: Any) -> None:
     dit_xl_2.policy = preset("dit-xl-2/ddim-50")
     text = str(toca_compile.explain(dit_xl_2))

@@ -274,6 +274,7 @@ def flux_dev() -> Any:
     return opt
 
 
+@pytest.mark.xdist_group("flux-dev")
 def test_flops_of_flux_dev(flux_dev: Any) -> None:
     """A full step 74.39 T. A cached step is 6.16 T as published; not projecting cached attention anew saves 1.65 T, and
     the layer factor's own span makes the rest."""
@@ -284,6 +285,7 @@ def test_flops_of_flux_dev(flux_dev: Any) -> None:
     assert report.flops("partial") / TERA == pytest.approx(6.16 - 1.65, rel=2e-2)
 
 
+@pytest.mark.xdist_group("flux-dev")
 def test_cache_of_flux_dev(flux_dev: Any) -> None:
     """At 1024² in bfloat16: the projected attention and MLP of both streams, attention and output of single blocks, and
     a few vectors. (The published code keeps 7.5 GB, 4.3 of them never read.)"""
