@@ -62,7 +62,8 @@ def test_every_package_is_listed() -> None:
     own = (p.parent.relative_to(PACKAGE).parts for p in PACKAGE.rglob("__init__.py"))
     passes = (p.parent.relative_to(ROOT).parts for p in (ROOT / "passes").rglob("__init__.py"))
     on_disk = {".".join(("toca_compile", *parts)) for parts in (*own, *passes)}
-    assert listed == on_disk
+    models = {name for name in listed if name.startswith("toca_compile.demo.models.")}  # data, from elsewhere
+    assert listed - models == on_disk
 
 
 def test_passes_are_reached_through_the_link_and_are_short() -> None:
