@@ -148,6 +148,7 @@ class _Run:
     def restart(self) -> None:
         """The scheduler was given its timesteps: the next model call is the first of a run."""
         self.stepped, self.passes, self.index = False, 0, 0
+        self.model._session.numbers.clear()  # of one call's picture
         self.close()
 
     def next_step(self) -> None:
