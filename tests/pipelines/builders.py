@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.models import randomize
 from tests.pipelines import HEADS, build, flux, vae
+from toca_compile.diffusers import optimized_components
 
 Made = tuple[Any, dict[str, Any]]
 TABLE: dict[str, Callable[[], Made]] = {}
@@ -37,6 +38,19 @@ def made(name: str) -> Made:
     pipe, call = TABLE[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe, call
+
+
+LETTERS = {"full": "f", "partial": "p", "reuse": "r", "forecast": "t", "skip": "s"}
+
+
+def kinds(pipe: Any) -> list[list[str]]:
+    """Of each transformer, of each of its runs, the kinds of its steps."""
+    found = []
+    for model in optimized_components(pipe).values():
+        records = model.steps
+        contexts = dict.fromkeys(r.context for r in records)
+        found.append(["".join(LETTERS[r.kind.value] for r in records if r.context == c) for c in contexts])
+    return found
 
 
 class Stub(nn.Module):

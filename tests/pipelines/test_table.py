@@ -17,7 +17,7 @@ import torch
 
 import toca_compile
 from tests.pipelines import run
-from tests.pipelines.builders import TABLE, made
+from tests.pipelines.builders import TABLE, kinds, made
 from toca_compile import BlockCache, Fora, FullCompute, NoSiteError, TaylorSeer, ToCa
 from toca_compile.diffusers import optimized_components
 from toca_compile.ir.plan import Policy
@@ -48,17 +48,6 @@ REFUSED = {
     "Mochi": "attention picks text tokens by the mask's values (nonzero), so torch.compile splits the model inside "
     "each attention, and no graph has both an attention and the branch around it",
 }
-LETTERS = {"full": "f", "partial": "p", "reuse": "r", "forecast": "t", "skip": "s"}
-
-
-def kinds(pipe: Any) -> list[list[str]]:
-    """Of each transformer, of each of its runs, the kinds of its steps."""
-    found = []
-    for model in optimized_components(pipe).values():
-        records = model.steps
-        contexts = dict.fromkeys(r.context for r in records)
-        found.append(["".join(LETTERS[r.kind.value] for r in records if r.context == c) for c in contexts])
-    return found
 
 
 def follow(pipe: Any, policy: Policy) -> None:
