@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.models import randomize
 from tests.pipelines import HEADS, build, flux, vae
 from toca_compile.diffusers import optimized_components
+from toca_compile.ir.plan import Policy
 
 Made = tuple[Any, dict[str, Any]]
 TABLE: dict[str, Callable[[], Made]] = {}
@@ -51,6 +52,12 @@ def kinds(pipe: Any) -> list[list[str]]:
         contexts = dict.fromkeys(r.context for r in records)
         found.append(["".join(LETTERS[r.kind.value] for r in records if r.context == c) for c in contexts])
     return found
+
+
+def follow(pipe: Any, policy: Policy) -> None:
+    """Let all transformers of a pipeline follow a policy."""
+    for model in optimized_components(pipe).values():
+        model.policy = policy
 
 
 class Stub(nn.Module):

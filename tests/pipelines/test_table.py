@@ -17,7 +17,7 @@ import torch
 
 import toca_compile
 from tests.pipelines import run
-from tests.pipelines.builders import TABLE, kinds, made
+from tests.pipelines.builders import TABLE, follow, kinds, made
 from toca_compile import BlockCache, Fora, FullCompute, NoSiteError, TaylorSeer, ToCa
 from toca_compile.diffusers import optimized_components
 from toca_compile.ir.plan import Policy
@@ -48,12 +48,6 @@ REFUSED = {
     "Mochi": "attention picks text tokens by the mask's values (nonzero), so torch.compile splits the model inside "
     "each attention, and no graph has both an attention and the branch around it",
 }
-
-
-def follow(pipe: Any, policy: Policy) -> None:
-    """Let all transformers of a pipeline follow a policy."""
-    for model in optimized_components(pipe).values():
-        model.policy = policy
 
 
 def cache_bytes(pipe: Any) -> int:
