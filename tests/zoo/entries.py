@@ -143,6 +143,12 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_states=x(1, 2, 4, 4, 6), timestep=t(1), **TEXT),
         "3 partial, 4 queries",
     ),
+    "CogVideoXTransformer3DModel/rotary": Entry(
+        HEADS | dict(in_channels=4, out_channels=4, time_embed_dim=4, text_embed_dim=12, num_layers=1, sample_width=6,
+            sample_height=4, sample_frames=5, max_text_seq_length=5, use_rotary_positional_embeddings=True),
+        dict(hidden_states=x(1, 2, 4, 4, 6), timestep=t(1), **TEXT, image_rotary_emb=(c(12, 8), c(12, 8))),
+        "1 partial, 2 reuse",
+    ),
     "CogView3PlusTransformer2DModel": Entry(
         HEADS | dict(in_channels=4, out_channels=4, num_layers=2, text_embed_dim=12, time_embed_dim=8, condition_dim=2,
             pos_embed_max_size=8, sample_size=8),
@@ -219,6 +225,13 @@ ENTRIES: dict[str, Entry] = {
             timestep_channels=8, axes_dims_rope=(2, 2, 2, 2)),
         FLUX | dict(img_ids=grid(4, 4, axes=4), txt_ids=grid(5, axes=4)),
         "2 partial, 1 queries",
+    ),
+    "Flux3Transformer2DModel/references": Entry(
+        HEADS | dict(in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=12,
+            timestep_channels=8, axes_dims_rope=(2, 2, 2, 2)),
+        FLUX | dict(img_ids=grid(4, 4, axes=4), txt_ids=grid(5, axes=4), image_cond_hidden_states=c(1, 9, 4),
+            image_cond_ids=grid(3, 3, axes=4)),
+        "3 partial",
     ),
     "FluxTransformer2DModel": Entry(
         HEADS | ROPE | dict(in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=12,
@@ -428,6 +441,13 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_states=x(1, 16, 4), **TEXT, encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long),
             timestep=t(1, top=0.9), img_shapes=[(1, 4, 4)]),
         "1 partial, 1 queries",
+    ),
+    "NucleusMoEImageTransformer2DModel/narrow": Entry(
+        HEADS | ROPE | dict(in_channels=4, out_channels=4, num_layers=1, joint_attention_dim=12, moe_enabled=False,
+            capacity_factors=[8.0, 8.0]),
+        dict(hidden_states=x(1, 16, 4), **TEXT, encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long),
+            timestep=t(1, top=0.9), img_shapes=[(1, 4, 4)]),
+        "1 queries, 1 reuse",
     ),
     "OmniGenTransformer2DModel": Entry(
         dict(in_channels=4, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
