@@ -9,7 +9,8 @@ from torch import Tensor
 
 import toca_compile
 from tests.models import PlainDiT, randomize
-from tests.sampling import Pair, noise, sample
+from tests.pair import Pair
+from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa, TocaError
 
 
