@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tests.models import PlainDiT, randomize
-from tests.sampling import noise
 
 
 class _Scheduler:
@@ -33,12 +32,15 @@ class Pair:
         """By name."""
         return {n: getattr(self, n) for n in ("transformer", "transformer_2", "scheduler")}
 
-    def __call__(self, steps: int) -> Tensor:
-        """A picture."""
-        self.scheduler.set_timesteps(steps)
-        x, y = noise(), torch.arange(2)
+    def __call__(
+        self, num_inference_steps: int, prompt: list[str] | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor]:
+        """A picture for each prompt."""
+        self.scheduler.set_timesteps(num_inference_steps)
+        count = len(prompt or "ab")
+        x, y = torch.randn(count, 2, 8, 8, generator=generator), torch.arange(count)
         with torch.no_grad():
             for i, t in enumerate(self.scheduler.timesteps):
-                net = self.transformer if i < steps // 2 else self.transformer_2
-                x = self.scheduler.step(net(x, t.expand(2), y), x)
-        return x
+                net = self.transformer if i < num_inference_steps // 2 else self.transformer_2
+                x = self.scheduler.step(net(x, t.expand(count), y), x)
+        return (x,)

@@ -67,9 +67,12 @@ def shown(sink: Sink | None = None) -> Iterator[None]:
 
 def live_line(text: str) -> None:
     """On a terminal: the text in the line where the cursor is, which is empty again afterwards."""
-    width = shutil.get_terminal_size().columns - 1
-    told = text if len(text) <= width else f"{text[: width - 1]}…"
-    _write(f"\r\x1b[K{told}")
+    _write(f"\r\x1b[K{shortened(text, shutil.get_terminal_size().columns - 1)}")
+
+
+def shortened(text: str, width: int) -> str:
+    """A text in so many columns."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def plain_line(text: str) -> None:

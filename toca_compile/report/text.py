@@ -47,7 +47,7 @@ def policy_name(policy: Policy) -> str:
     their defaults."""
     name = named(policy)
     if not name:
-        return _written(policy)
+        return written(policy)
     steps = getattr(policy, "num_steps", None)
     return f'preset("{name}"' + (")" if steps == PRESETS[name].num_steps else f", num_steps={steps})")
 
@@ -244,15 +244,15 @@ def grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[int]]]:
     return rows
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A dataclass without the fields that are their defaults; anything else as it is."""
     if isinstance(value, tuple):
-        return f"({', '.join(map(_written, value))}{',' * (len(value) == 1)})"
+        return f"({', '.join(map(written, value))}{',' * (len(value) == 1)})"
     fields = getattr(value, "__dataclass_fields__", None)
     if fields is None:
         text = repr(value)
         return type(value).__name__ if " at 0x" in text else text
-    given = [f"{n}={_written(getattr(value, n))}" for n, f in fields.items() if f.repr and not _is_default(value, f)]
+    given = [f"{n}={written(getattr(value, n))}" for n, f in fields.items() if f.repr and not _is_default(value, f)]
     return f"{type(value).__name__}({', '.join(given)})"
 
 
