@@ -9,7 +9,6 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import fx
 
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
+from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
@@ -82,8 +82,7 @@ def find_sites(
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
             )
         )
-    counts = Counter(s.name for s in sites)
-    return tuple(replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites)
+    return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))
 
 
 def _token_dims(

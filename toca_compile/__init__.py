@@ -17,7 +17,7 @@ try:
 except OSError as _error:
     raise cannot_write(_error) from _error
 
-from toca_compile.api import explain, optimize
+from toca_compile.api import explain, optimize, summary
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
@@ -63,5 +63,6 @@ __all__ = [
     "optimize",
     "preset",
     "save_policy",
+    "summary",
     "tune",
 ]

@@ -52,6 +52,7 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     ``strict``), or runs uncached after one warning: Dynamo wraps what a backend raises, and users should see our error.
     """
     session.seen += 1
+    session.recompiles += session.control.calls > 0
     _note_break(session, gm)
     session.broken |= _is_nested()
     try:

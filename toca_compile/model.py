@@ -31,6 +31,7 @@ from toca_compile.errors import (
 )
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
+from toca_compile.progress import working
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
@@ -140,8 +141,11 @@ class OptimizedModel(OptimizedModule):
         session = self._session
         before, session.uncached = session.seen, entry.uncached
         known = len(session.executors)
+        new = not entry.executors and not entry.uncached
+        told = working(f"tracing {type(self._orig_mod).__name__}") if new else contextlib.nullcontext()
         try:
-            return entry.call(self._orig_mod, args, kwargs)
+            with told:
+                return entry.call(self._orig_mod, args, kwargs)
         finally:
             if session.seen != before:
                 entry.executors += session.executors[known:]

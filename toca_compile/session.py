@@ -14,7 +14,7 @@ from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
-from toca_compile.ir.graph import source_line
+from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
 from toca_compile.ir.types import Layout
@@ -23,6 +23,7 @@ from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
 from toca_compile.policies.levels import Level
 from toca_compile.policies.storage import checked_policy
+from toca_compile.progress import working
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl
 
@@ -63,7 +64,9 @@ class Session:
         self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
         self.broken = False  # whether the model comes in more than one graph
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
-        self._warned: set[str] = set()
+        self.warned: dict[str, None] = {}  # what was said of it
+        self.recompiles = 0  # graphs that Dynamo handed over after the first call
+        self.input_names: dict[int, tuple[str, ...]] = {}  # of each graph's inputs, as the model's caller knows them
 
     def fresh(self) -> "Session":
         """One with the same settings that has seen no graph."""
@@ -117,9 +120,9 @@ class Session:
             TocaError: it cannot be compiled with caching; the message says why.
         """
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
-        program = manager.run(
-            Program(graph, static_inputs, tuple(inputs), self.grid, layouts=self._layouts(static_inputs, inputs))
-        )
+        with working("proving what may be cached"):
+            layouts = self._layouts(static_inputs, inputs)
+            program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid, layouts=layouts))
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -128,6 +131,7 @@ class Session:
         plan = self._plan(self.applied, self.seen, program)
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
         executor = Executor(program, plan, self.control, variants, self.seen)
+        self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
         return executor
@@ -154,8 +158,8 @@ class Session:
 
     def warn_once(self, message: str) -> None:
         """Say it once in this session."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned[message] = None
             log.warning(message)
 
     def _say_what_it_means(self, policy: Policy, plan: Plan) -> None:

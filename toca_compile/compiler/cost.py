@@ -10,6 +10,7 @@ Two counting rules:
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import sympy
 from torch import fx
@@ -39,6 +40,7 @@ class CostModel:
         self.batch = {f for s in program.sites for f in s.batch}
         self.width = max((self._features(s) for s in program.sites), default=1)
         self._seen: dict[tuple[fx.Node, bool], sympy.Expr] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
 
     @property
     def values(self) -> dict[sympy.Symbol, int]:
@@ -133,11 +135,16 @@ class CostModel:
         return parts
 
     def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]) -> int:
-        total = 0
-        for expr, position in self._parts(segment, sites, actions):
-            tokens = {K: actions[position].computed(sites[position])} if position is not None else {}
-            total += int(sympy.sympify(expr).subs(self.values | tokens))
-        return total
+        # Segments of one template are one graph, so that long plans of deep models say few different things.
+        computed = [action.computed(site) for site, action in zip(sites, actions, strict=True)]
+        key = segment.template, segment.constant, *(a.form() for a in actions), *computed
+        if key not in self._numbers:
+            total = 0
+            for expr, position in self._parts(segment, sites, actions):
+                tokens = {K: computed[position]} if position is not None else {}
+                total += int(sympy.sympify(expr).subs(self.values | tokens))
+            self._numbers[key] = total
+        return self._numbers[key]
 
     def _node(self, node: fx.Node, restricted: bool) -> sympy.Expr:
         if (node, restricted) not in self._seen:
