@@ -242,9 +242,8 @@ def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int,
 
 
 def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:
-    """Blocks in graph order with the rest of the nodes in between, each as early as it can be; but what is made of a
-    block and read by none stands behind them all, so that a range of blocks holds no stream's final layer. None where
-    blocks are entangled, so that no order of whole segments exists."""
+    """Blocks in graph order with the rest of the nodes between, as early as it can be; what is made of a block and read by
+    none stands behind all, so that no range holds a final layer. None where no order of whole segments exists."""
     in_order = _sorted(blocks, order)
     if in_order is None:
         return None
