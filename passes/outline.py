@@ -242,7 +242,7 @@ def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int,
 
 
 def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:
-    """Blocks in graph order with the rest of the nodes between, as early as it can be; what is made of a block and read by
+    """Blocks in graph order with the rest of the nodes between, as early as can be; what is made of a block and read by
     none stands behind all, so that no range holds a final layer. None where no order of whole segments exists."""
     in_order = _sorted(blocks, order)
     if in_order is None:
