@@ -7,6 +7,9 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 2. parallel blocks, ``x + a(x) + m(x)``: the branch starts earlier on the same residual chain;
 3. nests: a candidate around others that hold an attention is a block or a stack, not a site; one around others that do
    not is the site, and they are part of it (an adapter inside a projection).
+
+Where torch.compile split a model within its attention, a fragment holds none that would tell its tokens: then they are
+the rows of its linear layers.
 """
 
 from collections import Counter
@@ -42,10 +45,14 @@ def find_sites(
     attentions: tuple[Attention, ...],
     static: frozenset[fx.Node],
     grid: tuple[int, int] | None = None,
+    *,
+    fragment: bool = False,
 ) -> tuple[Site, ...]:
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
-    token grid that the graph shows."""
+    token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
+    if fragment and not token_factors:
+        token_factors = _row_factors(graph, types)
     branches = _choose(_branches(graph, types, token_factors), attentions)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
@@ -84,6 +91,18 @@ def find_sites(
         )
     counts = Counter(s.name for s in sites)
     return tuple(replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites)
+
+
+def _row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
+    """What the rows of linear layers run over beside samples, which lie in the first dimension."""
+    rows: set[int] = set()
+    others: set[int] = set()
+    for node in graph.nodes:
+        if work_of(node) is Work.CONTRACT and RULES[node.target].trailing:
+            dims = types.type_of(operand_nodes(node)[0])
+            rows |= {f for dim in dims[1:-1] for f in dim}
+            others |= {f for dim in (dims[0], dims[-1]) for f in dim}
+    return rows - others
 
 
 def _token_dims(

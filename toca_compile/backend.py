@@ -62,7 +62,7 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         if session.strict and not session.bounded and not session.broken and not session.executors:
             return _raising(error)
         if not session.bounded and not session.executors:
-            session.warn_once(str(error))
+            session.warn_once(f"{error} {session.split()}".rstrip())
         return _plain(session, gm, inputs)
     except TocaError as error:
         session.uncached.setdefault(str(error), error)

@@ -186,6 +186,8 @@ class Report:
             f"{counts}; GFLOPs of a step: {each} (means); a run {self.flop_speedup():.2f}× fewer than all full; "
             f"cache {self.cache_bytes / 2**20:.1f} MB"
         )
+        if self._session.broken:
+            lines.append(self._session.split(self._session.graphs))
         seconds = self._session.checked
         if seconds:
             lines.append(f"verified on random values: {len(seconds)} partial variants in {sum(seconds):.2f} s")

@@ -54,6 +54,7 @@ class Session:
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.seen = 0  # graphs that Dynamo handed over
+        self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
         self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
         self.changes: dict[Any, int] = {}
@@ -111,7 +112,7 @@ class Session:
             TocaError: it cannot be compiled with caching; the message says why.
         """
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
-        program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid))
+        program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid, self.broken))
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -136,6 +137,16 @@ class Session:
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
+
+    def split(self, graphs: int | None = None) -> str:
+        """How Dynamo split the model, and into how many ``graphs``, as a sentence; nothing where it did not."""
+        if not self.broken:
+            return ""
+        why = "; ".join(self.breaks) or 'TORCH_LOGS="graph_breaks" tells where'
+        return (
+            f"torch.compile split it into {graphs or 'several'} graphs, and a branch that begins in one and ends in "
+            f"another is no site: {why}"
+        )
 
     def warn_once(self, message: str) -> None:
         """Say it once in this session."""
