@@ -67,12 +67,14 @@ class Factors:
 
     def split(self, product: Product, sizes: Sequence[int]) -> tuple[Product, ...] | None:
         """Regroup a product into consecutive products of the given sizes, refining where a boundary falls inside a
-        factor. None where that cannot be: 6×4 has no 8×3."""
+        factor. None where that cannot be: 6×4 has no 8×3. An empty index space is that of one group alone."""
         rest, groups = list(self.resolve(product)), []
+        if 0 in sizes:
+            return (tuple(rest),) if len(sizes) == 1 and self.size(rest) == 0 else None
         for size in sizes:
             group: list[Factor] = []
             while size > 1:
-                if not rest:
+                if not rest or not self._size[rest[0]]:
                     return None
                 head = rest.pop(0)
                 if size % self._size[head] == 0:
@@ -141,7 +143,7 @@ class Factors:
     def _refine(self, factor: Factor, major: int) -> bool:
         """Take ``factor`` apart into ``major`` × the rest."""
         size = self._size[factor]
-        if size % major:
+        if not major or size % major:
             return False
         self._segments.pop(factor, None)
         self._parts[factor] = self.new(major) + self.new(size // major)

@@ -1,0 +1,153 @@
+"""Patterns of published models, each written by hand and as small as it can be: they are sites, and may be computed in
+part.
+
+At inputs that stay, what is kept is what would be computed, so every policy must give the plain model's output; at inputs
+that change, a partial step is held against its dense meaning.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import toca_compile
+from tests.models import randomize
+from toca_compile import Composition, FullCompute
+from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
+
+WIDTH, HEADS, TOKENS, WORDS, STEPS = 8, 2, 16, 4, 3
+Inputs = Callable[[int], tuple[Tensor, ...]]
+
+
+def some(*actions: Any) -> Composition:
+    """Half of the tokens, of all sites that can."""
+    rules = tuple(Rule(action) for action in actions)
+    return Composition(STEPS, Every(3), rules, which=Selector("random"), how_many=Share(0.5))
+
+
+PARTIAL = some(Partial())
+FRESH, UPDATE = some(Queries("fresh")), some(Queries("update"))
+
+
+def inputs(i: int) -> tuple[Tensor, ...]:
+    """A picture that changes from step to step, and words that do not."""
+    first, change = (torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(s)) for s in (1, 2 + i))
+    return first + 0.3 * i * change, torch.randn(2, WORDS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def check(model: nn.Module, policies: Sequence[Any], make: Inputs = inputs) -> list[toca_compile.report.SiteReport]:
+    """Full steps are the model, bit by bit; others are as the module says. Returns the sites."""
+    model = randomize(model)
+    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
+    plain = model(*make(0))
+    assert torch.equal(eager(*make(0)), plain)
+    for policy in policies:
+        eager.policy = dense.policy = policy
+        for i in range(STEPS):
+            torch.testing.assert_close(eager(*make(i)), dense(*make(i)), rtol=1e-4, atol=1e-4)
+        masks = eager.fresh_tokens().values()
+        assert any(0 < mask.float().mean() < 1 for mask in masks)
+        assert all(mask.sum(1).tolist() in ([mask.shape[1] // 2] * 2, [0, 0], [mask.shape[1]] * 2) for mask in masks)
+        eager.reset()
+        for _ in range(STEPS):
+            torch.testing.assert_close(eager(*make(0)), plain, rtol=1e-4, atol=1e-4)
+    return list(toca_compile.explain(eager).sites)
+
+
+def heads(x: Tensor) -> Tensor:
+    """``[batch, heads, tokens, d]``."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Joint(nn.Module):
+    """A picture and words, each with a residual of its own, through one attention and one MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.register_buffer("angles", torch.linspace(0, 3, TOKENS)[:, None] * torch.ones(WIDTH // HEADS))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The picture's part of queries or keys, by place."""
+        return x * self.angles.cos() + x.flip(-1) * self.angles.sin()
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys, heads apart, ready for attention."""
+        return q, k
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        words = y.shape[1]
+        q, k, v = (heads(part) for part in self.qkv(self.norm(torch.cat([y, x], 1))).chunk(3, -1))
+        q, k = self.joined(q, k, words)
+        out = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x, y = x + out[:, words:], y + out[:, :words]
+        both = self.down(F.gelu(self.up(self.norm2(torch.cat([y, x], 1)))))
+        return torch.cat([y + both[:, :words], x + both[:, words:]], 1)
+
+
+class WrittenOver(Joint):
+    """Positions are written into the picture's part (CogView4, EasyAnimate)."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        q[:, :, words:] = self.rotate(q[:, :, words:])
+        k[:, :, words:] = self.rotate(k[:, :, words:])
+        return q, k
+
+
+class WrittenWhole(Joint):
+    """All of it is written over, by what has positions in a part."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(q)
+        out[:, :, :] = torch.cat([q[:, :, :words], self.rotate(q[:, :, words:])], 2)
+        return out, k
+
+
+class NothingPassed(Joint):
+    """A part of the features has no positions, and that part is empty (ERNIE-Image)."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        full = WIDTH // HEADS
+        return tuple(torch.cat([2 * part[..., :full], part[..., full:]], -1) for part in (q, k))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("style", [Joint, WrittenOver, WrittenWhole, NothingPassed])
+def test_words_and_picture_in_one_attention(style: type[nn.Module]) -> None:
+    sites = check(style(), [PARTIAL, FRESH, UPDATE])
+    assert [("queries" in s.actions, "partial" in s.actions) for s in sites] == [(True, False)] * 2 + [
+        (False, True)
+    ] * 2
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_no_words_and_one(words: int) -> None:
+    sites = check(Joint(), [PARTIAL, FRESH], lambda i: (inputs(i)[0], inputs(i)[1][:, :words]))
+    picture = [s for s in sites if s.tokens == TOKENS]
+    assert ["queries" in s.actions or "partial" in s.actions for s in picture] == [True, True]
+
+
+class Near(nn.Module):
+    """Tokens attend to their neighbours, by a mask that all samples share (ACE-Step)."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        far = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs() > 2
+        mask = torch.zeros(TOKENS, TOKENS).masked_fill(far, -torch.inf)
+        self.register_buffer("mask", mask[(None,) * (rank - 2)])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, self.mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_mask_that_all_samples_share(rank: int) -> None:
+    (site,) = check(Near(rank), [FRESH, UPDATE])
+    assert "queries" in site.actions
