@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
 from tests.models import randomize
 from toca_compile import Composition, FullCompute
+from toca_compile.compiler.cost import K
+from toca_compile.lowerings import LOWERINGS
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
 
 WIDTH, HEADS, TOKENS, WORDS, STEPS = 8, 2, 16, 4, 3
@@ -123,6 +126,33 @@ def test_words_and_picture_in_one_attention(style: type[nn.Module]) -> None:
     assert [("queries" in s.actions, "partial" in s.actions) for s in sites] == [(True, False)] * 2 + [
         (False, True)
     ] * 2
+
+
+@torch.no_grad()
+def test_what_two_streams_share_is_computed_and_counted_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One MLP on words and picture joined (CogVideoX): for some tokens of each it costs what those cost."""
+    spent = 0
+
+    def counted(variant: Any, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            nonlocal spent
+            with FlopCounterMode(display=False) as counter:
+                out = variant.module(*args)
+            spent += counter.get_total_flops()
+            return out
+
+        return run
+
+    monkeypatch.setitem(LOWERINGS, "counted", counted)
+    opt = toca_compile.optimize(randomize(Joint()), PARTIAL, lowering="counted")
+    opt(*inputs(0))
+    spent = 0
+    opt(*inputs(1))
+    report = toca_compile.explain(opt)
+    assert spent == report.flops("partial", counting="torch")
+    mlps = [s for s in report.sites if s.kind == "mlp"]
+    whole = sum(s.flops_partial.subs({K: s.tokens}) for s in mlps if s.flops_partial is not None)
+    assert whole == mlps[0].flops == mlps[1].flops
 
 
 @pytest.mark.parametrize("words", [0, 1])
