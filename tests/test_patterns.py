@@ -181,3 +181,30 @@ class Near(nn.Module):
 def test_a_mask_that_all_samples_share(rank: int) -> None:
     (site,) = check(Near(rank), [FRESH, UPDATE])
     assert "queries" in site.actions
+
+
+class Apart(nn.Module):
+    """Words and picture in one stream, apart for the positions and joined again (HunyuanVideo's single blocks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH + 16, WIDTH)
+        self.mlp = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(2):
+            both, words = torch.cat([x, y], 1), y.shape[1]
+            z = self.norm(both)
+            x, y = z[:, :-words], z[:, -words:]
+            q, k, v = (heads(part) for part in self.qkv(torch.cat([x, y], 1)).chunk(3, -1))
+            q, k = (torch.cat([2 * part[:, :, :-words], part[:, :, -words:]], 2) for part in (q, k))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = torch.cat([out[:, :-words], out[:, -words:]], 1)
+            both = both + self.out(torch.cat([out, F.gelu(self.mlp(z))], 2))
+            x, y = both.split([both.shape[1] - words, words], 1)
+        return torch.cat([x, y], 1)
+
+
+def test_streams_taken_apart_and_joined_again() -> None:
+    sites = check(Apart(), [PARTIAL])
+    assert [(s.kind, s.tokens, "partial" in s.actions) for s in sites] == [("parallel", TOKENS + WORDS, True)] * 2

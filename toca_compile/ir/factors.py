@@ -21,6 +21,7 @@ class Factors:
         self._size: list[int] = []
         self._parts: dict[Factor, Product] = {}
         self._segments: dict[Factor, tuple[Product, ...]] = {}
+        self._concatenations: dict[tuple[Product, ...], Factor] = {}
         self._windows: dict[tuple[Product, int, int, int], Product] = {}
 
     def new(self, size: int) -> Product:
@@ -88,10 +89,15 @@ class Factors:
         return tuple(groups) if not rest else None
 
     def concatenate(self, segments: Sequence[Product]) -> Product:
-        """The index space of ``segments`` laid end to end."""
+        """The index space of ``segments`` laid end to end. The same ones laid end to end twice are the same."""
         if len(segments) == 1:
             return segments[0]
+        parts = tuple(self.resolve(s) for s in segments)
+        if parts in self._concatenations:
+            return (self._concatenations[parts],)
         whole = self.new(sum(self.size(s) for s in segments))
+        if whole:
+            self._concatenations[parts] = whole[0]
         if whole:
             self._segments[whole[0]] = tuple(segments)
         return whole
