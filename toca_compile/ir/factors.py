@@ -7,6 +7,7 @@ factor occurs, so they live in one union-find table.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import prod
 
 Factor = int
@@ -92,7 +93,7 @@ class Factors:
         """The index space of ``segments`` laid end to end. The same ones laid end to end twice are the same."""
         if len(segments) == 1:
             return segments[0]
-        parts = tuple(self.resolve(s) for s in segments)
+        parts = tuple(part for s in segments for part in self.segments(s))
         if parts in self._concatenations:
             return (self._concatenations[parts],)
         whole = self.new(sum(self.size(s) for s in segments))
@@ -110,8 +111,10 @@ class Factors:
         return (product,)
 
     def atoms(self, product: Product) -> set[Factor]:
-        """The factors of a dimension, and those of its parts if it is a concatenation."""
-        return {f for part in self.segments(product) for f in part} | set(product)
+        """The factors of a dimension, and those of its parts, and of theirs, if it is a concatenation."""
+        product = self.resolve(product)
+        parts = self._segments.get(product[0], ()) if len(product) == 1 else ()
+        return set(product).union(*(self.atoms(part) for part in parts))
 
     def window(self, product: Product, start: int, size: int, step: int) -> Product:
         """The index space of ``size`` elements from ``start`` on, every ``step``-th. A window that is the whole, or a
@@ -120,11 +123,9 @@ class Factors:
         if size == self.size(product):
             return product
         if step == 1:
-            offset = 0
-            for part in self.segments(product):
-                if offset == start and self.size(part) == size:
-                    return part
-                offset += self.size(part)
+            ends = list(accumulate(map(self.size, self.segments(product)), initial=0))
+            if size and start in ends and start + size in ends:
+                return self.concatenate(self.segments(product)[ends.index(start) : ends.index(start + size)])
         key = (product, start, size, step)
         if key not in self._windows:
             self._windows[key] = self.new(size)
