@@ -17,7 +17,7 @@ Pipeline = TypeVar("Pipeline")
 @overload
 def optimize(
     model: nn.Module,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
@@ -27,7 +27,7 @@ def optimize(
 @overload
 def optimize(
     model: Pipeline,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
@@ -38,7 +38,7 @@ def optimize(
 
 def optimize(
     model: Any,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
@@ -56,7 +56,8 @@ def optimize(
 
     Args:
         model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
-        policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other, or a preset.
+        policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other; or by name a
+            level (``"quality"``, ``"balanced"``, ``"fast"``, ``"max"``: see ``Level``) or a preset.
         lowering: ``"inductor"`` or ``"eager"``.
         strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.

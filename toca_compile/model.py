@@ -243,7 +243,7 @@ class OptimizedModel(OptimizedModule):
         return self._session.policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
+    def policy(self, policy: Policy | str) -> None:
         with self._session.control.lock:
             self._session.set_policy(policy)
             for key, entry in list(self._entries.items()):

@@ -18,6 +18,7 @@ from toca_compile.ir.program import Program
 from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
+from toca_compile.policies.levels import Level
 from toca_compile.policies.storage import checked_policy
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl
@@ -34,7 +35,7 @@ class Session:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | str,
         *,
         lowering: str = "inductor",
         strict: bool = True,
@@ -72,10 +73,11 @@ class Session:
     def _settings(self) -> dict[str, Any]:
         return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
 
-    def set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: Policy | str) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
-        self.follow(checked_policy(policy))
+        policy = checked_policy(policy)
+        self.follow(policy)
         self.policy = policy
         self.control.reset()
 
@@ -97,6 +99,7 @@ class Session:
             self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
         if number not in plans:
             plan = check_plan(policy, program, self.warn_once)
+            self._say_what_it_means(policy, plan)
             self._explain_choices(program, plan)
             plans[number] = plan
         return plans[number]
@@ -153,6 +156,21 @@ class Session:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
+
+    def _say_what_it_means(self, policy: Policy, plan: Plan) -> None:
+        """What a policy that fits itself to the run makes of it, and that one leaves nothing out."""
+        computed = [all(action.dense for action in step.sites) for step in plan.steps]
+        if all(computed) and not plan.endless:
+            self.warn_once(
+                f"all {len(computed)} steps of a run are computed under {policy}, so nothing is cached: a run this "
+                "short leaves nothing out, or take a policy that does"
+            )
+        elif isinstance(policy, Level):
+            what = "what all blocks add to the stream" if plan.skipped else "the output of each site"
+            self.warn_once(
+                f"level {policy.name!r} in a run of {len(computed)} steps: {sum(computed)} are computed, on the others "
+                f"{what} is forecast"
+            )
 
     def _explain_choices(self, program: Program, plan: Plan) -> None:
         assert program.types is not None
