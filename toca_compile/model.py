@@ -314,6 +314,8 @@ class OptimizedModel(OptimizedModule):
                 f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
                 f"{session.split(session.graphs)}".rstrip()
             )
+        elif why is not None and session.strict:
+            raise why
         elif why is not None:
             return  # as was said when it was traced
         else:

@@ -176,3 +176,30 @@ def test_mochi() -> None:
     for i in range(STEPS):
         torch.testing.assert_close(opt(**inputs)[0], plain)
         assert set(opt.steps[i].k.values()) == ({8, 32} if i == 0 else {4, 16})
+
+
+class Emptied(PlainDiT):
+    """After a break, values that were made before it are written to (GLM-Image); with no block, nothing else is left."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        torch._dynamo.graph_break()
+        h[:, 0] *= 0
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            h = block(h, c)
+        return self.finish(h, c)
+
+
+@torch.no_grad()
+def test_a_fragment_that_writes_to_its_input_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    net = randomize(Emptied(depth=1))
+    opt = toca_compile.optimize(net, Fora(STEPS, STEPS), lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(STEPS):
+            assert torch.equal(opt(*picture(0)), net(*picture(0)))
+    assert "in place" in caplog.text
+    assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"]
+    nothing = toca_compile.optimize(randomize(Emptied(depth=0)), FullCompute(), lowering="eager")
+    with pytest.raises(NoSiteError, match="into 3 graphs"):
+        nothing(*picture(0))
