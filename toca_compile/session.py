@@ -12,6 +12,7 @@ from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
@@ -101,6 +102,7 @@ class Session:
             plan = check_plan(policy, program, self.warn_once)
             self._say_what_it_means(policy, plan)
             self._explain_choices(program, plan)
+            self._explain_refusals(policy, program)
             plans[number] = plan
         return plans[number]
 
@@ -193,6 +195,22 @@ class Session:
             self.warn_once(
                 "the token grid is not visible in the graph, so no token gets the grid bonus; "
                 "give it with optimize(..., grid=(height, width))"
+            )
+
+    def _explain_refusals(self, policy: Policy, program: Program) -> None:
+        """Say where a policy computes some tokens of its sites and none of them can."""
+        parts = policy.composition() if hasattr(policy, "composition") else policy
+        rules = (*getattr(parts, "rules", ()), *getattr(parts, "alternate", ()))
+        asked = [
+            (site, rule.do.of(1, 0).refused(site))
+            for site in program.sites
+            for rule in rules
+            if isinstance(rule.do, Selecting) and rule.matches(site)
+        ]
+        if asked and all(why for _, why in asked):
+            site, why = asked[0]
+            self.warn_once(
+                f"the policy computes some of the tokens, and no site can: {site.name} {why}; all are reused"
             )
 
 

@@ -5,6 +5,7 @@ At inputs that stay, what is kept is what would be computed, so every policy mus
 that change, a partial step is held against its dense meaning.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
 from tests.models import randomize
-from toca_compile import Composition, FullCompute
+from toca_compile import Composition, FullCompute, ToCa
 from toca_compile.compiler.cost import K
 from toca_compile.lowerings import LOWERINGS
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
@@ -252,3 +253,34 @@ class Frames(nn.Module):
 def test_places_of_a_frame_take_queries() -> None:
     sites = check(Frames(), [PARTIAL, FRESH], lambda i: tuple(v[:1] for v in inputs(i)))
     assert [sorted(s.actions & {"partial", "queries"}) for s in sites] == [["queries"], ["partial"], ["partial"]]
+
+
+class Turned(nn.Module):
+    """Attention alone, on tokens that are turned round before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x.flip(1)).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [PARTIAL, ToCa(STEPS, 3, 0.5, schedule="constant", bonus=0.0)])
+def test_a_policy_that_can_do_nothing_in_part_says_why(policy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    opt = toca_compile.optimize(randomize(Turned()), policy, lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        for i in range(STEPS):
+            opt(*inputs(i))
+    assert caplog.text.count("no site can") == 1
+    assert "test_patterns.py:" in caplog.text
+
+
+@torch.no_grad()
+def test_a_policy_that_can_do_something_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    opt = toca_compile.optimize(randomize(Joint()), PARTIAL, lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        opt(*inputs(0))
+    assert "no site can" not in caplog.text
