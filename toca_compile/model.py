@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,9 +34,10 @@ from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
-from toca_compile.session import Session
+from toca_compile.session import Session, patch_of
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
+_DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
 _SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
 
 # What a pipeline puts around each call of one of its models, in this thread or task.
@@ -76,7 +77,7 @@ class OptimizedModel(OptimizedModule):
         object.__setattr__(self, "_hook_lists", (-1, []))
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         object.__setattr__(self, "_limits", dynamo_limits(_LIMITS))
-        session.bounded = True
+        session.bounded, session.patch = True, patch_of(model)
         super().__init__(model, dynamo_context(session))
 
     def _initialize(self) -> None:
@@ -291,18 +292,17 @@ class OptimizedModel(OptimizedModule):
             raise InferenceModeError(GRAD_ENABLED)
 
     def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A Python number that changes from call to call is traced anew for each value: say so."""
+        """A Python number that is another one at each call of a run is traced anew for each value: say so."""
         session = self._session
-        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
-        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
-        session.numbers = now
-        for name in changed:
-            session.changes[name] = session.changes.get(name, 0) + 1
-            if session.changes[name] == 2:
-                session.warn_once(
-                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
-                    "model again for each value and no cache is ever reused: pass it as a tensor"
-                )
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if type(value) in (int, float):
+                last = session.numbers.setdefault(name, deque(maxlen=_DISTINCT))
+                last.append(value)
+                if len(set(last)) == _DISTINCT:
+                    session.warn_once(
+                        f"argument {name!r} is a Python number, and another one at each call, so torch.compile traces "
+                        "the model again for each value and no cache is ever reused: pass it as a tensor"
+                    )
 
     def _uncached(self) -> None:
         """No graph with sites ran in a call: say why, and once."""
