@@ -55,6 +55,7 @@ class _Entry:
     code: types.CodeType
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
+    graphs: int = 0  # that Dynamo made of it
 
 
 def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
@@ -149,6 +150,8 @@ class OptimizedModel(OptimizedModule):
         finally:
             if session.seen != before:
                 entry.executors += session.executors[known:]
+                entry.graphs += session.seen - before
+            session.graphs = entry.graphs
 
     def _forget(self, entry: _Entry) -> None:
         remove_from_cache(entry.code)
@@ -311,11 +314,12 @@ class OptimizedModel(OptimizedModule):
         name = type(self._orig_mod).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
-            split = ", ".join(session.breaks)
             error: TocaError = NoSiteError(
-                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
-                + (f" torch.compile split it into several graphs: {split}" if split else "")
+                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
+                f"{session.split(session.graphs)}".rstrip()
             )
+        elif why is not None and session.strict:
+            raise why
         elif why is not None:
             return  # as was said when it was traced
         else:

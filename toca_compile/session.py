@@ -14,6 +14,7 @@ from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
@@ -60,6 +61,7 @@ class Session:
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.patch: tuple[int, int] | None = None  # into which the model says that it cuts latents
         self.seen = 0  # graphs that Dynamo handed over
+        self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
         self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
         self.broken = False  # whether the model comes in more than one graph
@@ -106,6 +108,7 @@ class Session:
             plan = check_plan(policy, program, self.warn_once)
             self._say_what_it_means(policy, plan)
             self._explain_choices(program, plan)
+            self._explain_refusals(policy, program)
             plans[number] = plan
         return plans[number]
 
@@ -122,7 +125,9 @@ class Session:
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
         with working("proving what may be cached"):
             layouts = self._layouts(static_inputs, inputs)
-            program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid, layouts=layouts))
+            program = manager.run(
+                Program(graph, static_inputs, tuple(inputs), self.grid, fragment=self.broken, layouts=layouts)
+            )
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -155,6 +160,16 @@ class Session:
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
+
+    def split(self, graphs: int | None = None) -> str:
+        """How Dynamo split the model, and into how many ``graphs``, as a sentence; nothing where it did not."""
+        if not self.broken:
+            return ""
+        why = "; ".join(self.breaks) or 'TORCH_LOGS="graph_breaks" tells where'
+        return (
+            f"torch.compile split it into {graphs or 'several'} graphs, and a branch that begins in one and ends in "
+            f"another is no site: {why}"
+        )
 
     def warn_once(self, message: str) -> None:
         """Say it once in this session."""
@@ -200,6 +215,22 @@ class Session:
                 "neither the graph nor the inputs show how the tokens lie in a picture, so none gets the bonus of a "
                 "grid cell: if they are one, say optimize(…, grid=(height, width)) in tokens; if not, take a policy "
                 "with bonus=0"
+            )
+
+    def _explain_refusals(self, policy: Policy, program: Program) -> None:
+        """Say where a policy computes some tokens of its sites and none of them can."""
+        parts = policy.composition() if hasattr(policy, "composition") else policy
+        rules = (*getattr(parts, "rules", ()), *getattr(parts, "alternate", ()))
+        asked = [
+            (site, rule.do.of(1, 0).refused(site))
+            for site in program.sites
+            for rule in rules
+            if isinstance(rule.do, Selecting) and rule.matches(site)
+        ]
+        if asked and all(why for _, why in asked):
+            site, why = asked[0]
+            self.warn_once(
+                f"the policy computes some of the tokens, and no site can: {site.name} {why}; all are reused"
             )
 
 

@@ -208,8 +208,8 @@ def _notes(report: "Report") -> list[str]:
             "the timestep is no host value: an abandoned sampling looks like its continuation; call reset(), or tell "
             "cache_context(name, step_index=…)"
         )
-    if session.breaks:
-        notes.append(f"torch.compile split the model into several graphs: {', '.join(session.breaks)}")
+    if session.broken:
+        notes.append(session.split(session.graphs))
     return [line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="    ")]
 
 
