@@ -18,6 +18,7 @@ LAYERS = [
     {"compiler"},
     {"session"},
     {"backend"},
+    {"calls"},
     {"report", "model"},
     {"diffusers"},
     {"api"},

@@ -4,10 +4,10 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from toca_compile.diffusers import attach, is_pipeline, optimized_components, transformers_of
+from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of, unwatch
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
-from toca_compile.model import OptimizedModel
+from toca_compile.model import OptimizedModel, convert, revert, wrap
 from toca_compile.report import Report, make_report
 from toca_compile.session import Session
 
@@ -73,12 +73,57 @@ def optimize(
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
         options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
-        return attach(model, {name: optimize(part, policy, **options) for name, part in found.items()})
+        return attach(model, {name: enable_cache(part, policy, **options) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
-    if isinstance(model, OptimizedModel):
-        model = model._orig_mod
-    return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+    return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+
+
+def enable_cache(model: Any, policy: Policy, **options: Any) -> Any:
+    """``optimize`` in place, for a pipeline and for a bare model: the model stays the object that it is.
+
+    Args:
+        model: a diffusion transformer in eval mode, or a diffusers pipeline with one.
+        policy, options: as in ``optimize``.
+
+    Returns:
+        ``model`` itself, or the model inside where it is a wrapper of ``torch.compile`` or ``optimize``.
+
+    Raises:
+        TocaError, PolicyError: as ``optimize``, or an object cannot be optimised in place.
+    """
+    if is_pipeline(model) or not isinstance(model, nn.Module):
+        return optimize(model, policy, **options)
+    return convert(model, Session(policy, **options))
+
+
+def disable_cache(model: Any) -> Any:
+    """Undo ``optimize`` and ``enable_cache``. What was never optimised stays as it is.
+
+    Args:
+        model: a pipeline, or an optimised model.
+
+    Returns:
+        The pipeline or model, as it was before: the same objects, of the same classes.
+
+    Raises:
+        TocaError: it is neither a pipeline nor a module.
+    """
+    if is_pipeline(model):
+        return detach(model)
+    if not isinstance(model, nn.Module):
+        raise TocaError(f"restore takes what optimize returned, not {type(model).__name__}")
+    plain = revert(model)
+    unwatch()
+    return plain
+
+
+restore = disable_cache
+
+
+def is_optimized(model: Any) -> bool:
+    """Whether calls of a model, or of a pipeline's transformer, are cached."""
+    return bool(optimized_components(model)) if is_pipeline(model) else isinstance(model, OptimizedModel)
 
 
 def explain(model: Any) -> Report:
@@ -107,4 +152,4 @@ def explain(model: Any) -> Report:
     return make_report(session)
 
 
-__all__ = ["OptimizedModel", "explain", "optimize"]
+__all__ = ["OptimizedModel", "disable_cache", "enable_cache", "explain", "is_optimized", "optimize", "restore"]

@@ -9,15 +9,18 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from toca_compile.calls import Calls
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.model import AROUND_CALL, OptimizedModel
+from toca_compile.model import AROUND_CALL, OptimizedModel, revert
 
 log = logging.getLogger(__name__)
 
@@ -44,45 +47,93 @@ def optimized_components(pipe: Any) -> dict[str, OptimizedModel]:
 def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
     """Put optimised models into a pipeline and let each call of it be one run; returns the pipeline."""
     for name, model in models.items():
-        setattr(pipe, name, model)
-    if not getattr(type(pipe), "_toca_sampling", False):
-        pipe.__class__ = _with_runs(type(pipe))
+        before = pipe.components[name]
+        model._toca.homes.add(Home(type(pipe)))
+        if before is not model:  # a wrapper, ours or of torch.compile
+            setattr(pipe, name, model)
+            model._toca.replaced = before
     return pipe
 
 
-_CLASSES: dict[type, type] = {}
+def detach(pipe: Any) -> Any:
+    """Give a pipeline back the transformers that it had; returns the pipeline."""
+    for name, model in optimized_components(pipe).items():
+        stand_in = model._toca.replaced
+        plain = revert(model)
+        if pipe.components[name] is not (plain if stand_in is None else stand_in):
+            setattr(pipe, name, plain if stand_in is None else stand_in)
+    unwatch()
+    return pipe
 
 
-def _with_runs(cls: type) -> type:
-    """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
-    if cls not in _CLASSES:
-        _CLASSES[cls] = _made_with_runs(cls)
-    return _CLASSES[cls]
+# What is put around methods of pipelines' classes, by class and name: what was there, if anything.
+_WATCHED: dict[tuple[type, str], Any] = {}
 
 
-def _made_with_runs(cls: type) -> type:
-    call: Any = cls.__call__
+def watch(cls: type) -> None:
+    """Let calls of pipelines of this class be runs, where a transformer of theirs is optimised when they are called;
+    and those of each class to which an optimised transformer is given from now on, through the base class of all."""
+    base = next((c for c in reversed(cls.__mro__) if "components" in vars(c)), cls)
+    _around(base, "__setattr__", _watching)
+    _around(cls, "__call__", _with_runs)
 
-    @functools.wraps(call)
+
+def _around(cls: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
+    owner = cls if owner is object else owner
+    if owner is not None and (owner, name) not in _WATCHED:
+        original = getattr(owner, name)
+        _WATCHED[owner, name] = vars(owner).get(name)
+        setattr(owner, name, functools.wraps(original)(wrap(original)))
+
+
+def unwatch() -> None:
+    """Leave classes of pipelines as they were, if nothing is optimised any more."""
+    while _WATCHED and not Calls.alive:
+        (cls, name), before = _WATCHED.popitem()
+        if before is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, before)
+
+
+def _watching(setattr_before: Any) -> Any:
+    def assigned(self: Any, name: str, value: Any) -> None:
+        setattr_before(self, name, value)
+        if isinstance(value, OptimizedModel):
+            value._toca.homes.add(Home(type(self)))
+
+    return assigned
+
+
+def _with_runs(call: Any) -> Any:
     def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models = optimized_components(self)
+        if not models or id(self) in _SAMPLING.get():  # a subclass's call that calls its base's
+            return call(self, *args, **kwargs)
         arguments = inspect.signature(call).bind(self, *args, **kwargs)
         arguments.apply_defaults()
         with _sampling(self, arguments.arguments):
             return call(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        # By the class that a name finds; what it is made into is made again where it is read.
-        return _blank, (cls,), vars(self)
-
-    body = {
-        "__call__": sampled, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
-        "_toca_sampling": True,
-    }  # fmt: skip
-    return type(cls.__name__, (cls,), body)
+    return sampled
 
 
-def _blank(cls: type) -> Any:
-    return object.__new__(_with_runs(cls))
+# Pipelines that are being called, in this thread or task.
+_SAMPLING: ContextVar[tuple[int, ...]] = ContextVar("toca_sampling", default=())
+
+
+@dataclass(frozen=True)
+class Home:
+    """A class of pipelines in which a model is; where it is unpickled, they are watched."""
+
+    cls: type
+
+    def __post_init__(self) -> None:
+        watch(self.cls)
+
+    def __reduce__(self) -> Any:
+        return Home, (self.cls,)
 
 
 @contextlib.contextmanager
@@ -111,6 +162,7 @@ def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
             stack.callback(run.close)
         around = {**AROUND_CALL.get(), **{id(run.model): run.around_call for run in runs}}
         stack.callback(AROUND_CALL.reset, AROUND_CALL.set(around))
+        stack.callback(_SAMPLING.reset, _SAMPLING.set((*_SAMPLING.get(), id(pipe))))
         yield
 
 

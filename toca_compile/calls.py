@@ -1,0 +1,274 @@
+"""Calls: what stands between a call of an optimised model and its graphs."""
+
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from toca_compile.backend import BackendCompilerFailed, dynamo_context, dynamo_limits, remove_from_cache
+from toca_compile.errors import (
+    GRAD_ENABLED,
+    NO_SITE,
+    InferenceModeError,
+    LoweringError,
+    NoSiteError,
+    PolicyError,
+    TocaError,
+)
+from toca_compile.ir.plan import Policy
+from toca_compile.lowerings.inductor import machine_trouble
+from toca_compile.runtime.executor import Executor
+from toca_compile.session import Session
+
+_RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
+_SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
+
+
+@dataclass
+class _Entry:
+    """One signature of calls: what Dynamo made of it, and why graphs of it run uncached."""
+
+    call: Callable[..., Any]
+    code: types.CodeType
+    policy: Policy
+    executors: list[Executor] = field(default_factory=list)
+    uncached: dict[str, TocaError] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the policy was more than the model can do."""
+        return any(isinstance(error, PolicyError) for error in self.uncached.values())
+
+
+def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
+    return call(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821  (a global that _new_entry gives)
+
+
+class Calls:
+    """The calls of one model by one session, and what Dynamo made of them. It does not hold the model."""
+
+    alive: ClassVar["weakref.WeakSet[Calls]"] = weakref.WeakSet()
+
+    def __init__(self, session: Session, homes: Iterable[Any] = (), replaced: Any = None) -> None:
+        self.session = session
+        self.homes = set(homes)  # where the model was put: what must be made known where it is unpickled
+        self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._hook_lists: tuple[int, list[Any]] = (-1, [])
+        # One for all calls, which are made one at a time: each new one would stay in the thread's context.
+        self._limits = dynamo_limits(_LIMITS)
+        self.context = dynamo_context(session)
+        session.bounded = True
+        Calls.alive.add(self)
+
+    def __reduce__(self) -> Any:
+        # Graphs and caches are made anew in a copy, and where it is read.
+        return type(self), (self.session.fresh(), tuple(self.homes))
+
+    def run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One call of the model, which is one step, or a part of one; ``step`` dispatches it."""
+        session = self.session
+        if session.strict:
+            _check_mode(model)
+        self._watch_numbers(args, kwargs)
+        control = session.control
+        control.begin_call(leaves(args, kwargs))
+        failed, shapes = True, []
+        try:
+            with _UNFUSED, self._limits:
+                out = step(*args, **kwargs)
+            failed, shapes = False, [tuple(v.shape) for v in leaves((out,), {}).values() if _is_tensor(v)]
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, TocaError):
+                raise error.inner_exception from None
+            raise machine_trouble(error) or error from error
+        except LoweringError as error:
+            if session.strict:
+                raise
+            session.warn_once(f"{error} The model runs uncached.")
+            return _plain_call(model)(model, *args, **kwargs)
+        finally:
+            reached = control.end_call(failed, shapes)
+        if not reached:
+            self._uncached(model)
+        return out
+
+    def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
+        that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay."""
+        entries = self._entries
+        key = (*_signature(args, kwargs), self._hooks(model))
+        entry = entries.get(key)
+        if entry is not None and entry.refused and entry.policy is not self.session.policy:
+            self._forget(entries.pop(key))  # the policy now may be one that the graphs can follow
+            entry = None
+        if entry is None:
+            entry = entries[key] = self._new_entry(model)
+            if len(entries) > _SIGNATURES:
+                self._forget(entries.popitem(last=False)[1])
+        entries.move_to_end(key)
+        session = self.session
+        before, session.uncached = session.seen, entry.uncached
+        known = len(session.executors)
+        try:
+            return entry.call(model, args, kwargs)
+        finally:
+            if session.seen != before:
+                entry.executors += session.executors[known:]
+
+    def close(self) -> None:
+        """Forget what was compiled, and every run."""
+        while self._entries:
+            self._forget(self._entries.popitem()[1])
+        self.session.control.reset()
+        Calls.alive.discard(self)
+
+    def _forget(self, entry: _Entry) -> None:
+        remove_from_cache(entry.code)
+        if not self.session.breaks:
+            # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
+            self.session.forget(entry.executors)
+
+    def _hooks(self, model: nn.Module) -> tuple[int, ...]:
+        """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
+        seen, listed = self._hook_lists
+        if seen != self.session.seen:
+            listed = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+            self._hook_lists = (self.session.seen, listed)
+        return tuple(key for hooks in listed if hooks for key in hooks)
+
+    def _new_entry(self, model: nn.Module) -> _Entry:
+        call, code, policy = _plain_call(model), _entry.__code__.replace(), self.session.policy
+        if _has_hooks(model):
+            # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
+            inner = self.context(types.MethodType(call, model))
+            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
+        function = types.FunctionType(code, {"__builtins__": __builtins__, "call": call})
+        return _Entry(self.context(function), code, policy)
+
+    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A Python number that changes from call to call is traced anew for each value: say so."""
+        session = self.session
+        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
+        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
+        session.numbers = now
+        for name in changed:
+            session.changes[name] = session.changes.get(name, 0) + 1
+            if session.changes[name] == 2:
+                session.warn_once(
+                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
+                    "model again for each value and no cache is ever reused: pass it as a tensor"
+                )
+
+    def _uncached(self, model: nn.Module) -> None:
+        """No graph with sites ran in a call: say why, and once."""
+        session = self.session
+        name = type(model).__name__
+        why = next(iter(session.uncached.values()), None)
+        if isinstance(why, NoSiteError):
+            split = ", ".join(session.breaks)
+            error: TocaError = NoSiteError(
+                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
+                + (f" torch.compile split it into several graphs: {split}" if split else "")
+            )
+        elif why is not None:
+            return  # as was said when it was traced
+        else:
+            error = TocaError(
+                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
+                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
+                f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
+            )
+        if session.strict:
+            raise error
+        session.warn_once(str(error))
+
+
+def _plain_call(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model is without us, and without what ``model.compile()`` put in its place."""
+    call = getattr(type(model), "_toca_before", type(model)).__call__
+    return nn.Module._call_impl if call is nn.Module.__call__ else call
+
+
+def _check_mode(model: nn.Module) -> None:
+    if model.training:
+        raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
+    if torch.is_grad_enabled():
+        raise InferenceModeError(GRAD_ENABLED)
+
+
+def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells traced calls apart: kinds of inputs, and modes."""
+    kinds = tuple((k, _kind(v)) for k, v in leaves(args, kwargs).items())
+    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *(
+        torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")
+    )  # fmt: skip
+    return len(args), tuple(kwargs), kinds, modes
+
+
+def _kind(value: Any) -> Any:
+    if _is_tensor(value):
+        return (
+            type(value), value.shape, value.stride() if value.layout == torch.strided else None, value.dtype,
+            value.device, value.is_inference(),
+        )  # fmt: skip
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
+
+
+def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+    """Inputs by where they stand, nested ones taken apart."""
+    found: dict[Any, Any] = {}
+
+    def visit(key: Any, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for k, v in value.items():
+                visit((key, k), v)
+        elif isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                visit((key, i), v)
+        else:
+            found[key] = value
+
+    for key, value in (*enumerate(args), *kwargs.items()):
+        visit(key, value)
+    return found
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+class _Unfused:
+    """While any optimised model runs, in any thread, torch's transformer layers are traced as attention and MLP instead
+    of as one fused inference op. That is a setting of the process: the first to come sets it, the last to leave puts
+    it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_UNFUSED = _Unfused()
+_LIMITS = {"recompile_limit": _RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * _RECOMPILE_LIMIT}
