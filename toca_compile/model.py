@@ -271,6 +271,18 @@ class _InPlace(OptimizedModel):
         return _made_again, (self._toca_before, self._toca_own, make, args), *rest
 
 
+class _Equal(type):
+    """The metaclass of what is made of a class: equal to it where it is looked up, as by ``from_pipe`` of diffusers."""
+
+    _toca_before: type
+
+    def __eq__(cls, other: object) -> bool:
+        return cls._toca_before is getattr(other, "_toca_before", other)
+
+    def __hash__(cls) -> int:
+        return hash(cls._toca_before)
+
+
 _MADE: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
@@ -278,7 +290,9 @@ def _made_class(before: Any, own: tuple[str, ...]) -> type:
     if (before, own) not in _MADE:
         body = {name: getattr(before, name) for name in ("__module__", "__qualname__", "__doc__")}
         body |= {"_toca_before": before, "_toca_own": own} | {name: _Own(before, name) for name in own}
-        _MADE[before, own] = types.new_class(before.__name__, (_InPlace, before), {}, lambda b: b.update(body))
+        meta = types.new_class("Equal", (_Equal, type(before)))
+        bases = (_InPlace, before)
+        _MADE[before, own] = types.new_class(before.__name__, bases, {"metaclass": meta}, lambda b: b.update(body))
     return _MADE[before, own]
 
 
