@@ -4,10 +4,10 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of, unwatch
+from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
-from toca_compile.model import OptimizedModel, convert, revert, wrap
+from toca_compile.model import Controls, OptimizedModel, SessionControls, convert, handle_of, revert, tidy, wrap
 from toca_compile.report import Report, make_report
 from toca_compile.session import Session
 
@@ -73,7 +73,7 @@ def optimize(
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
         options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
-        return attach(model, {name: enable_cache(part, policy, **options) for name, part in found.items()})
+        return attach(model, {name: convert(part, Session(policy, **options)) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
     return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
@@ -94,7 +94,7 @@ def enable_cache(model: Any, policy: Policy, **options: Any) -> Any:
     """
     if is_pipeline(model) or not isinstance(model, nn.Module):
         return optimize(model, policy, **options)
-    return convert(model, Session(policy, **options))
+    return convert(model, Session(policy, **options))._model
 
 
 def disable_cache(model: Any) -> Any:
@@ -114,7 +114,7 @@ def disable_cache(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise TocaError(f"restore takes what optimize returned, not {type(model).__name__}")
     plain = revert(model)
-    unwatch()
+    tidy()
     return plain
 
 
@@ -123,7 +123,23 @@ restore = disable_cache
 
 def is_optimized(model: Any) -> bool:
     """Whether calls of a model, or of a pipeline's transformer, are cached."""
-    return bool(optimized_components(model)) if is_pipeline(model) else isinstance(model, OptimizedModel)
+    return bool(optimized_components(model)) if is_pipeline(model) else handle_of(model) is not None
+
+
+def controls(model: Any) -> Controls:
+    """What is seen and said of a model's caching, however it came to it: ``steps``, ``policy`` (which may be assigned),
+    ``reset()``, ``cache_context(…)``, ``cache_bytes`` and ``fresh_tokens()``.
+
+    Args:
+        model: as of ``explain``. An optimised model has these as attributes, too.
+
+    Raises:
+        TocaError: it is no such model.
+    """
+    session = _session_of(model)
+    if session is None:
+        raise TocaError("controls takes a model optimised by toca_compile, after its first call")
+    return SessionControls(session)
 
 
 def explain(model: Any) -> Report:
@@ -136,20 +152,34 @@ def explain(model: Any) -> Report:
     Raises:
         TocaError: nothing was compiled yet, or it is no such model.
     """
-    if is_pipeline(model):
-        model = next(iter(optimized_components(model).values()), model)
-    session = getattr(model, "_session", None)
+    session = _session_of(model)
     if session is None:
-        context = getattr(model, "dynamo_ctx", None)
-        callback: Any = getattr(context, "callback", None)
-        while hasattr(callback, "_torchdynamo_orig_backend"):
-            callback = callback._torchdynamo_orig_backend
-        session = getattr(callback, "_toca_session", lambda: None)()
-    if not isinstance(session, Session):
         raise TocaError("explain takes a model optimised by toca_compile, after its first call")
     if not session.executors:
         raise TocaError("nothing is compiled yet: call the model once, then explain it")
     return make_report(session)
 
 
-__all__ = ["OptimizedModel", "disable_cache", "enable_cache", "explain", "is_optimized", "optimize", "restore"]
+def _session_of(model: Any) -> Session | None:
+    handle = next(iter(optimized_components(model).values()), None) if is_pipeline(model) else handle_of(model)
+    if handle is not None:
+        return handle._session
+    context = getattr(model, "dynamo_ctx", None)
+    callback: Any = getattr(context, "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    session: Session | None = getattr(callback, "_toca_session", lambda: None)()
+    return session
+
+
+__all__ = [
+    "Controls",
+    "OptimizedModel",
+    "controls",
+    "disable_cache",
+    "enable_cache",
+    "explain",
+    "is_optimized",
+    "optimize",
+    "restore",
+]

@@ -192,7 +192,8 @@ class Calls:
 
 def _plain_call(model: nn.Module) -> Callable[..., Any]:
     """What a call of the model is without us, and without what ``model.compile()`` put in its place."""
-    call = getattr(type(model), "_toca_before", type(model)).__call__
+    call = type(model).__call__
+    call = getattr(call, "_toca_before", call)
     return nn.Module._call_impl if call is nn.Module.__call__ else call
 
 

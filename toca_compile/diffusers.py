@@ -9,18 +9,17 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
-from toca_compile.calls import Calls
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.model import AROUND_CALL, OptimizedModel, revert
+from toca_compile.model import AROUND_CALL, Handle, handle_of, put, revert, tidy
 
 log = logging.getLogger(__name__)
 
@@ -39,74 +38,56 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def optimized_components(pipe: Any) -> dict[str, OptimizedModel]:
+def optimized_components(pipe: Any) -> dict[str, Handle]:
     """The optimised models among a pipeline's components."""
-    return {n: c for n, c in transformers_of(pipe).items() if isinstance(c, OptimizedModel)}
+    handles = {name: handle_of(part) for name, part in transformers_of(pipe).items()}
+    return {name: handle for name, handle in handles.items() if handle is not None}
 
 
-def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
-    """Put optimised models into a pipeline and let each call of it be one run; returns the pipeline."""
-    for name, model in models.items():
+def attach(pipe: Any, models: Mapping[str, Handle]) -> Any:
+    """Let each call of a pipeline with optimised models be one run; returns the pipeline."""
+    for name, handle in models.items():
         before = pipe.components[name]
-        model._toca.homes.add(Home(type(pipe)))
-        if before is not model:  # a wrapper, ours or of torch.compile
-            setattr(pipe, name, model)
-            model._toca.replaced = before
+        handle._toca.homes.add(Home(type(pipe)))
+        if before is not handle._model:  # a wrapper, ours or of torch.compile
+            setattr(pipe, name, handle._model)
+            handle._toca.replaced = before
     return pipe
 
 
 def detach(pipe: Any) -> Any:
     """Give a pipeline back the transformers that it had; returns the pipeline."""
-    for name, model in optimized_components(pipe).items():
-        stand_in = model._toca.replaced
-        plain = revert(model)
-        if pipe.components[name] is not (plain if stand_in is None else stand_in):
-            setattr(pipe, name, plain if stand_in is None else stand_in)
-    unwatch()
+    for name, handle in optimized_components(pipe).items():
+        now, replaced = pipe.components[name], handle._toca.replaced
+        plain = revert(now)
+        if replaced is not None or plain is not now:
+            setattr(pipe, name, plain if replaced is None else replaced)
+    tidy()
     return pipe
-
-
-# What is put around methods of pipelines' classes, by class and name: what was there, if anything.
-_WATCHED: dict[tuple[type, str], Any] = {}
 
 
 def watch(cls: type) -> None:
     """Let calls of pipelines of this class be runs, where a transformer of theirs is optimised when they are called;
     and those of each class to which an optimised transformer is given from now on, through the base class of all."""
     base = next((c for c in reversed(cls.__mro__) if "components" in vars(c)), cls)
-    _around(base, "__setattr__", _watching)
-    _around(cls, "__call__", _with_runs)
-
-
-def _around(cls: type, name: str, wrap: Callable[[Any], Any]) -> None:
-    owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-    owner = cls if owner is object else owner
-    if owner is not None and (owner, name) not in _WATCHED:
-        original = getattr(owner, name)
-        _WATCHED[owner, name] = vars(owner).get(name)
-        setattr(owner, name, functools.wraps(original)(wrap(original)))
-
-
-def unwatch() -> None:
-    """Leave classes of pipelines as they were, if nothing is optimised any more."""
-    while _WATCHED and not Calls.alive:
-        (cls, name), before = _WATCHED.popitem()
-        if before is None:
-            delattr(cls, name)
-        else:
-            setattr(cls, name, before)
+    put(base, "__setattr__", _watching)
+    if any("__call__" in vars(c) for c in cls.__mro__):
+        put(cls, "__call__", _with_runs)
 
 
 def _watching(setattr_before: Any) -> Any:
+    @functools.wraps(setattr_before)
     def assigned(self: Any, name: str, value: Any) -> None:
         setattr_before(self, name, value)
-        if isinstance(value, OptimizedModel):
-            value._toca.homes.add(Home(type(self)))
+        handle = handle_of(value)
+        if handle is not None:
+            handle._toca.homes.add(Home(type(self)))
 
     return assigned
 
 
 def _with_runs(call: Any) -> Any:
+    @functools.wraps(call)
     def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
         models = optimized_components(self)
         if not models or id(self) in _SAMPLING.get():  # a subclass's call that calls its base's
@@ -181,7 +162,7 @@ def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
 class _Run:
     """One model during one call of a pipeline."""
 
-    def __init__(self, model: OptimizedModel, scheduler: Any, guided: bool) -> None:
+    def __init__(self, model: Handle, scheduler: Any, guided: bool) -> None:
         self.model, self.scheduler, self.guided = model, scheduler, guided
         self.restart()
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,12 +29,9 @@ AROUND_CALL: ContextVar[Mapping[int, Callable[[], contextlib.AbstractContextMana
 class Controls:
     """What is seen and said of the caching of one model: an optimised model is one, ``controls`` gives one for any."""
 
-    def __init__(self, session: Session) -> None:
-        self._controlled = session
-
     @property
     def _session(self) -> Session:
-        return self._controlled
+        raise NotImplementedError
 
     def reset(self, context: str | None = None) -> None:
         """Forget every run, or those of one context: its next call is step 0 of a new one, and the caches are freed."""
@@ -95,17 +93,19 @@ class Controls:
         return {name: mask for e in self._session.executors for name, mask in e.fresh_tokens().items()}
 
 
-class OptimizedModel(Controls, nn.Module):
-    """A model with caching: called, configured, moved, copied, pickled and saved as the model itself.
+class SessionControls(Controls):
+    """Those of a session."""
 
-    It is either the user's own object (in a pipeline, and after ``enable_cache``), which for as long as it is optimised
-    has a class made of this one and its own; or a wrapper around the user's object, which stays as it was.
+    def __init__(self, session: Session) -> None:
+        self._of = session
 
-    Attributes and methods are the model's own; of those named here, ``steps``, ``policy``, ``reset``, ``cache_bytes``
-    and ``fresh_tokens`` give way to attributes that the model had before (``controls(model)`` has them always).
-    ``state_dict`` has the model's keys. Calls of one object are made one at a time; each thread or task has samplings
-    of its own, and each context in it.
-    """
+    @property
+    def _session(self) -> Session:
+        return self._of
+
+
+class Handle(Controls):
+    """An optimised model, as calls and pipelines see it."""
 
     _toca: Calls
 
@@ -116,7 +116,7 @@ class OptimizedModel(Controls, nn.Module):
     @property
     def _model(self) -> nn.Module:
         """The model that is traced."""
-        return self
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as step number so-and-so of the current run.
@@ -138,7 +138,7 @@ class OptimizedModel(Controls, nn.Module):
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         return self._toca.dispatch(self._model, args, kwargs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]
+    def compile(self, *args: Any, **kwargs: Any) -> int:
         """Trace the model for inputs like these and compile every variant that the policy's plan needs, instead of each
         at the step that first needs it. No run begins or ends by it. What is compiled is logged at level INFO.
 
@@ -165,21 +165,14 @@ class OptimizedModel(Controls, nn.Module):
                 session.control.undo(own)
             return sum(executor.compile_plan() for executor in session.executors)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model. Caches of the old weights are forgotten."""
-        self._session.control.reset()
-        return super().load_state_dict(*args, **kwargs)
 
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
-        self._session.control.reset(mine=True)
-        own: Any = getattr(super(), "_reset_stateful_cache", None)
-        if own is not None:
-            own(recurse)
+class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile has a meaning of its own)
+    """A model with caching: called, configured, moved, copied, pickled and saved as the model itself, which stays as it
+    was.
 
-
-class _Wrapper(OptimizedModel, OptimizedModule):
-    """A model with caching beside the model itself, which is not changed."""
+    Attributes and methods are the model's own; ``state_dict`` has its keys. Calls of one object are made one at a time;
+    each thread or task has samplings of its own, and each context in it.
+    """
 
     def __init__(self, model: nn.Module, calls: Calls) -> None:
         object.__setattr__(self, "_toca", calls)
@@ -205,23 +198,66 @@ class _Wrapper(OptimizedModel, OptimizedModule):
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
         self._session.control.reset(mine=True)
 
     def __copy__(self) -> "OptimizedModel":
-        return _Wrapper(self._orig_mod, copy.copy(self._toca))
+        return OptimizedModel(self._orig_mod, copy.copy(self._toca))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModel":
-        twin = _Wrapper(copy.deepcopy(self._orig_mod, memo), copy.copy(self._toca))
+        twin = OptimizedModel(copy.deepcopy(self._orig_mod, memo), copy.copy(self._toca))
         memo[id(self)] = twin
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _Wrapper, (self._orig_mod, self._toca)
+        return OptimizedModel, (self._orig_mod, self._toca)
+
+
+class _InPlace(Handle):
+    """What a model that is optimised in place has in its ``__dict__``; its class looks for it (``_prepare``)."""
+
+    def __init__(self, calls: Calls, own: Sequence[str], model: nn.Module | None = None) -> None:
+        self._toca, self._own = calls, own  # _own: names that stay the model's
+        self._owner = None if model is None else weakref.ref(model)
+
+    def of(self, model: nn.Module) -> "_InPlace":
+        """The one of this model, which may be a copy of the one that this was made for."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not model:
+            mine = vars(model)["_toca"] = self if owner is None else copy.copy(self)
+            mine._owner = weakref.ref(model)
+            return mine
+        return self
+
+    @property
+    def _model(self) -> nn.Module:
+        owner = self._owner() if self._owner is not None else None
+        assert owner is not None
+        return owner
+
+    def __copy__(self) -> "_InPlace":
+        return _InPlace(copy.copy(self._toca), self._own)
+
+    def __reduce__(self) -> Any:
+        return _revived, (self._toca, self._own, type(self._model))
+
+
+def _revived(calls: Calls, own: Sequence[str], cls: type) -> _InPlace:
+    _prepare(cls, own)
+    return _InPlace(calls, own)
+
+
+def handle_of(model: Any) -> Handle | None:
+    """What an optimised model is called and controlled by; None where it is not optimised."""
+    if isinstance(model, OptimizedModel):
+        return model
+    found = vars(model).get("_toca") if isinstance(model, nn.Module) else None
+    return found.of(model) if isinstance(found, _InPlace) else None
 
 
 def wrap(model: nn.Module, session: Session) -> OptimizedModel:
     """A wrapper around a model that calls it with caching."""
-    return _Wrapper(unwrapped(model), Calls(session))
+    return OptimizedModel(unwrapped(model), Calls(session))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -231,103 +267,120 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-_YIELDING = ("steps", "policy", "reset", "cache_bytes", "fresh_tokens")  # to attributes of the model's own
-
-
-class _Own:
-    """An attribute that a model has itself, where ``OptimizedModel`` would stand before it."""
-
-    def __init__(self, before: type, name: str) -> None:
-        self.before, self.name = before, name
-
-    def __get__(self, model: Any, cls: type) -> Any:
-        # No __set__: what the model keeps in its __dict__ comes first. AttributeError: its __getattr__ is asked.
-        found = inspect.getattr_static(self.before, self.name, None)
-        if found is None:
-            raise AttributeError(self.name)
-        return found.__get__(model, self.before) if hasattr(found, "__get__") else found
-
-
-class _InPlace(OptimizedModel):
-    """A user's own object with caching. Its class is made of this one and its class before, and has its name: models
-    are saved and found by it."""
-
-    _toca_before: ClassVar[Any]
-    _toca_own: ClassVar[tuple[str, ...]]
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Classes that keep a list of their subclasses are not told of those made here."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """``type(model)(…)`` is a model without caching, as ``type(model).from_config(…)``."""
-        return cls._toca_before(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, *rest = reduced
-        args = tuple(self._toca_before if arg is type(self) else arg for arg in args)
-        if rest and isinstance(rest[0], dict):
-            rest[0] = {**rest[0], "_toca": copy.copy(self._toca)}
-        return _made_again, (self._toca_before, self._toca_own, make, args), *rest
-
-
-class _Equal(type):
-    """The metaclass of what is made of a class: equal to it where it is looked up, as by ``from_pipe`` of diffusers."""
-
-    _toca_before: type
-
-    def __eq__(cls, other: object) -> bool:
-        return cls._toca_before is getattr(other, "_toca_before", other)
-
-    def __hash__(cls) -> int:
-        return hash(cls._toca_before)
-
-
-_MADE: dict[tuple[type, tuple[str, ...]], type] = {}
-
-
-def _made_class(before: Any, own: tuple[str, ...]) -> type:
-    if (before, own) not in _MADE:
-        body = {name: getattr(before, name) for name in ("__module__", "__qualname__", "__doc__")}
-        body |= {"_toca_before": before, "_toca_own": own} | {name: _Own(before, name) for name in own}
-        meta = types.new_class("Equal", (_Equal, type(before)))
-        bases = (_InPlace, before)
-        _MADE[before, own] = types.new_class(before.__name__, bases, {"metaclass": meta}, lambda b: b.update(body))
-    return _MADE[before, own]
-
-
-def _made_again(before: type, own: tuple[str, ...], make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    model = make(*args)
-    model.__class__ = _made_class(before, own)
-    return model
-
-
-def convert(model: nn.Module, session: Session) -> OptimizedModel:
-    """The same object, with caching from now on.
+def convert(model: nn.Module, session: Session) -> Handle:
+    """Let calls of a model be cached from now on. The model stays the object that it is, of the class that it is.
 
     Raises:
-        TocaError: Python does not let this object have another class.
+        TocaError: Python does not let anything be put on its class.
     """
     model = unwrapped(model)
-    before = vars(model).get("_toca")
-    calls = Calls(session) if before is None else Calls(session, before.homes, before.replaced)
+    before = handle_of(model)
+    calls = Calls(session) if before is None else Calls(session, before._toca.homes, before._toca.replaced)
     revert(model)
     own = tuple(name for name in _YIELDING if hasattr(model, name))
-    try:
-        model.__class__ = _made_class(type(model), own)
-    except TypeError as error:
-        raise TocaError(
-            f"{type(model).__name__} cannot be optimised in place ({error}): optimize(model, policy) makes a wrapper"
-        ) from error
-    vars(model)["_toca"] = calls
-    return cast(OptimizedModel, model)
+    _prepare(type(model), own)
+    handle = vars(model)["_toca"] = _InPlace(calls, own, model)
+    return handle
 
 
 def revert(model: Any) -> Any:
     """What a model was before it was optimised: the same object, or the one in the wrapper."""
-    if isinstance(model, _Wrapper):
+    if isinstance(model, OptimizedModel):
         return model._model
-    if isinstance(model, _InPlace):
-        vars(model).pop("_toca").close()
-        model.__class__ = model._toca_before
+    if handle_of(model) is not None:
+        vars(model).pop("_toca")._toca.close()
     return model
+
+
+# -- what is put on classes -------------------------------------------------------------------------------------------
+
+# What was there before, if anything, by class and name.
+_PUT: dict[tuple[type, str], Any] = {}
+
+
+def put(cls: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Put onto a class what ``make`` makes of what it has under that name (None: nothing), for as long as something is
+    optimised. It must do as that did for objects that are not."""
+    if (cls, name) in _PUT:
+        return
+    try:
+        made, before = make(inspect.getattr_static(cls, name, None)), vars(cls).get(name)
+        setattr(cls, name, made)
+    except TypeError as error:
+        raise TocaError(
+            f"objects of {cls.__name__} cannot be optimised in place ({error}): optimize(model, policy) makes a wrapper"
+        ) from error
+    _PUT[cls, name] = before
+
+
+def tidy() -> None:
+    """Leave classes as they were, if nothing is optimised any more."""
+    while _PUT and not Calls.alive:
+        (cls, name), before = _PUT.popitem()
+        if before is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, before)
+
+
+_OFFERED = ("cache_context", "compile", "cache_bytes", "fresh_tokens", "reset", "steps", "policy")
+_YIELDING = _OFFERED[2:]  # to attributes of the model's own
+
+
+def _prepare(cls: type, own: Sequence[str]) -> None:
+    """Let objects of a class be optimised in place. Nothing is traced through what is put here, and subclasses do not
+    take part in it."""
+
+    def called(before: Any) -> Any:
+        @functools.wraps(before)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(self) is cls and "_toca" in self.__dict__:
+                return self.__dict__["_toca"].of(self)(*args, **kwargs)
+            return before(self, *args, **kwargs)
+
+        __call__._toca_before = before  # type: ignore[attr-defined]
+        return __call__
+
+    def forgetting(before: Any, **only: Any) -> Any:
+        @functools.wraps(before)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(self) is cls and "_toca" in self.__dict__:
+                self.__dict__["_toca"].of(self)._session.control.reset(**only)
+            return before(self, *args, **kwargs)
+
+        return method
+
+    put(cls, "__call__", called)
+    put(cls, "load_state_dict", forgetting)
+    if hasattr(cls, "_reset_stateful_cache"):  # diffusers calls it when a pipeline is done
+        put(cls, "_reset_stateful_cache", functools.partial(forgetting, mine=True))
+    for name in _OFFERED:
+        if name not in own:
+            kind = _Assignable if name == "policy" else _Offered
+            put(cls, name, functools.partial(kind, cls, name))
+
+
+class _Offered:
+    """An attribute of the handle, as one of the model."""
+
+    def __init__(self, cls: type, name: str, before: Any) -> None:
+        self.cls, self.name, self.before = cls, name, before
+
+    def __get__(self, model: Any, owner: Any) -> Any:
+        if type(model) is self.cls and "_toca" in vars(model):
+            return getattr(vars(model)["_toca"].of(model), self.name)
+        if self.before is None:
+            raise AttributeError(f"{owner.__name__!r} has no attribute {self.name!r}")
+        return self.before.__get__(model, owner) if hasattr(self.before, "__get__") else self.before
+
+
+class _Assignable(_Offered):
+    def __get__(self, model: Any, owner: Any) -> Any:
+        own = {} if model is None else vars(model)
+        return own[self.name] if self.name in own else super().__get__(model, owner)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        if type(model) is self.cls and "_toca" in vars(model):
+            setattr(vars(model)["_toca"].of(model), self.name, value)
+        else:
+            vars(model)[self.name] = value
