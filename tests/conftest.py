@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.programs import printed_stages
+
 torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 
@@ -17,3 +19,9 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def graphs() -> dict[str, str]:
+    """The printed stages of a small model."""
+    return printed_stages()

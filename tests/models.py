@@ -242,3 +242,37 @@ def zoo() -> dict[str, nn.Module]:
         "register": randomize(RegisterDiT()),
         "diffusers": Positional(diffusers_dit()).eval(),
     }
+
+
+class Mixing(PlainDiT):
+    """Its MLPs look at all tokens: a cumulative sum before the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = nn.Sequential(Cumulative(), *block.mlp)
+
+
+class Cumulative(nn.Module):
+    """Each token is the sum of those before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On ``[batch, tokens, width]``."""
+        return x.cumsum(1)
+
+
+class Texted(PlainDiT):
+    """Text is projected in every block, the same at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        """As ``PlainDiT``, with words ``[batch, words, 8]``."""
+        h, c = self.prepare(x, t, torch.zeros(x.shape[0], dtype=torch.long))
+        for block, keys in zip(self.blocks, self.keys, strict=True):
+            words = keys(text)
+            weights = (h @ words.transpose(1, 2)).softmax(-1)
+            h = block(h + weights @ words, c)
+        return self.finish(h, c)

@@ -18,15 +18,16 @@ CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def default_model() -> Path:
-    """The trained model in the checkout that this package is installed from.
+    """The trained model that travels with the package; in a checkout, that in ``examples/``.
 
     Raises:
-        TocaError: the package is not installed from a checkout.
+        TocaError: there is none.
     """
-    path = Path(__file__).resolve().parents[2] / "examples" / "fashion_dit"
-    if not (path / "config.json").exists():
-        raise TocaError("the demo's model is in the repository (examples/fashion_dit): give its path with --model")
-    return path
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "models", here.parents[2] / "examples"):
+        if (folder / "fashion_dit" / "config.json").exists():
+            return folder / "fashion_dit"
+    raise TocaError("the demo's model (examples/fashion_dit in the repository) is not there: give its path by --model")
 
 
 def load(path: Path) -> tuple[Any, Any]:

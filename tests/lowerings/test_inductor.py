@@ -11,8 +11,7 @@ from torch._dynamo.utils import counters
 import toca_compile
 from tests.models import FusedFlux, PlainDiT, RegisterDiT, randomize
 from tests.pipelines import flux, pixart
-from tests.sampling import noise, sample
-from tests.test_paper_systems import sample_flux, sample_pixart
+from tests.sampling import noise, sample, sample_flux, sample_pixart
 from toca_compile import BlockCache, FullCompute, TaylorSeer, TaylorToCa, ToCa, preset
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings import inductor

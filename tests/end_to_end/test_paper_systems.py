@@ -2,7 +2,6 @@
 and the published numbers (schedules, K, FLOPs, cache)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.oracles.opensora import OpenSoraOracle
 from tests.oracles.pixart import PixArtOracle
 from tests.pipelines import flux, pixart
 from tests.recording import Recording, same_selections
+from tests.sampling import gaussian, sample_flux, sample_pixart
 from toca_compile import preset
 from toca_compile.lowerings import LOWERINGS
 
@@ -32,38 +32,11 @@ def _recording(monkeypatch: pytest.MonkeyPatch) -> None:
     Recording.chosen.clear()
 
 
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def full_kinds(opt: Any) -> list[str]:
     return ["full" if r.kind == "full" else "cached" for r in opt.steps]
 
 
 # -- PixArt ------------------------------------------------------------------------------------------------------------
-
-
-def sample_pixart(model: Callable[..., Any], steps: int, pictures: int, size: tuple[int, int], extra: bool) -> Tensor:
-    """Euler steps with guidance, the pair [unconditional, conditional] in one batch, as PixArt's pipelines have it."""
-    x = gaussian(pictures, 4, *size)
-    text = gaussian(2 * pictures, 7, 12, seed=1)
-    mask = torch.ones(2 * pictures, 7)
-    mask[pictures:, 4:] = 0
-    more: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-    if extra:
-        resolution = torch.tensor([[8.0 * size[0], 8.0 * size[1]]] * 2 * pictures)
-        more = {"resolution": resolution, "aspect_ratio": torch.full((2 * pictures, 1), size[0] / size[1])}
-    with torch.no_grad():
-        for i in range(steps):
-            t = torch.full((2 * pictures,), 1000 - 1000 * i // steps)
-            out = model(
-                torch.cat([x, x]), encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask,
-                added_cond_kwargs=more,
-            )  # fmt: skip
-            noise = (out if isinstance(out, Tensor) else out.sample).chunk(2, dim=1)[0]
-            uncond, cond = noise.chunk(2)
-            x = x - (uncond + 2.0 * (cond - uncond)) / steps
-    return x
 
 
 @pytest.mark.parametrize(
@@ -221,22 +194,6 @@ def test_opensora_is_one_axis_of_frames_and_places() -> None:
 
 
 # -- FLUX --------------------------------------------------------------------------------------------------------------
-
-
-def sample_flux(model: Callable[..., Any], steps: int, pictures: int, size: tuple[int, int]) -> Tensor:
-    x = gaussian(pictures, size[0] * size[1], 16)
-    text, pooled = gaussian(pictures, 6, 12, seed=1), gaussian(pictures, 12, seed=2)
-    ids = torch.zeros(*size, 3)
-    ids[..., 1], ids[..., 2] = torch.arange(size[0])[:, None], torch.arange(size[1])[None]
-    txt_ids, img_ids = torch.zeros(6, 3), ids.flatten(0, 1)
-    with torch.no_grad():
-        for i in range(steps):
-            out = model(
-                hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled,
-                timestep=torch.full((pictures,), 1 - i / steps), img_ids=img_ids, txt_ids=txt_ids,
-            )  # fmt: skip
-            x = x - (out if isinstance(out, Tensor) else out.sample) / steps
-    return x
 
 
 FLUX_CASES = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from toca_compile.quality.evaluation import Result, _plot
 from toca_compile.quality.labels import Box, place
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 FRAME = Box(0, 0, 800, 600)
 
 

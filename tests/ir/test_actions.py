@@ -7,7 +7,7 @@ import pytest
 
 from toca_compile.ir.actions import Action
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OWN = {"toca_compile/ir/actions.py", "toca_compile/ir/anchors.py"}
 SOURCES = sorted([*(ROOT / "toca_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 KINDS = "|".join(Action.members)

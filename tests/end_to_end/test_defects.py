@@ -20,8 +20,7 @@ from examples.opensora.stdit3 import STDiT3
 from tests.models import FusedFlux, PlainDiT, diffusers_dit, randomize
 from tests.oracles.flux import FluxOracle
 from tests.pipelines import flux, pixart
-from tests.sampling import noise, sample
-from tests.test_paper_systems import gaussian, sample_flux, sample_pixart
+from tests.sampling import gaussian, noise, sample, sample_flux, sample_pixart
 from toca_compile import Fora, FullCompute, ToCa, preset
 from toca_compile.ir.scores import SCORES
 from toca_compile.ir.state import State

@@ -156,7 +156,7 @@ def test_an_op_without_a_rule_makes_its_site_reuse_only() -> None:
     sites = toca_compile.explain(opt).sites
     assert ["partial" in s.actions for s in sites] == [False, True, False, False, False, True]
     assert "toca_tests.mystery" in str(sites[3].reason)
-    assert "test_bad_input.py:" in str(sites[3].reason)
+    assert "test_errors.py:" in str(sites[3].reason)
     assert torch.equal(
         sample(toca_compile.optimize(model, FullCompute(), lowering="eager"), 3, noise()), sample(model, 3, noise())
     )
