@@ -6,8 +6,9 @@ from torch import nn
 
 from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of
 from toca_compile.errors import TocaError
+from toca_compile.in_place import convert, handle_of, revert, tidy
 from toca_compile.ir.plan import Policy
-from toca_compile.model import Controls, OptimizedModel, SessionControls, convert, handle_of, revert, tidy, wrap
+from toca_compile.model import Controls, OptimizedModel, SessionControls, wrap
 from toca_compile.report import Report, make_report
 from toca_compile.session import Session
 

@@ -17,9 +17,10 @@ from typing import Any, cast
 from torch import nn
 
 from toca_compile.errors import PolicyError
+from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.model import AROUND_CALL, Handle, handle_of, put, revert, tidy
+from toca_compile.model import AROUND_CALL, Handle
 
 log = logging.getLogger(__name__)
 

@@ -1,29 +1,210 @@
-"""The optimised model: the user's model with caching, in place or as a wrapper."""
+"""The optimised model: the user's model with caching around it."""
 
 import contextlib
 import copy
-import functools
-import inspect
+import threading
+import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from toca_compile.backend import OptimizedModule
-from toca_compile.calls import Calls, leaves
-from toca_compile.errors import TocaError
+from toca_compile.backend import (
+    BackendCompilerFailed,
+    OptimizedModule,
+    dynamo_context,
+    dynamo_limits,
+    remove_from_cache,
+)
+from toca_compile.errors import (
+    GRAD_ENABLED,
+    NO_SITE,
+    InferenceModeError,
+    LoweringError,
+    NoSiteError,
+    PolicyError,
+    TocaError,
+)
 from toca_compile.ir.plan import Policy
+from toca_compile.lowerings.inductor import machine_trouble
+from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
 from toca_compile.session import Session
+
+_RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
+_SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
+
 
 # What a pipeline puts around each call of one of its models, in this thread or task.
 AROUND_CALL: ContextVar[Mapping[int, Callable[[], contextlib.AbstractContextManager[None]]]] = ContextVar(
     "toca_around_call", default={}  # noqa: B039  (never changed, only replaced)
 )  # fmt: skip
+
+
+@dataclass
+class _Entry:
+    """One signature of calls: what Dynamo made of it, and why graphs of it run uncached."""
+
+    call: Callable[..., Any]
+    code: types.CodeType
+    policy: Policy
+    executors: list[Executor] = field(default_factory=list)
+    uncached: dict[str, TocaError] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the policy was more than the model can do."""
+        return any(isinstance(error, PolicyError) for error in self.uncached.values())
+
+
+def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
+    return call(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821  (a global that _new_entry gives)
+
+
+class Calls:
+    """The calls of one model by one session, and what Dynamo made of them. It does not hold the model."""
+
+    alive: ClassVar["weakref.WeakSet[Calls]"] = weakref.WeakSet()
+
+    def __init__(self, session: Session, homes: Iterable[Any] = (), replaced: Any = None) -> None:
+        self.session = session
+        self.homes = set(homes)  # where the model was put: what must be made known where it is unpickled
+        self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._hook_lists: tuple[int, list[Any]] = (-1, [])
+        # One for all calls, which are made one at a time: each new one would stay in the thread's context.
+        self._limits = dynamo_limits(_LIMITS)
+        self.context = dynamo_context(session)
+        session.bounded = True
+        Calls.alive.add(self)
+
+    def __reduce__(self) -> Any:
+        # Graphs and caches are made anew in a copy, and where it is read.
+        return type(self), (self.session.fresh(), tuple(self.homes))
+
+    def run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One call of the model, which is one step, or a part of one; ``step`` dispatches it."""
+        session = self.session
+        if session.strict:
+            _check_mode(model)
+        self._watch_numbers(args, kwargs)
+        control = session.control
+        control.begin_call(_leaves(args, kwargs))
+        failed, shapes = True, []
+        try:
+            with _UNFUSED, self._limits:
+                out = step(*args, **kwargs)
+            failed, shapes = False, [tuple(v.shape) for v in _leaves((out,), {}).values() if _is_tensor(v)]
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, TocaError):
+                raise error.inner_exception from None
+            raise machine_trouble(error) or error from error
+        except LoweringError as error:
+            if session.strict:
+                raise
+            session.warn_once(f"{error} The model runs uncached.")
+            return _plain_call(model)(model, *args, **kwargs)
+        finally:
+            reached = control.end_call(failed, shapes)
+        if not reached:
+            self._uncached(model)
+        return out
+
+    def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
+        that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay."""
+        entries = self._entries
+        key = (*_signature(args, kwargs), self._hooks(model))
+        entry = entries.get(key)
+        if entry is not None and entry.refused and entry.policy is not self.session.policy:
+            self._forget(entries.pop(key))  # the policy now may be one that the graphs can follow
+            entry = None
+        if entry is None:
+            entry = entries[key] = self._new_entry(model)
+            if len(entries) > _SIGNATURES:
+                self._forget(entries.popitem(last=False)[1])
+        entries.move_to_end(key)
+        session = self.session
+        before, session.uncached = session.seen, entry.uncached
+        known = len(session.executors)
+        try:
+            return entry.call(model, args, kwargs)
+        finally:
+            if session.seen != before:
+                entry.executors += session.executors[known:]
+
+    def close(self) -> None:
+        """Forget what was compiled, and every run."""
+        while self._entries:
+            self._forget(self._entries.popitem()[1])
+        self.session.control.reset()
+        Calls.alive.discard(self)
+
+    def _forget(self, entry: _Entry) -> None:
+        remove_from_cache(entry.code)
+        if not self.session.breaks:
+            # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
+            self.session.forget(entry.executors)
+
+    def _hooks(self, model: nn.Module) -> tuple[int, ...]:
+        """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
+        seen, listed = self._hook_lists
+        if seen != self.session.seen:
+            listed = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+            self._hook_lists = (self.session.seen, listed)
+        return tuple(key for hooks in listed if hooks for key in hooks)
+
+    def _new_entry(self, model: nn.Module) -> _Entry:
+        call, code, policy = _plain_call(model), _entry.__code__.replace(), self.session.policy
+        if _has_hooks(model):
+            # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
+            inner = self.context(types.MethodType(call, model))
+            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
+        function = types.FunctionType(code, {"__builtins__": __builtins__, "call": call})
+        return _Entry(self.context(function), code, policy)
+
+    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A Python number that changes from call to call is traced anew for each value: say so."""
+        session = self.session
+        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
+        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
+        session.numbers = now
+        for name in changed:
+            session.changes[name] = session.changes.get(name, 0) + 1
+            if session.changes[name] == 2:
+                session.warn_once(
+                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
+                    "model again for each value and no cache is ever reused: pass it as a tensor"
+                )
+
+    def _uncached(self, model: nn.Module) -> None:
+        """No graph with sites ran in a call: say why, and once."""
+        session = self.session
+        name = type(model).__name__
+        why = next(iter(session.uncached.values()), None)
+        if isinstance(why, NoSiteError):
+            split = ", ".join(session.breaks)
+            error: TocaError = NoSiteError(
+                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
+                + (f" torch.compile split it into several graphs: {split}" if split else "")
+            )
+        elif why is not None:
+            return  # as was said when it was traced
+        else:
+            error = TocaError(
+                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
+                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
+                f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
+            )
+        if session.strict:
+            raise error
+        session.warn_once(str(error))
 
 
 class Controls:
@@ -151,7 +332,7 @@ class Handle(Controls):
         Raises:
             TocaError: there are no inputs, or as a call would raise.
         """
-        if not leaves(args, kwargs):
+        if not _leaves(args, kwargs):
             raise TocaError(
                 "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
                 "with, and makes all variants of the plan before the first step"
@@ -213,48 +394,6 @@ class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile
         return OptimizedModel, (self._orig_mod, self._toca)
 
 
-class _InPlace(Handle):
-    """What a model that is optimised in place has in its ``__dict__``; its class looks for it (``_prepare``)."""
-
-    def __init__(self, calls: Calls, own: Sequence[str], model: nn.Module | None = None) -> None:
-        self._toca, self._own = calls, own  # _own: names that stay the model's
-        self._owner = None if model is None else weakref.ref(model)
-
-    def of(self, model: nn.Module) -> "_InPlace":
-        """The one of this model, which may be a copy of the one that this was made for."""
-        owner = self._owner() if self._owner is not None else None
-        if owner is not model:
-            mine = vars(model)["_toca"] = self if owner is None else copy.copy(self)
-            mine._owner = weakref.ref(model)
-            return mine
-        return self
-
-    @property
-    def _model(self) -> nn.Module:
-        owner = self._owner() if self._owner is not None else None
-        assert owner is not None
-        return owner
-
-    def __copy__(self) -> "_InPlace":
-        return _InPlace(copy.copy(self._toca), self._own)
-
-    def __reduce__(self) -> Any:
-        return _revived, (self._toca, self._own, type(self._model))
-
-
-def _revived(calls: Calls, own: Sequence[str], cls: type) -> _InPlace:
-    _prepare(cls, own)
-    return _InPlace(calls, own)
-
-
-def handle_of(model: Any) -> Handle | None:
-    """What an optimised model is called and controlled by; None where it is not optimised."""
-    if isinstance(model, OptimizedModel):
-        return model
-    found = vars(model).get("_toca") if isinstance(model, nn.Module) else None
-    return found.of(model) if isinstance(found, _InPlace) else None
-
-
 def wrap(model: nn.Module, session: Session) -> OptimizedModel:
     """A wrapper around a model that calls it with caching."""
     return OptimizedModel(unwrapped(model), Calls(session))
@@ -267,120 +406,86 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def convert(model: nn.Module, session: Session) -> Handle:
-    """Let calls of a model be cached from now on. The model stays the object that it is, of the class that it is.
-
-    Raises:
-        TocaError: Python does not let anything be put on its class.
-    """
-    model = unwrapped(model)
-    before = handle_of(model)
-    calls = Calls(session) if before is None else Calls(session, before._toca.homes, before._toca.replaced)
-    revert(model)
-    own = tuple(name for name in _YIELDING if hasattr(model, name))
-    _prepare(type(model), own)
-    handle = vars(model)["_toca"] = _InPlace(calls, own, model)
-    return handle
+def _plain_call(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model is without us, and without what ``model.compile()`` put in its place."""
+    call = type(model).__call__
+    call = getattr(call, "_toca_before", call)
+    return nn.Module._call_impl if call is nn.Module.__call__ else call
 
 
-def revert(model: Any) -> Any:
-    """What a model was before it was optimised: the same object, or the one in the wrapper."""
-    if isinstance(model, OptimizedModel):
-        return model._model
-    if handle_of(model) is not None:
-        vars(model).pop("_toca")._toca.close()
-    return model
+def _check_mode(model: nn.Module) -> None:
+    if model.training:
+        raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
+    if torch.is_grad_enabled():
+        raise InferenceModeError(GRAD_ENABLED)
 
 
-# -- what is put on classes -------------------------------------------------------------------------------------------
-
-# What was there before, if anything, by class and name.
-_PUT: dict[tuple[type, str], Any] = {}
-
-
-def put(cls: type, name: str, make: Callable[[Any], Any]) -> None:
-    """Put onto a class what ``make`` makes of what it has under that name (None: nothing), for as long as something is
-    optimised. It must do as that did for objects that are not."""
-    if (cls, name) in _PUT:
-        return
-    try:
-        made, before = make(inspect.getattr_static(cls, name, None)), vars(cls).get(name)
-        setattr(cls, name, made)
-    except TypeError as error:
-        raise TocaError(
-            f"objects of {cls.__name__} cannot be optimised in place ({error}): optimize(model, policy) makes a wrapper"
-        ) from error
-    _PUT[cls, name] = before
+def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells traced calls apart: kinds of inputs, and modes."""
+    kinds = tuple((k, _kind(v)) for k, v in _leaves(args, kwargs).items())
+    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *(
+        torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")
+    )  # fmt: skip
+    return len(args), tuple(kwargs), kinds, modes
 
 
-def tidy() -> None:
-    """Leave classes as they were, if nothing is optimised any more."""
-    while _PUT and not Calls.alive:
-        (cls, name), before = _PUT.popitem()
-        if before is None:
-            delattr(cls, name)
+def _kind(value: Any) -> Any:
+    if _is_tensor(value):
+        return (
+            type(value), value.shape, value.stride() if value.layout == torch.strided else None, value.dtype,
+            value.device, value.is_inference(),
+        )  # fmt: skip
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
+
+
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+    """Inputs by where they stand, nested ones taken apart."""
+    found: dict[Any, Any] = {}
+
+    def visit(key: Any, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for k, v in value.items():
+                visit((key, k), v)
+        elif isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                visit((key, i), v)
         else:
-            setattr(cls, name, before)
+            found[key] = value
+
+    for key, value in (*enumerate(args), *kwargs.items()):
+        visit(key, value)
+    return found
 
 
-_OFFERED = ("cache_context", "compile", "cache_bytes", "fresh_tokens", "reset", "steps", "policy")
-_YIELDING = _OFFERED[2:]  # to attributes of the model's own
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
-def _prepare(cls: type, own: Sequence[str]) -> None:
-    """Let objects of a class be optimised in place. Nothing is traced through what is put here, and subclasses do not
-    take part in it."""
+class _Unfused:
+    """While any optimised model runs, in any thread, torch's transformer layers are traced as attention and MLP instead
+    of as one fused inference op. That is a setting of the process: the first to come sets it, the last to leave puts
+    it back."""
 
-    def called(before: Any) -> Any:
-        @functools.wraps(before)
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is cls and "_toca" in self.__dict__:
-                return self.__dict__["_toca"].of(self)(*args, **kwargs)
-            return before(self, *args, **kwargs)
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
 
-        __call__._toca_before = before  # type: ignore[attr-defined]
-        return __call__
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
 
-    def forgetting(before: Any, **only: Any) -> Any:
-        @functools.wraps(before)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is cls and "_toca" in self.__dict__:
-                self.__dict__["_toca"].of(self)._session.control.reset(**only)
-            return before(self, *args, **kwargs)
-
-        return method
-
-    put(cls, "__call__", called)
-    put(cls, "load_state_dict", forgetting)
-    if hasattr(cls, "_reset_stateful_cache"):  # diffusers calls it when a pipeline is done
-        put(cls, "_reset_stateful_cache", functools.partial(forgetting, mine=True))
-    for name in _OFFERED:
-        if name not in own:
-            kind = _Assignable if name == "policy" else _Offered
-            put(cls, name, functools.partial(kind, cls, name))
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
 
 
-class _Offered:
-    """An attribute of the handle, as one of the model."""
-
-    def __init__(self, cls: type, name: str, before: Any) -> None:
-        self.cls, self.name, self.before = cls, name, before
-
-    def __get__(self, model: Any, owner: Any) -> Any:
-        if type(model) is self.cls and "_toca" in vars(model):
-            return getattr(vars(model)["_toca"].of(model), self.name)
-        if self.before is None:
-            raise AttributeError(f"{owner.__name__!r} has no attribute {self.name!r}")
-        return self.before.__get__(model, owner) if hasattr(self.before, "__get__") else self.before
-
-
-class _Assignable(_Offered):
-    def __get__(self, model: Any, owner: Any) -> Any:
-        own = {} if model is None else vars(model)
-        return own[self.name] if self.name in own else super().__get__(model, owner)
-
-    def __set__(self, model: Any, value: Any) -> None:
-        if type(model) is self.cls and "_toca" in vars(model):
-            setattr(vars(model)["_toca"].of(model), self.name, value)
-        else:
-            vars(model)[self.name] = value
+_UNFUSED = _Unfused()
+_LIMITS = {"recompile_limit": _RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * _RECOMPILE_LIMIT}
