@@ -117,8 +117,8 @@ def tidy() -> None:
             setattr(cls, name, before)
 
 
-_OFFERED = ("cache_context", "compile", "cache_bytes", "fresh_tokens", "reset", "steps", "policy")
-_YIELDING = _OFFERED[2:]  # to attributes of the model's own
+_OFFERED = ("_session", "cache_context", "compile", "cache_bytes", "fresh_tokens", "reset", "steps", "policy")
+_YIELDING = _OFFERED[3:]  # to attributes of the model's own
 
 
 def _prepare(cls: type, own: Sequence[str]) -> None:
