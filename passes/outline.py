@@ -210,6 +210,8 @@ def _alone(sites: Sequence[Site], blocks: Sequence[Segment], order: dict[fx.Node
     sources = {s.source for s in sites}
     below = ancestors([s.add for s in sites], stop=sources)
     nodes = [n for n in below if n.op == "call_function" and n not in taken and _reaches(n, sources, below)]
+    # All parts of what comes in several go with it, so that only tensors cross the boundary.
+    nodes += [u for n in nodes if not _is_tensor(n) for u in n.users if u not in below and u not in taken]
     return _segment(nodes, order, len(blocks), tuple(s.index for s in sites))
 
 

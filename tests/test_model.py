@@ -48,8 +48,8 @@ def test_copies_work_and_share_no_cache(way: Callable[[Any], Any]) -> None:
     assert type(other) is type(opt)
     assert other.cache_bytes == 0
     assert other.policy == opt.policy
-    assert other._session.grid == (4, 4)
     assert torch.equal(sampled(other), expected)
+    assert toca_compile.explain(other).program.grid == (4, 4)
     if way is not copy.copy:
         assert next(other.parameters()) is not next(opt.parameters())
 

@@ -18,7 +18,7 @@ Pipeline = TypeVar("Pipeline")
 @overload
 def optimize(
     model: nn.Module,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
@@ -28,7 +28,7 @@ def optimize(
 @overload
 def optimize(
     model: Pipeline,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
@@ -39,16 +39,17 @@ def optimize(
 
 def optimize(
     model: Any,
-    policy: Policy,
+    policy: Policy | str = "balanced",
     *,
     lowering: str = "inductor",
     strict: bool = True,
     grid: tuple[int, int] | None = None,
     hoist: bool = True,
 ) -> Any:
-    """A drop-in replacement of ``model`` that caches as ``policy`` says. ``model`` itself is not changed.
+    """A drop-in replacement of ``model`` that caches as ``policy`` says. A bare ``model`` itself is not changed.
 
-    Given a diffusers pipeline, its transformer is replaced and the pipeline returned. Each call of the pipeline is then
+    A diffusers pipeline is optimised in place and returned: its transformer stays the object that it is, so that LoRA
+    and all else go on working, and ``restore(pipe)`` undoes it. Each call of the pipeline is then
     one run with as many steps as its scheduler makes of it (any ``num_inference_steps``, a part of them for
     image-to-image, two a step for second-order schedulers); guidance passes have caches of their own; the caches are
     freed at the end of the call, and after an exception.
@@ -57,7 +58,8 @@ def optimize(
 
     Args:
         model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
-        policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other, or a preset.
+        policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other; or by name a
+            level (``"quality"``, ``"balanced"``, ``"fast"``, ``"max"``: see ``Level``) or a preset.
         lowering: ``"inductor"`` or ``"eager"``.
         strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.
@@ -80,7 +82,7 @@ def optimize(
     return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
 
 
-def enable_cache(model: Any, policy: Policy, **options: Any) -> Any:
+def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) -> Any:
     """``optimize`` in place, for a pipeline and for a bare model: the model stays the object that it is.
 
     Args:

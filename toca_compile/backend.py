@@ -26,7 +26,8 @@ from toca_compile.session import Session
 def toca(gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="toca", options={"policy": policy, …})``.
 
-    Options are the keywords of ``toca_compile.optimize``: ``policy``, ``lowering``, ``strict``, ``grid``, ``hoist``.
+    Options are the keywords of ``toca_compile.optimize``: ``policy`` (here, too, a level's name will do, and
+    ``"balanced"`` is the default), ``lowering``, ``strict``, ``grid``, ``hoist``.
     """
     # torch hands a backend its options, and nothing that tells one torch.compile call from another: options may be one
     # dictionary for several calls, or none. What does is the wrapper that calls us.
@@ -92,19 +93,15 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
     """The session of one torch.compile call, found by the object by which torch represents that call.
 
     Raises:
-        PolicyError: the options have no policy, or an unknown key.
+        PolicyError: the options have an unknown key.
     """
     session = getattr(owner, "_toca_session", lambda: None)()
     if session is None:
         given = dict(options or {})
-        if "policy" not in given:
-            raise PolicyError(
-                'backend="toca" needs a policy: torch.compile(model, backend="toca", options={"policy": policy})'
-            )
         unknown = set(given) - {"policy", "lowering", "strict", "grid", "hoist"}
         if unknown:
             raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
-        session = Session(given.pop("policy"), **given)
+        session = Session(given.pop("policy", "balanced"), **given)
         if owner is not None:
             owner._toca_session, owner._toca_starting = weakref.ref(session), session
     return session

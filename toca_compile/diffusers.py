@@ -6,10 +6,11 @@ is, from how many came since the scheduler last stepped. No pipeline is known by
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -126,26 +127,37 @@ def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     guided = not isinstance(guidance, (int, float)) or guidance > 1
     runs = [_Run(model, pipe.scheduler, guided) for model in models]
 
-    def on(method: str, act: str) -> Any:
-        original = getattr(pipe.scheduler, method)
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            for run in runs:
-                getattr(run, act)()
-            return original(*args, **kwargs)
-
-        return wrapped
-
     with contextlib.ExitStack() as stack:
-        for method, act in (("step", "next_step"), ("set_timesteps", "restart")):
-            stack.enter_context(_shadowed(pipe.scheduler, method, on(method, act)))
+        for method, act in (("step", _Run.next_step), ("set_timesteps", _Run.restart)):
+            telling = _Telling(pipe.scheduler, method, functools.partial(_each, runs, act))
+            stack.enter_context(_shadowed(pipe.scheduler, method, telling))
         for run in runs:
             stack.callback(run.close)
         around = {**AROUND_CALL.get(), **{id(run.model): run.around_call for run in runs}}
         stack.callback(AROUND_CALL.reset, AROUND_CALL.set(around))
         stack.callback(_SAMPLING.reset, _SAMPLING.set((*_SAMPLING.get(), id(pipe))))
         yield
+
+
+def _each(runs: list["_Run"], act: Callable[["_Run"], None]) -> None:
+    for run in runs:
+        act(run)
+
+
+class _Telling:
+    """A method of an object that says when it is called. A copy of the object has the method itself: pipelines copy
+    their scheduler for what they denoise beside the picture (sound), and its steps are none of the picture's."""
+
+    def __init__(self, owner: Any, name: str, tell: Callable[[], None]) -> None:
+        self.owner, self.method, self.tell = owner, getattr(owner, name), tell
+        functools.update_wrapper(self, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.tell()
+        return self.method(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.method, memo) if id(self.owner) in memo else self
 
 
 @contextlib.contextmanager
@@ -169,16 +181,19 @@ class _Run:
 
     def restart(self) -> None:
         """The scheduler was given its timesteps: the next model call is the first of a run."""
-        self.policy: Policy | None = None
         self.stepped, self.passes, self.index = False, 0, 0
-        self.model._session.control.reset(mine=True)
+        self.model._session.numbers.clear()  # of one call's picture
+        self.close()
 
     def next_step(self) -> None:
         """The scheduler steps: the next model call is the first pass of the next step."""
+        if self.policy is not None and not self.passes:
+            self.close()  # the step went by without it: another model has taken over
         self.stepped, self.passes, self.index = True, 0, self.index + 1
 
     def close(self) -> None:
-        """The call is over, or failed."""
+        """What the model keeps is of no more use: the next call of it, if there is one, begins a run."""
+        self.policy: Policy | None = None
         self.model._session.control.reset(mine=True)
 
     @contextlib.contextmanager
@@ -202,7 +217,8 @@ class _Run:
 
     def _policy(self) -> Policy:
         """The policy as it is meant for this run; one that has no ``for_run`` is meant as it is."""
-        steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+        # From here on: one of two transformers that share the steps may come in late.
+        steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0) - self.index
         wanted = self.model._session.policy
         for_run = getattr(wanted, "for_run", None)
         if for_run is None:

@@ -5,7 +5,7 @@ import copy
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,9 +35,10 @@ from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
-from toca_compile.session import Session
+from toca_compile.session import Session, patch_of
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
+_DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
 _SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
 
 
@@ -91,6 +92,7 @@ class Calls:
     def run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model, which is one step, or a part of one; ``step`` dispatches it."""
         session = self.session
+        session.patch = patch_of(model)
         if session.strict:
             _check_mode(model)
         self._watch_numbers(args, kwargs)
@@ -170,18 +172,17 @@ class Calls:
         return _Entry(self.context(function), code, policy)
 
     def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A Python number that changes from call to call is traced anew for each value: say so."""
+        """A Python number that is another one at each call of a run is traced anew for each value: say so."""
         session = self.session
-        now = {k: v for k, v in (*enumerate(args), *kwargs.items()) if type(v) in (int, float)}
-        changed = [k for k, v in now.items() if session.numbers.get(k, v) != v]
-        session.numbers = now
-        for name in changed:
-            session.changes[name] = session.changes.get(name, 0) + 1
-            if session.changes[name] == 2:
-                session.warn_once(
-                    f"argument {name!r} is a Python number that changes from call to call, so torch.compile traces the "
-                    "model again for each value and no cache is ever reused: pass it as a tensor"
-                )
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if type(value) in (int, float):
+                last = session.numbers.setdefault(name, deque(maxlen=_DISTINCT))
+                last.append(value)
+                if len(set(last)) == _DISTINCT:
+                    session.warn_once(
+                        f"argument {name!r} is a Python number, and another one at each call, so torch.compile traces "
+                        "the model again for each value and no cache is ever reused: pass it as a tensor"
+                    )
 
     def _uncached(self, model: nn.Module) -> None:
         """No graph with sites ran in a call: say why, and once."""
@@ -260,7 +261,7 @@ class Controls:
         return self._session.policy
 
     @policy.setter
-    def policy(self, policy: Policy) -> None:
+    def policy(self, policy: Policy | str) -> None:
         with self._session.control.lock:
             self._session.set_policy(policy)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch._subclasses import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -128,6 +129,17 @@ class Report:
     def cache_bytes(self) -> int:
         """Bytes that one run keeps from step to step, once it has reached every kind of step."""
         return sum(e.planned_bytes() for e in self._session.executors)
+
+    @property
+    def buffers(self) -> dict[tuple[Any, ...], torch.Tensor]:
+        """The tensors that all runs keep at this moment. A name ends in what the buffer is (``State``), the number of
+        its site, and which of several it is."""
+        runs = enumerate(self._session.control.runs)
+        return {(number, *name): buffer for number, run in runs for name, buffer in run.buffers.items()}
+
+    def fresh_tokens(self) -> dict[str, torch.Tensor]:
+        """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
+        return {name: mask for e in self._session.executors for name, mask in e.fresh_tokens().items()}
 
     def _cost(self, graph: int, counting: str = "published") -> CostModel:
         """The cost model of a graph, made once: it remembers what each node costs."""

@@ -1,6 +1,7 @@
 """Session: what belongs to one optimised model."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import fx
 
 from toca_compile.compiler.check_plan import check_plan
+from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
@@ -15,9 +17,11 @@ from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, Policy
 from toca_compile.ir.graph import source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
+from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
+from toca_compile.policies.levels import Level
 from toca_compile.policies.storage import checked_policy
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl
@@ -34,7 +38,7 @@ class Session:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | str,
         *,
         lowering: str = "inductor",
         strict: bool = True,
@@ -53,10 +57,10 @@ class Session:
         self.executors: list[Executor] = []
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
+        self.patch: tuple[int, int] | None = None  # into which the model says that it cuts latents
         self.seen = 0  # graphs that Dynamo handed over
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
-        self.numbers: dict[Any, Any] = {}  # the Python numbers of the last call, by argument
-        self.changes: dict[Any, int] = {}
+        self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
         self.broken = False  # whether the model comes in more than one graph
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
         self._warned: set[str] = set()
@@ -71,10 +75,11 @@ class Session:
     def _settings(self) -> dict[str, Any]:
         return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
 
-    def set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: Policy | str) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the
         policy needs a variant that no step so far has needed."""
-        self.follow(checked_policy(policy))
+        policy = checked_policy(policy)
+        self.follow(policy)
         self.policy = policy
         self.control.reset()
 
@@ -96,6 +101,7 @@ class Session:
             self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
         if number not in plans:
             plan = check_plan(policy, program, self.warn_once)
+            self._say_what_it_means(policy, plan)
             self._explain_choices(program, plan)
             plans[number] = plan
         return plans[number]
@@ -111,7 +117,9 @@ class Session:
             TocaError: it cannot be compiled with caching; the message says why.
         """
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
-        program = manager.run(Program(graph, static_inputs, tuple(inputs), self.grid))
+        program = manager.run(
+            Program(graph, static_inputs, tuple(inputs), self.grid, layouts=self._layouts(static_inputs, inputs))
+        )
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -123,6 +131,13 @@ class Session:
         self.managers.append(manager)
         self.executors.append(executor)
         return executor
+
+    def _layouts(self, static_inputs: tuple[bool, ...], inputs: Sequence[Any]) -> tuple[Layout, ...]:
+        """How tokens lie, as the graph's inputs tell it and those of the model; the user's word goes before."""
+        if self.grid is not None:
+            return ()
+        own = (x for x, fixed in zip(inputs, static_inputs, strict=True) if not fixed)
+        return layouts_of((*own, *self.control.call_inputs.values()), self.patch)
 
     @property
     def checked(self) -> list[float]:
@@ -143,14 +158,30 @@ class Session:
             self._warned.add(message)
             log.warning(message)
 
+    def _say_what_it_means(self, policy: Policy, plan: Plan) -> None:
+        """What a policy that fits itself to the run makes of it, and that one leaves nothing out."""
+        computed = [all(action.dense for action in step.sites) for step in plan.steps]
+        if all(computed) and not plan.endless:
+            self.warn_once(
+                f"all {len(computed)} steps of a run are computed under {policy}, so nothing is cached: a run this "
+                "short leaves nothing out, or take a policy that does"
+            )
+        elif isinstance(policy, Level):
+            what = "what all blocks add to the stream" if plan.skipped else "the output of each site"
+            self.warn_once(
+                f"level {policy.name!r} in a run of {len(computed)} steps: {sum(computed)} are computed, on the others "
+                f"{what} is forecast"
+            )
+
     def _explain_choices(self, program: Program, plan: Plan) -> None:
         assert program.types is not None
         found = find_range(program, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
         for node, entry in zip(found.outputs, found.entries, strict=True) if found is not None else ():
             if entry is None:
                 self.warn_once(
-                    f"no stream like {node.name} ({source_line(node)}) enters the blocks to skip, so what they add to "
-                    "it is not known: a step that skips them reuses the stream itself"
+                    f"the stream that the blocks to skip end in ({source_line(node)}) is none of those that enter "
+                    "them: it is joined between the blocks. A step that skips them reuses or forecasts the stream "
+                    "itself, and not what the blocks add to it; to keep that, skip those behind it alone (first=…)"
                 )
         partial = [s for s in program.sites if plan.selects(s.index)]
         rule = plan.selector.rule
@@ -162,9 +193,17 @@ class Session:
                 self.warn_once(f"no {rule.what} runs over the tokens of {site.name}: they are ranked by age alone")
         if plan.selector.bonus and partial and all(s.axis.grid is None for s in partial):
             self.warn_once(
-                "the token grid is not visible in the graph, so no token gets the grid bonus; "
-                "give it with optimize(..., grid=(height, width))"
+                "neither the graph nor the inputs show how the tokens lie in a picture, so none gets the bonus of a "
+                "grid cell: if they are one, say optimize(…, grid=(height, width)) in tokens; if not, take a policy "
+                "with bonus=0"
             )
+
+
+def patch_of(model: Any) -> tuple[int, int] | None:
+    """The height and width of the patches into which a model says (``config.patch_size``) that it cuts latents."""
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    sizes = tuple(patch[-2:]) if isinstance(patch, (tuple, list)) else (patch, patch)
+    return sizes if len(sizes) == 2 and all(type(s) is int and s > 0 for s in sizes) else None
 
 
 def _made(policy: Policy, settings: dict[str, Any]) -> Session:

@@ -37,10 +37,12 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     # What branches are added to enters; where they start may lie far before (a skip from an early block).
     entered = [_residual(s) for s in program.sites if s.index in skipped]
     sources = [n for n in entered if n not in inside]
-    # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it.
+    # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it, or
+    # the concatenation (with registers).
     entering = [n for s in program.segments[first:last] for n in s.inputs if n not in inside]
     order = {node: i for i, node in enumerate(program.module.graph.nodes)}
-    added = sorted((n for n in entering if n.target is aten.add.Tensor), key=order.__getitem__, reverse=True)
+    made = (aten.add.Tensor, aten.cat.default)
+    added = sorted((n for n in entering if n.target in made), key=order.__getitem__, reverse=True)
     candidates = list(dict.fromkeys([*sources, *added]))
     tokens = {f for s in program.sites for f in s.axis.factors}
     for node in outputs:
@@ -75,12 +77,23 @@ def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: 
         if matches(source, wanted):
             return Entry((source,))
     for d, dim in enumerate(wanted):
-        parts = types.factors.segments(dim)
-        found = [
-            next((s for s in sources if matches(s, (*wanted[:d], part, *wanted[d + 1 :]))), None) for part in parts
-        ]
-        if len(parts) > 1 and None not in found:
-            return Entry(tuple(s for s in found if s is not None), d)
+        parts, joined = types.factors.segments(dim), []
+        while parts:
+            # A source may be several parts, joined before (registers before text).
+            fitting = [
+                (s, held)
+                for s in sources
+                for own in types.type_of(s)[d : d + 1]
+                if (held := types.factors.segments(own)) == parts[: len(held)]
+                and matches(s, (*wanted[:d], own, *wanted[d + 1 :]))
+            ]
+            if not fitting:
+                break
+            source, held = max(fitting, key=lambda fit: len(fit[1]))
+            joined.append(source)
+            parts = parts[len(held) :]
+        if joined and not parts:
+            return Entry(tuple(joined), d)
     for source in sources:
         given = [f for dim in types.type_of(source) for f in dim]
         target = [f for dim in wanted for f in dim]

@@ -1,5 +1,8 @@
 """Identities that every model of the suite must keep, in each lowering that needs no compiler."""
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -42,11 +45,15 @@ def test_full_steps_are_the_model(model: nn.Module) -> None:
     assert {r.kind for r in opt.steps} == {"full"}
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_gather_scatter_is_dense_and_blend(model: nn.Module, policy: ToCa | Fora) -> None:
+def test_gather_scatter_is_dense_and_blend(model: nn.Module) -> None:
     x = noise()
-    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 12, x) for way in ("eager", "dense")]
-    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    models = [toca_compile.optimize(model, POLICIES[0], lowering=way) for way in ("eager", "dense")]
+    for policy in POLICIES:  # each model is traced once
+        for opt in models:
+            opt.policy = policy
+        torch.testing.assert_close(
+            *(sample(opt, 12, x) for opt in models), rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}"
+        )
 
 
 def test_k_norm_needs_a_fused_attention() -> None:
@@ -103,11 +110,11 @@ def test_reuse_repeats_the_full_step_and_leaves_caches_alone(model: nn.Module) -
     x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
     with torch.no_grad():
         first = opt(x, t, y)
-        kept = [b.clone() for run in opt._session.control.runs for b in run.buffers.values()]
+        kept = [b.clone() for b in toca_compile.explain(opt).buffers.values()]
         second = opt(x, t, y)
         sample(opt, 1, noise(seed=9))
     assert torch.equal(first, second)
-    now = [b for run in opt._session.control.runs for b in run.buffers.values()]
+    now = list(toca_compile.explain(opt).buffers.values())
     assert kept
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
@@ -120,12 +127,21 @@ def test_reuse_repeats_the_full_step_and_leaves_caches_alone(model: nn.Module) -
 def test_any_policy_on_the_foreign_model(
     size: tuple[int, int], depth: int, ratio: float, interval: int, score: str, seed: int
 ) -> None:
-    torch._dynamo.reset()
-    model = randomize(RegisterDiT(size, depth=depth), seed)
+    model, ways = foreign(size, depth)
+    randomize(model, seed)
     policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
     x = noise(2, size, seed=seed)
-    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 8, x) for way in ("eager", "dense")]
-    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+    for opt in ways:
+        opt.reset()
+        opt.policy = policy
+    torch.testing.assert_close(*(sample(opt, 8, x) for opt in ways), rtol=1e-4, atol=1e-4)
+
+
+@cache
+def foreign(size: tuple[int, int], depth: int) -> tuple[nn.Module, list[Any]]:
+    """A model with registers, eager and dense: each is traced once, whatever its weights and its policy are."""
+    model = RegisterDiT(size, depth=depth).eval()
+    return model, [toca_compile.optimize(model, FullCompute(), lowering=way) for way in ("eager", "dense")]
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:

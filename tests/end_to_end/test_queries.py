@@ -111,9 +111,7 @@ def test_selected_rows_are_the_full_models() -> None:
         h, c = model.prepare(x, torch.tensor([500, 500]), y)
         shift, scale, *_ = model.blocks[0].modulation(c).unsqueeze(1).chunk(6, dim=-1)
         wanted = model.blocks[0].attention(model.blocks[0].norm1(h) * (1 + scale) + shift)[0]
-    (cache,) = [
-        b for run in opt._session.control.runs for n, b in run.buffers.items() if n[-3:] == (State.OUTPUT, 0, 0)
-    ]
+    (cache,) = [b for n, b in toca_compile.explain(opt).buffers.items() if n[-3:] == (State.OUTPUT, 0, 0)]
     (fresh,) = [m for n, m in opt.fresh_tokens().items() if "mlp" not in n]
     assert fresh.sum(1).tolist() == [7, 7]
     torch.testing.assert_close(cache[fresh], wanted[fresh])

@@ -26,12 +26,14 @@ from toca_compile.policies import (
     Chebyshev,
     Composition,
     DuCa,
+    EndAligned,
     Every,
     Foca,
     Fora,
     Forecast,
     Hermite,
     IntervalFunction,
+    Level,
     Listed,
     Partial,
     Periodic,
@@ -155,7 +157,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 PARTS = [
     FullCompute(), Fora(), ToCa(), DuCa(), TaylorSeer(), TaylorToCa(), BlockCache(), Composition(), RatioSchedule(), Selector(), Share(),
     Rule(Reuse()), Reuse(), Forecast(), Partial(), Queries(), SkipBlocks(), Every(), Periodic(), IntervalFunction(), Spread(),
-    Listed((0,)), Adaptive(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(),
+    Listed((0,)), EndAligned(), Adaptive(), Level(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, ToCa
+from toca_compile.runtime.executor import Executor
 
 POLICY = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
 
@@ -153,16 +154,15 @@ def test_an_exception_voids_the_run(model: PlainDiT) -> None:
 def test_an_exception_inside_a_compiled_step_voids_the_run(model: PlainDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimized(model)
     partial_run(opt, 2)
-    executor = opt._session.executors[0]
-    original = type(executor)._execute
+    execute = Executor._execute
 
     def fail(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(executor), "_execute", fail)
+    monkeypatch.setattr(Executor, "_execute", fail)
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         opt(noise(), torch.full((2,), 700), torch.arange(2))
-    monkeypatch.setattr(type(executor), "_execute", original)
+    monkeypatch.setattr(Executor, "_execute", execute)
     with torch.no_grad():
         opt(noise(), torch.full((2,), 600), torch.arange(2))
     assert kinds(opt) == "f"

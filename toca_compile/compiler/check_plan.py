@@ -1,6 +1,7 @@
 """A policy's plan, held against what the sites of a graph can do: whatever a policy says, no run starts that reads what
 no step wrote, or computes what no proof covers."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -30,6 +31,14 @@ def check_plan(policy: Policy, program: Program, warn: Callable[[str], None]) ->
         PolicyError: it is no plan, asks a site for what it cannot do, or reads a cache before it was written. The
             message names the step, the site and the value.
     """
+    *preferred, last = getattr(policy, "choices", (policy,))
+    for choice in preferred:
+        with contextlib.suppress(PolicyError):
+            return _checked(choice, program, warn)
+    return _checked(last, program, warn)
+
+
+def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> Plan:
     plan = _planned(policy, program.sites)
     made: dict[int, int] = {}  # of each site that is written, how many differences
     good: set[tuple[int, int, int | None]] = set()  # what was asked already: a plan says the same thing many times

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import fx
 
 import toca_compile.rules  # noqa: F401  (fills the table of rules)
+from toca_compile.compiler.layouts import lay_out
 from toca_compile.ir.factors import Factors
 from toca_compile.ir.program import Pass, Program
 from toca_compile.ir.types import AxisTypes
@@ -39,7 +40,7 @@ def find_sites(program: Program) -> Program:
     assert program.types is not None
     static = static_nodes(program)
     sites = _find_sites.find_sites(program.module.graph, program.types, program.attentions, static, program.grid)
-    return replace(program, sites=sites)
+    return replace(program, sites=lay_out(sites, program.types.factors, program.layouts))
 
 
 def outline(program: Program) -> Program:

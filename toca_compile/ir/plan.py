@@ -143,7 +143,8 @@ class Policy(Protocol):
     pipeline asks it before the first model call of a run for the policy to follow in that run: ``num_steps`` model
     calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
     alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
-    as it is, however many steps the run has.
+    as it is, however many steps the run has. One with ``choices``, a sequence of policies, is each graph's first among
+    them that the graph can follow.
     """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:

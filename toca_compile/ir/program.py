@@ -8,7 +8,7 @@ from torch import fx
 
 from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.state import Slot
-from toca_compile.ir.types import Attention, AxisTypes, Site
+from toca_compile.ir.types import Attention, AxisTypes, Layout, Site
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Program:
     sites: tuple[Site, ...] = ()
     clock: tuple[fx.Node, ...] = ()  # the inputs that tell the denoising time
     segments: tuple[Segment, ...] = ()
+    layouts: tuple[Layout, ...] = ()  # of tokens, as the inputs tell them
 
     @property
     def placeholders(self) -> tuple[fx.Node, ...]:

@@ -69,6 +69,16 @@ class TokenAxis:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """``tokens`` in a row, of which the first ``frames · height · width`` are pictures."""
+
+    tokens: int
+    height: int
+    width: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
 class Attention:
     """An attention in the graph, fused or written out.
 

@@ -16,15 +16,17 @@ from toca_compile.policies.composition import (
     SkipBlocks,
 )
 from toca_compile.policies.full import FullCompute
+from toca_compile.policies.levels import LEVELS, Level
 from toca_compile.policies.presets import PRESETS, preset, ready_made
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
 from toca_compile.policies.toca import DuCa, Fora, ToCa
-from toca_compile.policies.when import Adaptive, Every, IntervalFunction, Listed, Periodic, Spread
+from toca_compile.policies.when import Adaptive, EndAligned, Every, IntervalFunction, Listed, Periodic, Spread
 
 import_files(__name__, __path__)
 
 __all__ = [
+    "LEVELS",
     "PRESETS",
     "Adaptive",
     "Anchors",
@@ -33,6 +35,7 @@ __all__ = [
     "Composition",
     "Compute",
     "DuCa",
+    "EndAligned",
     "Every",
     "Foca",
     "Fora",
@@ -40,6 +43,7 @@ __all__ = [
     "FullCompute",
     "Hermite",
     "IntervalFunction",
+    "Level",
     "Listed",
     "Partial",
     "Periodic",

@@ -27,6 +27,13 @@ def spread_steps(num_steps: int, interval: int, bend: float = 1.0, warmup: int =
     return tuple(sorted(spread | set(range(min(warmup, num_steps)))))
 
 
+def end_aligned_steps(num_steps: int, interval: int, warmup: int) -> tuple[int, ...]:
+    """The first ``warmup`` steps, and every ``interval``-th counted back from the last but one: the last step is not
+    computed, since no later one would use it, and no long gap ends the run. With an interval of 1, all steps."""
+    last = num_steps - 1 - (interval > 1 and num_steps > warmup)
+    return tuple(sorted({*range(min(warmup, num_steps)), *range(last, -1, -interval)}))
+
+
 def toca_phases(
     num_steps: int,
     interval: int,

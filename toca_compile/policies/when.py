@@ -10,6 +10,7 @@ from toca_compile.ir.registry import register
 from toca_compile.policies.schedules import (
     counted,
     counted_steps,
+    end_aligned_steps,
     periodic_steps,
     spread_steps,
     toca_phases,
@@ -96,6 +97,20 @@ class Spread(When):
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
         return _since(spread_steps(num_steps, self.interval, self.bend, self.warmup), num_steps)
+
+
+@register
+@dataclass(frozen=True)
+class EndAligned(When):
+    """The first ``warmup`` steps, and every ``interval``-th counted back from the last but one, so that the run ends
+    with one step that is not full. With an interval of 1, all steps."""
+
+    interval: Count = 3
+    warmup: Count = 1
+
+    def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
+        """Calls since the last full step."""
+        return _since(end_aligned_steps(num_steps, self.interval, self.warmup), num_steps)
 
 
 @register

@@ -267,6 +267,11 @@ class StepControl:
         return next((e.name for e in reversed(_ENTERED.get()) if e.control() is self), None)
 
     @property
+    def call_inputs(self) -> Mapping[Any, Any]:
+        """What the model was called with, in the call that this thread is in; nothing where nobody says."""
+        return self._call.inputs or {}
+
+    @property
     def records(self) -> list[StepRecord]:
         """The steps of the last sampling, in call order; they outlive its caches."""
         return [record for _, record in self._records]

@@ -1,0 +1,80 @@
+"""What each level costs and keeps: the shipped DiT sampled by DDIM at several numbers of steps.
+
+    python benchmarks/levels.py [--steps 4 8 20 28 50] [--seeds 0 1] [--samples 4] [--out benchmarks/results/levels.md]
+
+PSNR to the uncached samples of the same steps, in dB for values in [−1, 1], mean over seeds; and how many steps each
+level computes. Nothing is timed. Beside each level stand the schedules that it was chosen among: another warm-up, full
+steps counted from the start, and a last step that is computed.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+import toca_compile
+from toca_compile.demo import fashion_dit
+from toca_compile.ir.plan import Policy
+from toca_compile.policies import LEVELS, Composition, Every, FullCompute, Level, Listed, Rule, SkipBlocks
+from toca_compile.policies.schedules import end_aligned_steps
+
+
+def main() -> None:
+    """Parse, sample, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20, 28, 50])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levels.md"))
+    given = parser.parse_args()
+    model, sampler = fashion_dit.model_and_sampler()
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+
+    def sampled(policy: Policy, steps: int) -> list[torch.Tensor]:
+        opt.policy = policy
+        return [sampler(opt, steps, seed, given.samples) for seed in given.seeds]
+
+    lines = [
+        f"# Levels on the shipped DiT\n\nDDIM, guidance {fashion_dit.GUIDANCE}, {len(given.seeds)} seeds of "
+        f"{given.samples} samples, PSNR in dB to the uncached samples (steps computed in brackets). Written by "
+        "`python benchmarks/levels.py`.\n",
+        "| steps | level | the level | warm-up + 1 | warm-up − 1 | from the start | last step computed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for steps in given.steps:
+        base = sampled(FullCompute(), steps)
+        for name in LEVELS:
+            level = Level(name, steps)
+            if len(level.full_steps()) == steps:
+                lines.append(f"| {steps} | {name} | all computed | | | | |")
+                continue
+            interval, warmup = level.when.interval, level.when.warmup
+            others = [
+                _listed(steps, end_aligned_steps(steps, interval, warmup + 1)),
+                _listed(steps, end_aligned_steps(steps, interval, warmup - 1)) if warmup > 1 else None,
+                _composed(steps, Every(interval, warmup)),
+                _listed(steps, sorted({*level.full_steps(), steps - 1})),
+            ]
+            row = ["–" if p is None else _cell(base, sampled(p, steps), p) for p in (level, *others)]
+            lines.append(f"| {steps} | {name} | {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _composed(steps: int, when: Every | Listed) -> Composition:
+    return Composition(steps, when, (Rule(SkipBlocks(0, order=2)),), basis="newton")
+
+
+def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:
+    return _composed(steps, Listed(tuple(full)))
+
+
+def _cell(base: list[torch.Tensor], found: list[torch.Tensor], policy: Level | Composition) -> str:
+    errors = [(a - b).square().mean().item() for a, b in zip(base, found, strict=True)]
+    mean = sum(10 * math.log10(4 / e) for e in errors) / len(errors)
+    return f"{mean:.1f} ({len(policy.full_steps())})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Pipelines of diffusers × what must hold of each.
+
+Checks, in the order in which they are made (one optimised pipeline serves them all, as one trace does):
+
+* ``full``: with a policy that computes everything the result is the plain pipeline's, bit for bit;
+* ``steps``: under caching policies each transformer, in each guidance pass, makes as many steps as the pipeline gives
+  it, of the kinds that the policy plans for a run of that length;
+* ``repeat``: a second call yields the same bits, and no cache outlives a call;
+* ``stopped``: after a call that failed, and after one that was interrupted, the next is as on a fresh pipeline.
+"""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import toca_compile
+from tests.pipelines import run
+from tests.pipelines.builders import TABLE, follow, kinds, made
+from toca_compile import BlockCache, Fora, FullCompute, NoSiteError, TaylorSeer, ToCa
+from toca_compile.diffusers import optimized_components
+from toca_compile.ir.plan import Policy
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+CALLS = 6
+
+# Of each caching policy, what a run of as many steps as any transformer makes here is to do.
+PLANNED: tuple[tuple[Policy, str], ...] = (
+    (Fora(50, 3), "frrfrr"),
+    (ToCa(50, interval=3, fresh_ratio=0.4, schedule="constant"), "fppfpp"),
+    (TaylorSeer(50, 3, 1), "frrftt"),
+    (BlockCache(50, first=0, interval=3, order=1), "fssfss"),
+)
+
+# Steps of each transformer where they are not all six; guidance passes where it is not one call a step.
+STEPS = {
+    "FLUX img2img": (4,),
+    "FLUX inpaint": (5,),
+    "Wan 2.2": (3, 3),
+    "Wan 2.2 I2V": (4, 2),
+}
+TWO_PASSES = {"Chroma", "QwenImage", "Lumina2", "Wan", "Wan I2V", "Wan 2.2", "Wan 2.2 I2V"}
+
+REFUSED = {
+    "Mochi": "attention picks text tokens by the mask's values (nonzero), so torch.compile splits the model inside "
+    "each attention, and no graph has both an attention and the branch around it",
+}
+
+
+def cache_bytes(pipe: Any) -> int:
+    """Bytes that all transformers of a pipeline keep."""
+    return sum(model.cache_bytes for model in optimized_components(pipe).values())
+
+
+def stop_in_a_step(pipe: Any, call: dict[str, Any], step: int) -> None:
+    """A call that fails as its scheduler takes a step."""
+    before, count = pipe.scheduler.step, iter(range(100))
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return before(*args, **kwargs)
+
+    pipe.scheduler.step = fail
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, call, CALLS)
+    del pipe.scheduler.step
+
+
+def interrupted(pipe: Any, call: dict[str, Any], step: int) -> torch.Tensor:
+    """What a call yields that a callback interrupts after a step."""
+
+    def interrupt(pipe: Any, index: int, _: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index >= step
+        return kwargs
+
+    return run(pipe, call, CALLS, callback_on_step_end=interrupt)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(raises=NoSiteError, reason=REFUSED[name]) if name in REFUSED else ())
+        for name in TABLE
+    ],
+)
+def test_a_pipeline(name: str) -> None:
+    pipe, call = made(name)
+    has_callback = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters and hasattr(pipe, "interrupt")
+    plain = run(pipe, call, CALLS)
+    stopped = interrupted(pipe, call, 1) if has_callback else None
+    steps = STEPS.get(name, (CALLS,))
+    passes = 2 if name in TWO_PASSES else 1
+
+    # full
+    assert toca_compile.optimize(pipe, FullCompute(), lowering="eager") is pipe
+    assert torch.equal(run(pipe, call, CALLS), plain)
+    assert kinds(pipe) == [["f" * n] * passes for n in steps]
+    if stopped is not None:
+        assert torch.equal(interrupted(pipe, call, 1), stopped)
+        assert not torch.equal(stopped, plain)
+
+    for policy, planned in PLANNED:
+        # steps
+        follow(pipe, policy)
+        first = run(pipe, call, CALLS)
+        assert kinds(pipe) == [[planned[:n]] * passes for n in steps], policy
+        assert not torch.equal(first, plain), policy
+        assert first.isfinite().all()
+        assert cache_bytes(pipe) == 0
+        # repeat
+        assert torch.equal(run(pipe, call, CALLS), first), policy
+
+    # stopped
+    stop_in_a_step(pipe, call, 1)
+    assert cache_bytes(pipe) == 0
+    assert torch.equal(run(pipe, call, CALLS), first)
+    if stopped is not None:
+        interrupted(pipe, call, 1)
+        assert cache_bytes(pipe) == 0
+        assert torch.equal(run(pipe, call, CALLS), first)
+    assert kinds(pipe) == [[PLANNED[-1][1][:n]] * passes for n in steps]

@@ -1,0 +1,128 @@
+"""Levels: a policy by name that fits the run."""
+
+import itertools
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.sampling import noise, sample
+from toca_compile.policies import LEVELS, Composition, EndAligned, Forecast, Level, Rule, load_policy, save_policy
+
+STEPS = (1, 2, 3, 4, 8, 20, 28, 50)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_full_steps(name: str, steps: int) -> None:
+    """The first steps are computed, no gap is longer than the interval, and the last gap is one step."""
+    level = Level(name, steps)
+    full = level.full_steps()
+    assert full == tuple(sorted(set(full)))
+    assert full[: level.when.warmup] == tuple(range(min(steps, level.when.warmup)))
+    assert all(b - a <= level.when.interval for a, b in itertools.pairwise(full))
+    assert full[-1] == max(steps - 2, 0) or len(full) == steps
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_level_further_computes_no_more(steps: int) -> None:
+    counts = [len(Level(name, steps).full_steps()) for name in LEVELS]
+    assert counts == sorted(counts, reverse=True)
+    assert steps < 8 or counts[-1] < counts[0] < steps
+
+
+def test_end_aligned() -> None:
+    assert EndAligned(3, 2).phases(9, "") == (0, 0, 1, 2, 0, 1, 2, 0, 1)
+    assert EndAligned(3, 1).phases(1, "") == (0,)
+    assert EndAligned(5, 3).phases(2, "") == (0, 0)
+    assert EndAligned(1, 1).phases(3, "") == (0, 0, 0)
+
+
+def test_no_policy_is_balanced_and_says_once_what_it_means(caplog: pytest.LogCaptureFixture) -> None:
+    opt = toca_compile.optimize(randomize(PlainDiT(depth=2)), lowering="eager")
+    assert opt.policy == Level("balanced")
+    opt.policy = Level("balanced", 8)
+    with caplog.at_level(logging.WARNING, logger="toca_compile"):
+        sample(opt, 8, noise())
+        sample(opt, 8, noise())
+    assert [s.kind.value for s in opt.steps] == ["full", "full", "full", "skip", "full", "skip", "full", "skip"]
+    (said,) = [r.message for r in caplog.records if "level" in r.message]
+    assert "'balanced'" in said
+    assert "5 are computed" in said
+
+
+def test_a_name_stands_for_its_policy() -> None:
+    model = PlainDiT(depth=1)
+    opt = toca_compile.optimize(model, "fast")
+    assert opt.policy == Level("fast")
+    opt.policy = "flux-dev/50-n4"
+    assert opt.policy == toca_compile.preset("flux-dev/50-n4")
+
+
+def test_a_short_run_says_that_nothing_is_cached(caplog: pytest.LogCaptureFixture) -> None:
+    model = randomize(PlainDiT(depth=1))
+    opt = toca_compile.optimize(model, Level("quality", 4), lowering="eager")
+    with caplog.at_level(logging.WARNING, logger="toca_compile"):
+        out = sample(opt, 4, noise())
+    assert [s.kind.value for s in opt.steps] == ["full"] * 4
+    assert any("nothing is cached" in r.message for r in caplog.records)
+    torch.testing.assert_close(out, sample(model, 4, noise()))
+
+
+def test_a_level_survives_a_file(tmp_path: pytest.TempPathFactory) -> None:
+    path = f"{tmp_path}/policy.json"
+    save_policy(Level("max", 28), path)
+    assert load_policy(path) == Level("max", 28)
+
+
+class Pooled(PlainDiT):
+    """A mean over the first block's tokens is read behind the last, so that the blocks cannot be skipped as a whole."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.prepare(x, t, y)
+        first, second = self.blocks
+        x = first(x, c)
+        pooled = x.mean(1)
+        return self.finish(second(x, c), c + pooled)
+
+
+def test_where_blocks_cannot_be_skipped_each_site_is_forecast() -> None:
+    opt = toca_compile.optimize(randomize(Pooled(depth=2)), Level("balanced", 8), lowering="eager")
+    sample(opt, 8, noise())
+    assert [s.kind.value for s in opt.steps] == [
+        "full", "full", "full", "forecast", "full", "forecast", "full", "forecast"
+    ]  # fmt: skip
+    own = Composition(8, EndAligned(2, 2), (Rule(Forecast(2)),), basis="newton")
+    again = toca_compile.optimize(opt._orig_mod, own, lowering="eager")
+    torch.testing.assert_close(sample(opt, 8, noise()), sample(again, 8, noise()), rtol=0, atol=0)
+
+
+def test_backend_by_name_in_a_process_that_never_imports_the_package() -> None:
+    code = """
+import sys, torch
+from torch import nn
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm1, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+    def forward(self, x):
+        q, k, v = (y.unsqueeze(1) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+model = nn.Sequential(Block(), Block()).eval()
+fast = torch.compile(model, backend="toca", options={"policy": "fast", "lowering": "eager"})
+plain = torch.compile(model, backend="toca", options={"lowering": "eager"})
+with torch.no_grad():
+    x = torch.randn(1, 16, 8)
+    for f in (fast, plain):
+        torch.testing.assert_close(f(x), model(x))
+print("toca_compile" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr

@@ -1,0 +1,73 @@
+"""Levels: how much to leave out, by name, for any model and any number of steps."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from toca_compile.ir.fields import OneOf, Steps
+from toca_compile.ir.plan import Plan
+from toca_compile.ir.registry import register
+from toca_compile.ir.types import Site
+from toca_compile.policies.base import CachingPolicy
+from toca_compile.policies.composition import Composition, Forecast, Rule, SkipBlocks
+from toca_compile.policies.when import EndAligned
+
+LEVELS = ("quality", "balanced", "fast", "max")
+
+# From so many steps of a run on: how many begin it computed, and one of how many is computed then, level by level.
+# Chosen on a trained DiT by the finished sample (benchmarks/results/levels.md): the fewer steps there are, the further
+# apart they lie, and the shorter the gap that a forecast can bridge. With 1 all are computed.
+_INTERVALS = (
+    (40, 3, (2, 3, 4, 6)),
+    (16, 2, (2, 3, 4, 5)),
+    (7, 2, (2, 2, 3, 4)),
+    (4, 1, (1, 1, 2, 2)),
+    (1, 1, (1, 1, 1, 1)),
+)
+
+
+@register
+@dataclass(frozen=True)
+class Level(CachingPolicy):
+    """A policy by name that fits the number of steps: the first steps are computed, and one of several counted back
+    from the last but one; on the others what all blocks add to the stream is forecast by Newton's polynomial of order
+    2 through the last computed steps (each site's output, where the blocks cannot be skipped as a whole).
+
+    ========  ======  =========  ==========  ======  =====
+    steps     warmup  "quality"  "balanced"  "fast"  "max"
+    ========  ======  =========  ==========  ======  =====
+    40 on     3       2          3           4       6
+    16 to 39  2       2          3           4       5
+    7 to 15   2       2          2           3       4
+    4 to 6    1       all        all         2       2
+    below 4           all        all         all     all
+    ========  ======  =========  ==========  ======  =====
+
+    Args:
+        name: of the level.
+        num_steps: model calls of one run. In a pipeline its own number of steps takes its place.
+    """
+
+    name: Annotated[str, OneOf(LEVELS)] = "balanced"
+    num_steps: Steps = 50
+
+    @property
+    def when(self) -> EndAligned:
+        """Which steps are computed."""
+        _, warmup, intervals = next(row for row in _INTERVALS if self.num_steps >= row[0])
+        return EndAligned(intervals[LEVELS.index(self.name)], warmup)
+
+    @property
+    def choices(self) -> tuple[Composition, ...]:
+        """What it may mean for a graph; the first that the graph can follow is meant."""
+        do = (SkipBlocks(0, order=2), Forecast(2))
+        return tuple(Composition(self.num_steps, self.when, (Rule(d),), basis="newton") for d in do)
+
+    def full_steps(self, kind: str = "") -> tuple[int, ...]:
+        """The computed steps as call indices, 0 first."""
+        return self.choices[0].full_steps(kind)
+
+    def for_run(self, num_steps: int, guided: bool) -> "Level":
+        return replace(self, num_steps=num_steps)
+
+    def plan(self, sites: tuple[Site, ...]) -> Plan:
+        return self.choices[0].plan(sites)
