@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from toca_compile.backend import skip_code
 from toca_compile.errors import TocaError
 from toca_compile.model import Calls, Handle, OptimizedModel, unwrapped
 from toca_compile.session import Session
@@ -126,14 +127,15 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
     take part in it."""
 
     def called(before: Any) -> Any:
-        @functools.wraps(before)
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             if type(self) is cls and "_toca" in self.__dict__:
                 return self.__dict__["_toca"].of(self)(*args, **kwargs)
             return before(self, *args, **kwargs)
 
+        # Dynamo is to begin with the model, also where another object of the class is compiled.
+        skip_code(__call__.__code__)
         __call__._toca_before = before  # type: ignore[attr-defined]
-        return __call__
+        return functools.wraps(before)(__call__)
 
     def forgetting(before: Any, **only: Any) -> Any:
         @functools.wraps(before)
