@@ -7,6 +7,7 @@ and no aliasing ops; every node keeps the user's source line and module path. Al
 """
 
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from toca_compile.errors import UnsupportedGraphError
+from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes
-from toca_compile.rules.registry import Work, work_of
+from toca_compile.passes.infer_axes import call_of
+from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
 
@@ -74,6 +76,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             captured.graph.erase_node(node)
     for node in captured.graph.nodes:
         _canonical(node)
+        whole = _whole(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
+        if whole is not None:
+            node.replace_all_uses_with(whole)
     captured.graph.eliminate_dead_code()
     for node in captured.graph.nodes:
         node.meta[CAPTURED_AS] = node.name
@@ -169,6 +174,33 @@ def _canonical(node: fx.Node) -> None:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
     elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
         _cast_operands(node)
+
+
+def _whole(node: fx.Node) -> fx.Node | None:
+    """The value that a slice of all of it is, or a concatenation of its parts in order; None for any other op."""
+    parts = operand_nodes(node) if node.target is aten.cat.default else [node]
+    cuts = [_cut(part) for part in parts]
+    source, at = cuts[0][0] if cuts and cuts[0] else None, 0
+    for cut in cuts:
+        if source is None or cut is None or cut[:3] != (source, cuts[0][1], at):  # type: ignore[index]
+            return None
+        at += cut[3]
+    return source if source is not None and source.meta["val"].shape == node.meta["val"].shape else None
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """Of a slice, or one of several: of what, along which dimension, from where on, how much."""
+    cut: Any = node.args[0] if node.target is operator.getitem else node
+    try:
+        spec = RULES[cut.target].spec(call_of(cut))
+    except (KeyError, RuleError):
+        return None
+    dims = spec.results[node.args[1] if cut is not node else 0]  # type: ignore[index]
+    found = [(d, label) for d, dim in enumerate(dims) for label in dim if label in spec.windows]
+    if len(found) != 1 or spec.windows[found[0][1]].step != 1:
+        return None
+    ((dim, label),) = found
+    return operand_nodes(cut)[0], dim, spec.windows[label].start, spec.sizes[label]
 
 
 def _cast_operands(product: fx.Node) -> None:

@@ -9,8 +9,6 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -19,9 +17,11 @@ from torch import fx
 
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
+from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
+from toca_compile.passes.proof.tokens import axis_of, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -42,10 +42,14 @@ def find_sites(
     attentions: tuple[Attention, ...],
     static: frozenset[fx.Node],
     grid: tuple[int, int] | None = None,
+    *,
+    fragment: bool = False,
 ) -> tuple[Site, ...]:
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
-    token grid that the graph shows."""
+    token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
+    if fragment and not token_factors:
+        token_factors = row_factors(graph, types)
     branches = _choose(_branches(graph, types, token_factors), attentions)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
@@ -54,16 +58,19 @@ def find_sites(
         region = branch.region & ancestors([output], stop=[branch.source])
         if not any(work_of(n) in _ARITHMETIC for n in region):
             continue
-        choices = _token_dims(types, output, value_of(output).shape, token_factors)
+        choices = token_dims(types, output, value_of(output).shape, token_factors)
         if not choices:
             continue
         inside = tuple(a for a in attentions if a.node in region)
-        proofs = [_prove(types, branch.source, output, region, tokens, inside) for tokens in choices]
-        tokens, proof, batch = next((p for p in proofs if isinstance(p[1], RowProof)), proofs[0])
-        queries = _queries(types, branch, output, tokens, proof, batch)
+        tried = []
+        for choice in choices:
+            tokens, proof, batch = _prove(types, branch.source, output, region, choice, inside)
+            tried.append((tokens, proof, batch, _queries(types, branch, output, tokens, proof, batch)))
+        able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
+        tokens, proof, batch, queries = [*able, tried[0]][0]
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
-            axes[factors] = _axis(graph, types, factors, len(axes), grid)
+            axes[factors] = axis_of(graph, types, factors, len(axes), grid)
         sites.append(
             Site(
                 index=len(sites),
@@ -82,27 +89,7 @@ def find_sites(
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
             )
         )
-    counts = Counter(s.name for s in sites)
-    return tuple(replace(s, name=f"{s.name}[{s.axis.name}]") if counts[s.name] > 1 else s for s in sites)
-
-
-def _token_dims(
-    types: AxisTypes, output: fx.Node, shape: Sequence[int], token_factors: set[int]
-) -> list[tuple[FactorPos, ...]]:
-    """Where the tokens may lie in a branch's output, best choice first.
-
-    Tokens in neighbouring dimensions that hold nothing else (frames and patches) are one axis, if the branch allows it.
-    Else the largest dimension that holds nothing else is selected from, and the others number samples.
-    """
-    dims = types.type_of(output)
-    by_dim = {d: tuple(FactorPos(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
-    whole = [d for d, places in by_dim.items() if places and len(places) == len(dims[d])]
-    run: list[int] = []
-    for d in whole:
-        run = [*run, d] if run and d == run[-1] + 1 else run if len(run) > 1 else [d]
-    single = max((p for p in by_dim.values() if p), key=lambda p: (p[0].dim in whole, shape[p[0].dim]), default=())
-    choices = [tuple(o for d in run for o in by_dim[d])] if len(run) > 1 else []
-    return choices + ([single] if single else [])
+    return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))
 
 
 def _prove(
@@ -259,37 +246,3 @@ def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object
         keys = {f for a in inside for f in types.factors.atoms(a.key_axis)}
         return "joint_attention" if keys & set(factors) else "cross_attention"
     return "self_attention"
-
-
-def _axis(
-    graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...], count: int, grid: tuple[int, int] | None
-) -> TokenAxis:
-    size, offset, frames = types.factors.size(factors), 0, 1
-    found = None
-    for part in types.factors.segments(factors):
-        found = _grid(graph, types, part)
-        if found is not None:
-            frames = types.factors.size(part) // (found[0] * found[1])
-            break
-        offset += types.factors.size(part)
-    if grid is not None and (grid[0] * grid[1] == size or (count == 0 and grid[0] * grid[1] < size)):
-        # Tokens that are not part of the picture (registers, a class token) stand before it by convention.
-        found, offset, frames = grid, size - grid[0] * grid[1], 1
-    name = "image" if found is not None else "tokens"
-    return TokenAxis(
-        name if count == 0 else f"{name}{count}", factors, size, found, offset if found else 0, frames
-    )  # fmt: skip
-
-
-def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[int, int] | None:
-    """Height and width: the last two of the neighbouring dimensions that the axis is in the first value which has it
-    as several (the patch embedding: height and width, or frames before them)."""
-    for node in graph.nodes:
-        for result in range(len(types.results.get(node, ()))):
-            dims = types.type_of(node, result)
-            for first in range(len(dims) - 1):
-                for last in range(first + 1, len(dims)):
-                    run = dims[first : last + 1]
-                    if all(run) and tuple(f for dim in run for f in dim) == factors:
-                        return types.factors.size(run[-2]), types.factors.size(run[-1])
-    return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from toca_compile.ir.calls import Call, tensors
-from toca_compile.ir.spec import AxisSpec, Dim
+from toca_compile.ir.spec import AxisSpec, Dim, Window
 from toca_compile.rules.registry import Rule
 
 IndexOf = Callable[[int], Tensor]
@@ -112,7 +112,11 @@ def _is_concatenation(spec: AxisSpec, inputs: list[Tensor], outputs: list[Tensor
     begin, holds = 0, True
     for part in spec.concat[label]:
         index = torch.arange(begin, begin + spec.sizes[part])
-        (own,) = (t for t, d in zip(inputs, spec.operands, strict=True) if any(part in dim for dim in d))
+        cut = spec.windows.get(part, Window(part, 0))
+        ((own, dims),) = (
+            (t, d) for t, d in zip(inputs, spec.operands, strict=True) if any(cut.source in dim for dim in d)
+        )
+        own = restrict(own, dims, spec.sizes, cut.source, torch.arange(cut.start, cut.start + spec.sizes[part]))
         holds &= all(
             _equal(restrict(t, dims, spec.sizes, label, index), own)
             for t, dims in zip(outputs, spec.results, strict=True)

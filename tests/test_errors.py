@@ -160,8 +160,7 @@ def test_an_op_without_a_rule_makes_its_site_reuse_only() -> None:
 
 
 def test_explain_before_a_call() -> None:
-    with pytest.raises(TocaError, match="call the model once"):
-        toca_compile.explain(toca_compile.optimize(PlainDiT(), POLICY))
+    assert "call the model once" in str(toca_compile.explain(toca_compile.optimize(PlainDiT(), POLICY)))
     with pytest.raises(TocaError, match="optimised by toca_compile"):
         toca_compile.explain(PlainDiT())
 

@@ -17,7 +17,7 @@ try:
 except OSError as _error:
     raise cannot_write(_error) from _error
 
-from toca_compile.api import controls, disable_cache, enable_cache, explain, is_optimized, optimize, restore
+from toca_compile.api import controls, disable_cache, enable_cache, explain, is_optimized, optimize, restore, summary
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
@@ -68,5 +68,6 @@ __all__ = [
     "preset",
     "restore",
     "save_policy",
+    "summary",
     "tune",
 ]

@@ -1,5 +1,6 @@
 """The public calls: ``optimize`` and ``explain``."""
 
+import inspect
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -8,8 +9,8 @@ from toca_compile.diffusers import attach, detach, is_pipeline, optimized_compon
 from toca_compile.errors import TocaError
 from toca_compile.in_place import convert, handle_of, revert, tidy
 from toca_compile.ir.plan import Policy
-from toca_compile.model import Controls, OptimizedModel, SessionControls, wrap
-from toca_compile.report import Report, make_report
+from toca_compile.model import Controls, Handle, OptimizedModel, SessionControls, wrap
+from toca_compile.report import Report, Subject, Summary, summarise
 from toca_compile.session import Session
 
 Pipeline = TypeVar("Pipeline")
@@ -139,36 +140,57 @@ def controls(model: Any) -> Controls:
     Raises:
         TocaError: it is no such model.
     """
-    session = _session_of(model)
-    if session is None:
-        raise TocaError("controls takes a model optimised by toca_compile, after its first call")
-    return SessionControls(session)
+    return SessionControls(next(iter(_subjects(model, "controls").values())).session)
 
 
 def explain(model: Any) -> Report:
-    """What the compiler found and decided, after a first call. ``str(report)`` is a table.
+    """What the compiler found and decided, and what it expects of the policy. ``str(report)`` is a table. Before the
+    first call it knows the policy alone, and says so.
 
     Args:
-        model: what ``optimize`` returned (of a pipeline, its first transformer is explained), or
-            ``torch.compile(model, backend="toca", …)``.
+        model: what ``optimize`` returned (of a pipeline, each transformer has a section), or
+            ``torch.compile(model, backend="toca", …)`` after its first call.
 
     Raises:
-        TocaError: nothing was compiled yet, or it is no such model.
+        TocaError: it is no such model.
     """
-    session = _session_of(model)
-    if session is None:
-        raise TocaError("explain takes a model optimised by toca_compile, after its first call")
-    if not session.executors:
-        raise TocaError("nothing is compiled yet: call the model once, then explain it")
-    return make_report(session)
+    return Report(_subjects(model, "explain"))
 
 
-def _session_of(model: Any) -> Session | None:
-    handle = next(iter(optimized_components(model).values()), None) if is_pipeline(model) else handle_of(model)
-    if handle is not None:
-        return handle._session
-    context = getattr(model, "dynamo_ctx", None)
-    callback: Any = getattr(context, "callback", None)
+def summary(model: Any) -> Summary:
+    """What the calls of the last sampling did: steps by kind, what they took, and what was saved. ``str(summary)`` is a
+    table, ``summary.as_dict()`` is for JSON.
+
+    Args:
+        model: as for ``explain``; of a pipeline, ``summary.transformers`` has one for each transformer.
+
+    Raises:
+        TocaError: it is no such model.
+    """
+    return summarise(_subjects(model, "summary"))
+
+
+def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
+    """The optimised models behind an object, by the names of a pipeline's components."""
+    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else {"": handle_of(model) or model}
+    found = {}
+    for name, part in parts.items():
+        session = _session_of(part)
+        if session is not None:
+            inner = part._model if isinstance(part, Handle) else getattr(part, "_orig_mod", part)
+            forward = getattr(inner, "forward", inner)
+            found[name] = Subject(session, type(inner).__name__, tuple(inspect.signature(forward).parameters))
+    if not found:
+        raise TocaError(
+            f"{wanted} takes a model or a pipeline optimised by toca_compile (torch.compile's after its first call)"
+        )
+    return found
+
+
+def _session_of(part: Any) -> Session | None:
+    if isinstance(part, Handle):
+        return part._session
+    callback: Any = getattr(getattr(part, "dynamo_ctx", None), "callback", None)
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
     session: Session | None = getattr(callback, "_toca_session", lambda: None)()
@@ -185,4 +207,5 @@ __all__ = [
     "is_optimized",
     "optimize",
     "restore",
+    "summary",
 ]

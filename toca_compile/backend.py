@@ -18,7 +18,14 @@ from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache, skip_co
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from toca_compile.errors import GRAD_ENABLED, InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.errors import (
+    GRAD_ENABLED,
+    InferenceModeError,
+    NoSiteError,
+    PolicyError,
+    TocaError,
+    UnsupportedGraphError,
+)
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Session
 
@@ -52,6 +59,7 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     ``strict``), or runs uncached after one warning: Dynamo wraps what a backend raises, and users should see our error.
     """
     session.seen += 1
+    session.recompiles += session.control.calls > 0
     _note_break(session, gm)
     session.broken |= _is_nested()
     try:
@@ -63,11 +71,12 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         if session.strict and not session.bounded and not session.broken and not session.executors:
             return _raising(error)
         if not session.bounded and not session.executors:
-            session.warn_once(str(error))
+            session.warn_once(f"{error} {session.split()}".rstrip())
         return _plain(session, gm, inputs)
     except TocaError as error:
         session.uncached.setdefault(str(error), error)
-        if session.strict:
+        # A fragment that writes to what the fragment before it made runs as it is; the others may be cached.
+        if session.strict and not (session.broken and isinstance(error, UnsupportedGraphError)):
             return _raising(error)
         session.warn_once(f"{str(error).rstrip('.')}. The graph runs uncached.")
         return _plain(session, gm, inputs)

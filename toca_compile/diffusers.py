@@ -51,8 +51,9 @@ def attach(pipe: Any, models: Mapping[str, Handle]) -> Any:
     for name, handle in models.items():
         before = pipe.components[name]
         handle._toca.homes.add(Home(type(pipe)))
-        if before is not handle._model:  # a wrapper, ours or of torch.compile
-            setattr(pipe, name, handle._model)
+        part = handle if isinstance(handle, nn.Module) else handle._model
+        if part is not before:  # in place of another model, or of a wrapper, ours or of torch.compile
+            setattr(pipe, name, part)
             handle._toca.replaced = before
     return pipe
 

@@ -32,6 +32,7 @@ from toca_compile.errors import (
 )
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
+from toca_compile.progress import working
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
@@ -57,6 +58,7 @@ class _Entry:
     policy: Policy
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
+    graphs: int = 0  # that Dynamo made of it
 
     @property
     def refused(self) -> bool:
@@ -135,11 +137,16 @@ class Calls:
         session = self.session
         before, session.uncached = session.seen, entry.uncached
         known = len(session.executors)
+        new = not entry.executors and not entry.uncached
+        told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
         try:
-            return entry.call(model, args, kwargs)
+            with told:
+                return entry.call(model, args, kwargs)
         finally:
             if session.seen != before:
                 entry.executors += session.executors[known:]
+                entry.graphs += session.seen - before
+            session.graphs = entry.graphs
 
     def close(self) -> None:
         """Forget what was compiled, and every run."""
@@ -190,11 +197,12 @@ class Calls:
         name = type(model).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
-            split = ", ".join(session.breaks)
             error: TocaError = NoSiteError(
-                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached)"
-                + (f" torch.compile split it into several graphs: {split}" if split else "")
+                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
+                f"{session.split(session.graphs)}".rstrip()
             )
+        elif why is not None and session.strict:
+            raise why
         elif why is not None:
             return  # as was said when it was traced
         else:
@@ -356,7 +364,8 @@ class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile
     each thread or task has samplings of its own, and each context in it.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls) -> None:
+    def __init__(self, model: nn.Module, session: Session, homes: Iterable[Any] = ()) -> None:
+        calls = Calls(session, homes)
         object.__setattr__(self, "_toca", calls)
         OptimizedModule.__init__(self, model, calls.context)
 
@@ -384,20 +393,20 @@ class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile
         self._session.control.reset(mine=True)
 
     def __copy__(self) -> "OptimizedModel":
-        return OptimizedModel(self._orig_mod, copy.copy(self._toca))
+        return OptimizedModel(self._orig_mod, self._session.fresh(), self._toca.homes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModel":
-        twin = OptimizedModel(copy.deepcopy(self._orig_mod, memo), copy.copy(self._toca))
+        twin = OptimizedModel(copy.deepcopy(self._orig_mod, memo), self._session.fresh(), self._toca.homes)
         memo[id(self)] = twin
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return OptimizedModel, (self._orig_mod, self._toca)
+        return OptimizedModel, (self._orig_mod, self._session.fresh(), tuple(self._toca.homes))
 
 
 def wrap(model: nn.Module, session: Session) -> OptimizedModel:
     """A wrapper around a model that calls it with caching."""
-    return OptimizedModel(unwrapped(model), Calls(session))
+    return OptimizedModel(unwrapped(model), session)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -14,7 +14,8 @@ from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
-from toca_compile.ir.graph import source_line
+from toca_compile.ir.actions import Selecting
+from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import Program
 from toca_compile.ir.types import Layout
@@ -23,6 +24,7 @@ from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
 from toca_compile.policies.levels import Level
 from toca_compile.policies.storage import checked_policy
+from toca_compile.progress import working
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl
 
@@ -59,11 +61,14 @@ class Session:
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.patch: tuple[int, int] | None = None  # into which the model says that it cuts latents
         self.seen = 0  # graphs that Dynamo handed over
+        self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
         self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
         self.broken = False  # whether the model comes in more than one graph
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
-        self._warned: set[str] = set()
+        self.warned: dict[str, None] = {}  # what was said of it
+        self.recompiles = 0  # graphs that Dynamo handed over after the first call
+        self.input_names: dict[int, tuple[str, ...]] = {}  # of each graph's inputs, as the model's caller knows them
 
     def fresh(self) -> "Session":
         """One with the same settings that has seen no graph."""
@@ -103,6 +108,7 @@ class Session:
             plan = check_plan(policy, program, self.warn_once)
             self._say_what_it_means(policy, plan)
             self._explain_choices(program, plan)
+            self._explain_refusals(policy, program)
             plans[number] = plan
         return plans[number]
 
@@ -117,9 +123,11 @@ class Session:
             TocaError: it cannot be compiled with caching; the message says why.
         """
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
-        program = manager.run(
-            Program(graph, static_inputs, tuple(inputs), self.grid, layouts=self._layouts(static_inputs, inputs))
-        )
+        with working("proving what may be cached"):
+            layouts = self._layouts(static_inputs, inputs)
+            program = manager.run(
+                Program(graph, static_inputs, tuple(inputs), self.grid, fragment=self.broken, layouts=layouts)
+            )
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -128,6 +136,7 @@ class Session:
         plan = self._plan(self.applied, self.seen, program)
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
         executor = Executor(program, plan, self.control, variants, self.seen)
+        self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
         return executor
@@ -152,10 +161,20 @@ class Session:
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
 
+    def split(self, graphs: int | None = None) -> str:
+        """How Dynamo split the model, and into how many ``graphs``, as a sentence; nothing where it did not."""
+        if not self.broken:
+            return ""
+        why = "; ".join(self.breaks) or 'TORCH_LOGS="graph_breaks" tells where'
+        return (
+            f"torch.compile split it into {graphs or 'several'} graphs, and a branch that begins in one and ends in "
+            f"another is no site: {why}"
+        )
+
     def warn_once(self, message: str) -> None:
         """Say it once in this session."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned[message] = None
             log.warning(message)
 
     def _say_what_it_means(self, policy: Policy, plan: Plan) -> None:
@@ -196,6 +215,22 @@ class Session:
                 "neither the graph nor the inputs show how the tokens lie in a picture, so none gets the bonus of a "
                 "grid cell: if they are one, say optimize(…, grid=(height, width)) in tokens; if not, take a policy "
                 "with bonus=0"
+            )
+
+    def _explain_refusals(self, policy: Policy, program: Program) -> None:
+        """Say where a policy computes some tokens of its sites and none of them can."""
+        parts = policy.composition() if hasattr(policy, "composition") else policy
+        rules = (*getattr(parts, "rules", ()), *getattr(parts, "alternate", ()))
+        asked = [
+            (site, rule.do.of(1, 0).refused(site))
+            for site in program.sites
+            for rule in rules
+            if isinstance(rule.do, Selecting) and rule.matches(site)
+        ]
+        if asked and all(why for _, why in asked):
+            site, why = asked[0]
+            self.warn_once(
+                f"the policy computes some of the tokens, and no site can: {site.name} {why}; all are reused"
             )
 
 

@@ -109,9 +109,9 @@ class _Follow:
         if spec is None:
             return Blocked(node, self.types.unknown.get(node, "has no rule"))
         label = label_at(self.types, node, spec.results[result], at)
-        passes = label is not None and (
-            label[0] in spec.carried or label[0] in spec.windows or (label[0] in spec.concat and window is not None)
-        )
+        parts = spec.concat.get(label[0], ()) if label is not None else ()
+        joined = len(parts) == 1 or (parts and window is not None)
+        passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined)
         if label is None or not passes:
             return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")
         if self.labels.setdefault(node, label) != label or self._windowed(node, window):
@@ -143,7 +143,7 @@ class _Follow:
                 if not inside:
                     return Blocked(node, "joins tokens from elsewhere")
                 self.walk.joins[node] = operand
-                at, within = part, None
+                at, within = part
             elif not inside:
                 continue
             if at is None:
@@ -159,12 +159,21 @@ class _Follow:
             return Blocked(node, "joins the tokens with others")
         return None
 
-    def _part(self, node: fx.Node, label: str, dims: Dims, window: tuple[int, int] | None) -> FactorPos | None:
-        """Where the tokens lie in an operand of a concatenation, if it is the one that the window covers."""
+    def _part(
+        self, node: fx.Node, label: str, dims: Dims, window: tuple[int, int] | None
+    ) -> tuple[FactorPos, tuple[int, int] | None] | None:
+        """Where the tokens lie in an operand of a concatenation, if it is the one that the window covers, and which
+        part of the operand they are, if not all of it."""
         spec, begin = self.types.specs[node], 0
         for name in spec.concat[label]:
-            if window == (begin, spec.sizes[name]) and self.factor < len(self.types.label(node, name)):
-                return occurrence_of(self.types, node, dims, (name, self.factor))
+            if window in ((begin, spec.sizes[name]), None):  # None: it is the only part
+                cut = spec.windows.get(name)
+                source = cut.source if cut is not None else name
+                one = cut is None or len(self.types.label(node, source)) == 1
+                at = occurrence_of(self.types, node, dims, (source, self.factor if cut is None else 0))
+                if at is None or not one or self.factor >= len(self.types.label(node, name)):
+                    return None
+                return at, (cut.start, spec.sizes[name]) if cut is not None else None
             begin += spec.sizes[name]
         return None
 

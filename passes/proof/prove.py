@@ -19,7 +19,7 @@ from toca_compile.ir.graph import ancestors, operand_nodes
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
 from toca_compile.passes.proof.follow import Blocked, Trace, Walk, follow, label_at, occurrence_of
-from toca_compile.rules.registry import RULES
+from toca_compile.rules.registry import RULES, Work
 
 
 def prove(
@@ -176,7 +176,7 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
         spread = _spread(proof, node) or any(_spread(proof, o) for o in operand_nodes(node) if o in proof.tokens)
         if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
             return Blocked(node, "spreads the tokens over several dimensions")
-        for operand, dims in zip(operand_nodes(node), spec.operands if spec else (), strict=False):
+        for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands if spec else (), strict=False)):
             if operand in proof.tokens:
                 continue
             tokens, batch = leaf_places(types, node, proof, dims)
@@ -187,7 +187,9 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
             shared = proof.batch[node] and not any(batch)
-            if shared and not pointwise:
+            # A fused attention's mask broadcasts as operands of a pointwise op do.
+            mask = i == 3 and RULES[node.target].work is Work.ATTENTION  # type: ignore[index]
+            if shared and not (pointwise or mask):
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")

@@ -147,8 +147,8 @@ class Restriction:
     ) -> fx.Node:
         """A value from outside the branch, as ``reader`` needs it on the rows.
 
-        What it broadcasts along is first expanded as far as needed: a batch, for a table that all samples share, and
-        the other tokens, for a value that each frame has one of.
+        What it broadcasts along is first expanded as far as needed: a batch, for a table (or a mask of attention) that
+        all samples share, and the other tokens, for a value that each frame has one of.
         """
         value = self.whole.get(operand) or self.values[operand]
         (first, last), (begin, end) = span(tokens), span(self.proof.tokens.get(reader, ()))

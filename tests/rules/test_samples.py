@@ -147,6 +147,27 @@ def _backwards(call: Call) -> AxisSpec:
     return replace(spec, concat={n: parts[::-1] for n, parts in spec.concat.items()})
 
 
+def _one_left_out(call: Call) -> AxisSpec:
+    """A segment of one element counted as none."""
+    spec = RULES[aten.cat.default].axes(call)
+    return replace(
+        spec, concat={n: tuple(p for p in parts if spec.sizes[p] != 1) for n, parts in spec.concat.items()}
+    )  # fmt: skip
+
+
+def _written_in_place(call: Call) -> AxisSpec:
+    """Each index of the result needs that index of the value, and the part for nothing."""
+    x, _ = call.operands
+    left, inner = (" ".join(f"{letter}{i}" for i in range(len(x))) for letter in "dp")
+    return einsum(f"{left}, {inner} -> {left}", call.operands, call.results)
+
+
+def _written_first(call: Call) -> AxisSpec:
+    spec = RULES[aten.slice_scatter.default].axes(call)
+    order = {n: sorted(parts, key="new".__ne__) for n, parts in spec.concat.items()}
+    return replace(spec, concat={n: tuple(parts) for n, parts in order.items()})
+
+
 def _unmixed(op: torch._ops.OpOverload) -> Callable[[Call], AxisSpec]:
     """The rule of an op with all that it calls mixed called carried."""
     return lambda call: replace(RULES[op].axes(call), mixed=frozenset())
@@ -196,7 +217,9 @@ WRONG: dict[str, tuple[torch._ops.OpOverload, Callable[[Call], AxisSpec]]] = {
     "a start counted from the end": (aten.narrow.default, _negative_start),
     "a step": (aten.slice.Tensor, _no_step),
     "segments in another order": (aten.cat.default, _backwards),
-    "a window written over": (aten.slice_scatter.default, _unmixed(aten.slice_scatter.default)),
+    "a window written over": (aten.slice_scatter.default, _written_in_place),
+    "a window that is written where it was not": (aten.slice_scatter.default, _written_first),
+    "a segment of one element": (aten.cat.default, _one_left_out),
     "a dimension named to be squeezed": (aten.squeeze.dims, _regrouped),
     "groups of channels": (aten.conv1d.default, _unmixed(aten.conv1d.default)),
     "channels normalised in groups": (aten.group_norm.default, _unmixed(aten.group_norm.default)),

@@ -10,6 +10,7 @@ Two counting rules:
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import sympy
 from torch import fx
@@ -19,12 +20,14 @@ from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.graph import ancestors, value_of
 from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
 from toca_compile.ir.program import Form, Program, Segment
-from toca_compile.ir.types import Site
+from toca_compile.ir.types import FactorPos, Site
+from toca_compile.passes.proof.follow import label_at
 from toca_compile.passes.variants.narrow import pieces
 from toca_compile.passes.variants.needed import needed_nodes
 from toca_compile.rules.registry import RULES, Work
 
 B, K, C = sympy.symbols("B K C", positive=True, integer=True)
+Places = tuple[FactorPos, ...]
 
 
 class CostModel:
@@ -36,16 +39,24 @@ class CostModel:
         assert program.types is not None
         self.program, self.types, self.counting = program, program.types, counting
         self.axes = {s.axis.factors: sympy.Symbol(self._symbol(s), positive=True, integer=True) for s in program.sites}
-        self.batch = {f for s in program.sites for f in s.batch}
+        self.tokens = {f for factors in self.axes for f in factors}
+        self.batch = {
+            f for s in program.sites for f in s.batch
+        } - self.tokens  # frames are samples of one axis, and another
         self.width = max((self._features(s) for s in program.sites), default=1)
-        self._seen: dict[tuple[fx.Node, bool], sympy.Expr] = {}
+        self._seen: dict[tuple[fx.Node, Places], sympy.Expr] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
 
     @property
     def values(self) -> dict[sympy.Symbol, int]:
         """What the symbols stand for in this graph (K apart)."""
         numbers = {symbol: self.types.factors.size(factors) for factors, symbol in self.axes.items()}
         site = self.program.sites[0] if self.program.sites else None
-        return {**numbers, B: self.types.factors.size(site.batch) if site else 1, C: self.width}
+        return {
+            **numbers,
+            B: self.types.factors.size(b for b in site.batch if b in self.batch) if site else 1,
+            C: self.width,
+        }
 
     def step(self, plan: StepPlan) -> int:
         """FLOPs of one step of a plan, without what is computed once a run."""
@@ -90,11 +101,11 @@ class CostModel:
     def site(self, site: Site, action: Action) -> sympy.Expr:
         """FLOPs of one site's own branch."""
         if action.dense:
-            return sympy.expand(sum(self._node(n, False) for n in site.region))
+            return sympy.expand(sum(self._node(n) for n in site.region))
         proof = action.proof(site)
         whole = set(proof.dense_inputs) - set(action.from_cache(site)) if proof is not None else set()
         fresh = site.region & ancestors(whole, stop=[site.source]) if whole else ()
-        return sympy.expand(self._rows(site, action) + sum(self._node(n, False) for n in fresh))
+        return sympy.expand(self._rows(site, action) + sum(self._node(n) for n in fresh))
 
     def _rows(self, site: Site, action: Action) -> sympy.Expr:
         """What a step computes of a branch for selected tokens: of a linear layer, the features that it needs."""
@@ -105,13 +116,19 @@ class CostModel:
         total = sympy.Integer(0)
         for node in rows:
             share = sympy.Rational(needed[node], value_of(node).shape[-1]) if node in needed else 1
-            total += share * self._node(node, True)
+            total += share * self._node(node, self._places(node, site, action))
         return total
+
+    def _places(self, node: fx.Node, site: Site, action: Action) -> Places:
+        """Where the tokens lie in the result of an op that is computed for some of them."""
+        proof = action.proof(site)
+        proofs = (proof, *proof.updates) if proof is not None else ()
+        return next((p.tokens[node] for p in proofs if node in p.tokens), ())
 
     def _constants(self) -> sympy.Expr:
         """What is computed once a run."""
         nodes = [n for s in self._segments(constant=True) for n in s.nodes]
-        return sympy.sympify(sum(self._node(n, False) for n in nodes))
+        return sympy.sympify(sum(self._node(n) for n in nodes))
 
     def _segments(self, *, constant: bool) -> list[Segment]:
         return [s for s in self.program.segments if self._counted(s, constant=constant)]
@@ -126,30 +143,37 @@ class CostModel:
         """Cost of a segment, apart for each site that computes rows (its position comes along): each has its own K."""
         needed = needed_nodes(segment, sites, [Form(action, Keep()) for action in actions])
         apart = {site.output for site, action in zip(sites, actions, strict=True) if not action.dense}
-        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n, False) for n in needed - apart), None)]
+        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n) for n in needed - apart), None)]
         for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
             if action.rows(site):
                 parts.append((self._rows(site, action), i))
         return parts
 
     def _number(self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]) -> int:
-        total = 0
-        for expr, position in self._parts(segment, sites, actions):
-            tokens = {K: actions[position].computed(sites[position])} if position is not None else {}
-            total += int(sympy.sympify(expr).subs(self.values | tokens))
-        return total
+        # Segments of one template are one graph, so that long plans of deep models say few different things.
+        computed = [action.computed(site) for site, action in zip(sites, actions, strict=True)]
+        key = segment.template, segment.constant, *(a.form() for a in actions), *computed
+        if key not in self._numbers:
+            total = 0
+            for expr, position in self._parts(segment, sites, actions):
+                tokens = {K: computed[position]} if position is not None else {}
+                total += int(sympy.sympify(expr).subs(self.values | tokens))
+            self._numbers[key] = total
+        return self._numbers[key]
 
-    def _node(self, node: fx.Node, restricted: bool) -> sympy.Expr:
-        if (node, restricted) not in self._seen:
-            self._seen[node, restricted] = self._cost(node, restricted)
-        return self._seen[node, restricted]
+    def _node(self, node: fx.Node, rows: Places = ()) -> sympy.Expr:
+        """FLOPs of an op; ``rows``: where the tokens lie in its result, if it is computed for K of them."""
+        if (node, rows) not in self._seen:
+            self._seen[node, rows] = self._cost(node, rows)
+        return self._seen[node, rows]
 
-    def _cost(self, node: fx.Node, restricted: bool) -> sympy.Expr:
+    def _cost(self, node: fx.Node, places: Places) -> sympy.Expr:
         rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
         spec = self.types.specs.get(node)
         if rule is None or spec is None or rule.work is Work.NONE:
             return sympy.Integer(0)
         result = [label for dim in spec.results[0] for label in dim]
+        restricted = [label_at(self.types, node, spec.results[0], place) for place in places]
         if rule.work is Work.CONTRACT:
             if len(spec.operands) < 2:
                 return sympy.Integer(0)
@@ -172,20 +196,28 @@ class CostModel:
             return sympy.Integer(0)
         return rule.work.value * self._size(node, result, restricted)[0]
 
-    def _size(self, node: fx.Node, labels: Sequence[str], restricted: bool) -> tuple[sympy.Expr, bool]:
-        """The product of the labels' sizes, and whether a token axis is among them."""
-        counted = Counter(f for label in labels for f in self.types.label(node, label))
-        expr, tokens = sympy.Integer(1), False
+    def _size(
+        self, node: fx.Node, labels: Sequence[str], restricted: Sequence[tuple[str, int] | None]
+    ) -> tuple[sympy.Expr, bool]:
+        """The product of the labels' sizes, and whether a token axis is among them; the factors ``restricted`` of them
+        are K together."""
+        given = {
+            label: [f for i, f in enumerate(self.types.label(node, label)) if (label, i) not in restricted]
+            for label in labels
+        }
+        some = any(len(given[label]) < len(self.types.label(node, label)) for label in labels)
+        counted = Counter(f for label in labels for f in given[label])
+        expr = K if some else sympy.Integer(1)
+        tokens = some or any(self.tokens & self.types.factors.atoms((f,)) for f in counted)  # alone, or joined
         for factors, symbol in self.axes.items():
             times = min(counted[f] for f in factors)
             if times:
-                tokens = True
-                expr *= K * symbol ** (times - 1) if restricted else symbol**times
+                expr *= symbol**times
                 counted -= Counter({f: times for f in factors})
         rest, products = 1, 1
         left = Counter(counted)
         for label in labels:
-            own = [f for f in self.types.label(node, label) if left[f] and f not in self.batch]
+            own = [f for f in given[label] if left[f] and f not in self.batch]
             left -= Counter(own)
             size = self.types.factors.size(own)
             if size % self.width == 0 and size:

@@ -25,6 +25,7 @@ def layouts_of(inputs: Iterable[Any], patch: tuple[int, int] | None) -> tuple[La
             type(value) is not torch.Tensor
             or value.layout != torch.strided
             or value.dim() < 2
+            or not value.numel()
             or value.is_meta
             or value.is_complex()
         ):

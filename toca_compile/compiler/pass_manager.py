@@ -10,6 +10,7 @@ from toca_compile.errors import PassError, TocaError, UnsupportedGraphError
 from toca_compile.ir.program import Pass, Program
 from toca_compile.ir.program_printer import print_program, summary
 from toca_compile.ir.verify import verify
+from toca_compile.progress import working
 
 
 class PassManager:
@@ -36,8 +37,9 @@ class PassManager:
         for i, step in enumerate(self.passes):
             start = time.perf_counter()
             try:
-                program = step.run(program)
-                verify(program)
+                with working(f"proving what may be cached: {step.name}, {i + 1} of {len(self.passes)}", brief=True):
+                    program = step.run(program)
+                    verify(program)
             except UnsupportedGraphError:
                 raise
             except (TocaError, AssertionError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:

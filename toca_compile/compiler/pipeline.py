@@ -39,7 +39,9 @@ def find_sites(program: Program) -> Program:
     """Residual branches on those axes, with what each may do."""
     assert program.types is not None
     static = static_nodes(program)
-    sites = _find_sites.find_sites(program.module.graph, program.types, program.attentions, static, program.grid)
+    sites = _find_sites.find_sites(
+        program.module.graph, program.types, program.attentions, static, program.grid, fragment=program.fragment
+    )
     return replace(program, sites=lay_out(sites, program.types.factors, program.layouts))
 
 

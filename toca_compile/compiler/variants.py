@@ -22,6 +22,7 @@ from toca_compile.lowerings import Lowering
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer, range_values
+from toca_compile.progress import working
 from toca_compile.runtime.cache_state import like_buffer
 from toca_compile.runtime.skipping import Graph, Skipping
 
@@ -134,7 +135,8 @@ class _RangeGraphs:
             for slot in variant.slots:
                 buffer = isinstance(slot.kind, State)
                 examples.append(self.buffer(slot.kind, slot.position, slot.index) if buffer else 3)  # type: ignore[arg-type]
-            self._graphs[name] = self.lower(variant, examples), variant.values, variant.slots
+            with working(f"compiling what stands in for skipped blocks: {name}"):
+                self._graphs[name] = self.lower(variant, examples), variant.values, variant.slots
         return self._graphs[name]
 
     def buffer(self, kind: State, position: int, index: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The demo: a trained DiT sampled uncached and with caching, side by side. Needs the ``demo`` extra."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
+from toca_compile.progress import working
 from toca_compile.quality.compare import Row, measure, print_table
+from toca_compile.quality.evaluation import Sampler
 
 GUIDANCE = 1.5
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -31,11 +34,27 @@ def default_model() -> Path:
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """Model (float32, eval) and scheduler of a folder that diffusers can read."""
+    """Model (float32, eval) and scheduler of a folder that diffusers can read.
+
+    Raises:
+        TocaError: it holds no DiTTransformer2DModel with a scheduler.
+    """
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-    model = DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
-    return model, DDIMScheduler.from_pretrained(path / "scheduler")
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TocaError(f"{path} has neither model_index.json nor a config.json of a diffusers model") from error
+    if kind != DiTTransformer2DModel.__name__:
+        raise TocaError(
+            f"{path} is a {kind} alone, and how to sample it is not known: give its pipeline's folder, or "
+            "package.module:factory"
+        )
+    try:
+        model = DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+        return model, DDIMScheduler.from_pretrained(path / "scheduler")
+    except (OSError, ValueError) as error:
+        raise TocaError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def sample(
@@ -68,25 +87,26 @@ def labels(count: int) -> Tensor:
     return torch.arange(count) % len(CLASSES)
 
 
-def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[Any, Callable[..., Tensor]]:
+def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[Any, Sampler]:
     """The trained model, and a sampler of it for ``evaluate`` and ``tune``."""
     model, scheduler = load(path or default_model())
 
-    def sampler(net: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(net, scheduler, labels(count), steps, seed=seed, device=device)
+    def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
+        return sample(model, scheduler, labels(count), steps, seed=seed, device=device)
 
     return model.to(device), sampler
 
 
 def run(
     *, model_path: Path | None = None, out: Path = Path("toca-demo"), steps: int = 50, samples: int = 8,
-    repeats: int = 3, seed: int = 0, device: str = "cpu",
+    repeats: int = 3, seed: int = 0, device: str = "cpu", lowering: str = "inductor",
 ) -> list[Row]:  # fmt: skip
     """Sample, time, print the table and write the pictures; returns the table's rows."""
     from rich.console import Console
 
     console = Console()
-    model, scheduler = load(model_path or default_model())
+    with working("loading the model"):
+        model, scheduler = load(model_path or default_model())
     model.to(device)
     labels = torch.arange(samples) % 10
 
@@ -95,9 +115,11 @@ def run(
             net, scheduler, labels, steps, seed=seed, device=device, after_step=lambda _: tick()
         )  # fmt: skip
 
-    toca, fora = (optimize(model, p) for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3)))
+    toca, fora = (
+        optimize(model, p, lowering=lowering) for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3))
+    )
     rows = [
-        Row("uncached", sampler(torch.compile(model, dynamic=False))),
+        Row("uncached", sampler(torch.compile(model, dynamic=False) if lowering == "inductor" else model)),
         Row("ToCa ddim-50", sampler(toca), toca),
         Row("FORA N=3", sampler(fora), fora),
     ]

@@ -42,18 +42,27 @@ def load(name: str) -> tuple[nn.Module, Example]:
 # -- from Python ------------------------------------------------------------------------------------------------------
 
 
-def _of_factory(name: str) -> tuple[nn.Module, Example | None]:
+def imported(name: str) -> Any:
+    """What the function that ``package.module:factory`` names returns.
+
+    Raises:
+        TocaError: there is none, or it failed.
+    """
     path, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a command does not look into the folder that it is called from
     try:
-        made = getattr(importlib.import_module(path), attribute)()
+        return getattr(importlib.import_module(path), attribute)()
     except (ImportError, ValueError) as error:
         raise TocaError(f"{path} cannot be imported: {error}") from error
     except AttributeError as error:
         raise TocaError(f"{name}: {error}") from error
     except Exception as error:
         raise TocaError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _of_factory(name: str) -> tuple[nn.Module, Example | None]:
+    made = imported(name)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise TocaError(f"{name} must return a torch.nn.Module, or one with its inputs, not {type(model).__name__}")

@@ -7,6 +7,7 @@ factor occurs, so they live in one union-find table.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import prod
 
 Factor = int
@@ -21,6 +22,7 @@ class Factors:
         self._size: list[int] = []
         self._parts: dict[Factor, Product] = {}
         self._segments: dict[Factor, tuple[Product, ...]] = {}
+        self._concatenations: dict[tuple[Product, ...], Factor] = {}
         self._windows: dict[tuple[Product, int, int, int], Product] = {}
 
     def new(self, size: int) -> Product:
@@ -67,12 +69,14 @@ class Factors:
 
     def split(self, product: Product, sizes: Sequence[int]) -> tuple[Product, ...] | None:
         """Regroup a product into consecutive products of the given sizes, refining where a boundary falls inside a
-        factor. None where that cannot be: 6×4 has no 8×3."""
+        factor. None where that cannot be: 6×4 has no 8×3. An empty index space is that of one group alone."""
         rest, groups = list(self.resolve(product)), []
+        if 0 in sizes:
+            return (tuple(rest),) if len(sizes) == 1 and self.size(rest) == 0 else None
         for size in sizes:
             group: list[Factor] = []
             while size > 1:
-                if not rest:
+                if not rest or not self._size[rest[0]]:
                     return None
                 head = rest.pop(0)
                 if size % self._size[head] == 0:
@@ -86,10 +90,15 @@ class Factors:
         return tuple(groups) if not rest else None
 
     def concatenate(self, segments: Sequence[Product]) -> Product:
-        """The index space of ``segments`` laid end to end."""
+        """The index space of ``segments`` laid end to end. The same ones laid end to end twice are the same."""
         if len(segments) == 1:
             return segments[0]
+        parts = tuple(part for s in segments for part in self.segments(s))
+        if parts in self._concatenations:
+            return (self._concatenations[parts],)
         whole = self.new(sum(self.size(s) for s in segments))
+        if whole:
+            self._concatenations[parts] = whole[0]
         if whole:
             self._segments[whole[0]] = tuple(segments)
         return whole
@@ -102,8 +111,10 @@ class Factors:
         return (product,)
 
     def atoms(self, product: Product) -> set[Factor]:
-        """The factors of a dimension, and those of its parts if it is a concatenation."""
-        return {f for part in self.segments(product) for f in part} | set(product)
+        """The factors of a dimension, and those of its parts, and of theirs, if it is a concatenation."""
+        product = self.resolve(product)
+        parts = self._segments.get(product[0], ()) if len(product) == 1 else ()
+        return set(product).union(*(self.atoms(part) for part in parts))
 
     def window(self, product: Product, start: int, size: int, step: int) -> Product:
         """The index space of ``size`` elements from ``start`` on, every ``step``-th. A window that is the whole, or a
@@ -112,11 +123,9 @@ class Factors:
         if size == self.size(product):
             return product
         if step == 1:
-            offset = 0
-            for part in self.segments(product):
-                if offset == start and self.size(part) == size:
-                    return part
-                offset += self.size(part)
+            ends = list(accumulate(map(self.size, self.segments(product)), initial=0))
+            if size and start in ends and start + size in ends:
+                return self.concatenate(self.segments(product)[ends.index(start) : ends.index(start + size)])
         key = (product, start, size, step)
         if key not in self._windows:
             self._windows[key] = self.new(size)
@@ -141,7 +150,7 @@ class Factors:
     def _refine(self, factor: Factor, major: int) -> bool:
         """Take ``factor`` apart into ``major`` × the rest."""
         size = self._size[factor]
-        if size % major:
+        if not major or size % major:
             return False
         self._segments.pop(factor, None)
         self._parts[factor] = self.new(major) + self.new(size // major)

@@ -1,5 +1,6 @@
 """Questions that passes ask of FX graphs."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,16 +57,29 @@ def source_line(node: fx.Node) -> str:
     return f"{path.rsplit('/', 1)[-1]}:{number}"
 
 
+# How a traced frame reaches a module before any of its own names: the variable, and what stands between (a closure, a
+# bound method, the arguments of a wrapper). Not part of the user's names.
+_ROOT = re.compile(
+    r"^[LG]\[\"?'?\w+\"?'?\](?:(?<='args'\])\[\d+\]|\.__self__|\.__closure__|\.__wrapped__|\.func\b|\[\d+\]\.cell_contents)*"
+)
+_INNER = {"_modules", "__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
 def module_path(node: fx.Node) -> list[str]:
-    """The path of the module that a node came from, outermost name first."""
+    """The path of the module that a node came from, outermost name first, as the user named it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return []
-    path = str(list(stack.values())[-1][0])
-    path = path.replace("['_modules']", "").replace(".__dict__", "").replace("_modules", "")
-    for old, new in (("L['self']", ""), ("['", "."), ("']", ""), ("[", "."), ("]", ""), ('"', "")):
-        path = path.replace(old, new)
-    return [part for part in path.split(".") if part and part != "_orig_mod"]
+    path = _ROOT.sub("", str(list(stack.values())[-1][0]))
+    return [part for part in re.findall(r"\w+", path) if part not in _INNER]
+
+
+def input_name(node: fx.Node) -> str:
+    """What the caller of a traced frame calls an input of its graph: ``hidden_states``, or ``0`` for a first argument
+    without a name; empty where nobody calls it by one."""
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    path = re.findall(r"\w+", str(name() if callable(name) else name))
+    return path[-1] if path[:1] in (["L"], ["G"]) else ""
 
 
 def common_module(nodes: Iterable[fx.Node]) -> str:

@@ -1,12 +1,13 @@
 """Names for factors, as they are printed: ``[b, (h w), c]`` in place of ``[(4,), (27, 28), (0,)]``."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
 from toca_compile.ir.factors import Factor, Product
 from toca_compile.ir.program import Program
-from toca_compile.ir.types import Attention, TokenAxis, Type
+from toca_compile.ir.types import Attention, Site, TokenAxis, Type
 
 
 class Names:
@@ -139,3 +140,31 @@ def _samples(program: Program) -> Product:
 
     ends = first(program.module.graph.output_node().all_input_nodes)
     return next((dim for dim in first(program.varying) if dim and dim in ends), ())
+
+
+_SHORT = {"self_attention": "attn", "cross_attention": "cross_attn", "joint_attention": "joint_attn"}
+
+
+def distinct_names(sites: Sequence[Site]) -> list[str]:
+    """The sites' names, each of one site alone. Where branches come from one module they are told apart by the axis of
+    their tokens, else by what they are (``blocks.0.attn``, ``blocks.0.mlp``), else by both, else by number."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.name, []).append(site)
+    ways: tuple[Callable[[Site], str], ...] = (
+        lambda s: s.name,
+        lambda s: f"{s.name}[{s.axis.name}]",
+        lambda s: f"{s.name}.{_SHORT.get(s.kind, s.kind)}",
+        lambda s: f"{s.name}.{_SHORT.get(s.kind, s.kind)}[{s.axis.name}]",
+    )
+    named: dict[int, str] = {}
+    for group in groups.values():
+        others = groups.keys() - {group[0].name}
+        told = next((t for t in ([w(s) for s in group] for w in ways) if len({*t} - others) == len(t)), None)
+        if told is None:
+            told, seen = [], Counter[str]()
+            for name in map(ways[2], group):
+                seen[name] += 1
+                told.append(f"{name}.{seen[name]}")
+        named.update((s.index, name) for s, name in zip(group, told, strict=True))
+    return [named[s.index] for s in sites]

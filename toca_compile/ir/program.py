@@ -37,6 +37,7 @@ class Program:
     static_inputs: tuple[bool, ...]  # which placeholders are parameters and buffers
     inputs: tuple[Any, ...] = ()
     grid: tuple[int, int] | None = None
+    fragment: bool = False  # whether it is one graph of several that Dynamo made of a model
     types: AxisTypes | None = None
     attentions: tuple[Attention, ...] = ()
     sites: tuple[Site, ...] = ()

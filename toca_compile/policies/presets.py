@@ -89,6 +89,14 @@ def preset(name: str, **overrides: Any) -> ToCa:
         raise PolicyError(f"preset {name!r}: {error}") from error
 
 
+def named(policy: Policy) -> str:
+    """The name of the published configuration that a policy is, whatever its number of steps; empty for any other."""
+    same = [
+        n for n, p in PRESETS.items() if isinstance(policy, ToCa) and replace(p, num_steps=policy.num_steps) == policy
+    ]
+    return same[0] if same else ""
+
+
 def ready_made(num_steps: int = 50) -> dict[str, Policy]:
     """The policies that ``toca-compile evaluate`` compares if it is not told which: the published methods at several
     speeds, and forecasts of the whole stack of blocks by Newton's polynomial."""

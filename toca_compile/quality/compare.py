@@ -1,8 +1,9 @@
 """Samplings side by side: the same seeds, interleaved repeats, one table. Needs the ``demo`` extra."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from toca_compile.api import explain, optimize
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel
+from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.metrics import psnr
 from toca_compile.report import StepCounts
 
@@ -49,9 +51,12 @@ def measure(rows: Sequence[Row], *, repeats: int, device: str, ticks: int, conso
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         warm = [progress.add_task(f"compile: {r.name}", total=ticks) for r in rows]
         for row, task in zip(rows, warm, strict=True):
-            row.samples = row.sample(lambda t=task: progress.advance(t))  # type: ignore[misc]
-            _sync(device)
+            with _stages(progress, task, f"compile: {row.name}"):
+                row.samples = row.sample(lambda t=task: progress.advance(t))  # type: ignore[misc]
+                _sync(device)
             progress.update(task, completed=ticks)
+        if not console.is_terminal:
+            plain_line(f"sampling {repeats} × {len(rows)} times, timed")
         timed = progress.add_task("timed, interleaved", total=ticks * repeats * len(rows))
         for _ in range(repeats):
             for row in rows:
@@ -142,7 +147,8 @@ def compare_pipeline(
 
 
 def write_pictures(out: Path, rows: Sequence[Row]) -> None:
-    """The samples ``[batch, height, width, channels]`` in [0, 1], one strip of pictures a row."""
+    """The samples ``[batch, height, width, channels]`` in [0, 1], one strip of pictures a row; of videos, with frames
+    behind the batch, the frame in the middle."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -151,8 +157,22 @@ def write_pictures(out: Path, rows: Sequence[Row]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for row in rows:
         assert row.samples is not None
-        strip = torch.cat(list(row.samples.float().clamp(0, 1)), dim=1)
+        samples = row.samples[:, row.samples.shape[1] // 2] if row.samples.dim() == 5 else row.samples
+        strip = torch.cat(list(samples.float().clamp(0, 1)), dim=1)
         plt.imsave(out / f"{row.name.replace(' ', '-').replace('/', '-')}.png", strip.numpy())
+
+
+@contextlib.contextmanager
+def _stages(progress: Any, task: Any, name: str) -> Iterator[None]:
+    """What the compiler is at, beside the bar that it holds up; where there is no terminal to draw bars on, a line for
+    each."""
+    if not progress.console.is_terminal:
+        plain_line(name)
+        with shown(plain_line):
+            yield
+        return
+    with shown(lambda text: progress.update(task, description=shortened(text, 28) or name)):
+        yield
 
 
 def _sync(device: str) -> None:

@@ -22,6 +22,7 @@ from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.storage import as_data
+from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.labels import label as label_points
 from toca_compile.quality.metrics import feature_distance, kid, psnr
 from toca_compile.quality.settings import EvaluationSettings, overridden
@@ -350,10 +351,14 @@ class _progress:
 
     def __init__(self, total: int, console: Any) -> None:
         self.total, self.console = total, console
+        self.bar: Any = None
+        self.done = 0
 
     def __enter__(self) -> Callable[[str], None]:
         if self.console is None:
             return lambda _: None
+        if not self.console.is_terminal:
+            return self._line
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
@@ -364,8 +369,16 @@ class _progress:
         self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         task = self.bar.add_task("sampling", total=self.total)
         self.bar.start()
+        self.stages = shown(lambda text: self.bar.update(task, description=shortened(text, 32) or "sampling"))
+        self.stages.__enter__()
         return lambda name: self.bar.update(task, advance=1, description=name)
 
     def __exit__(self, *_: Any) -> None:
-        if self.console is not None:
+        if self.bar is not None:
+            self.stages.__exit__(None, None, None)
             self.bar.stop()
+
+    def _line(self, name: str) -> None:
+        """Where no bar can be drawn: a line a batch."""
+        self.done += 1
+        plain_line(f"batch {self.done} of {self.total}: {name}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toca_compile.ir.calls import Call, normal_dims
-from toca_compile.ir.spec import AxisSpec, Dim, Window, einsum, over_dims, regroup
+from toca_compile.ir.spec import AxisSpec, Dims, Window, einsum, over_dims, regroup
 from toca_compile.rules.registry import Args, Sample, register
 from toca_compile.rules.samples import dim_of, dims_of, maybe, shape, sizes
 
@@ -208,25 +208,30 @@ def _laid(rng: Random) -> Args:
 
 @register(aten.cat.default, _laid)
 def cat(call: Call) -> AxisSpec:
-    """Lays operands end to end: that dimension of the result is the sum of theirs."""
-    kept = [s for s in call.operands if s != (0,)]
+    """Lays operands end to end: that dimension of the result is the sum of theirs. What is empty adds nothing, and a
+    single operand that is not is the result."""
     rank = len(call.results[0])
     dim = normal_dims(call.arg(1, "dim", 0), rank)[0]
-    names = _names(rank)
-    left = [" ".join(f"s{i}" if d == dim else n for d, n in enumerate(names)) for i in range(len(kept))]
-    spec = einsum(
-        ",".join(left) + "->" + " ".join("sum" if d == dim else n for d, n in enumerate(names)), kept, call.results
+    segments = {f"s{i}": x[dim] if len(x) == rank else 0 for i, x in enumerate(call.operands)}
+    parts = [name for name, size in segments.items() if size]
+    spec = einsum(" ".join(_names(rank)) + "->" + " ".join(_names(rank)), call.results, call.results)
+    operands = [_with(spec.results[0], dim, name) if len(x) == rank else ((name,),)
+                for name, x in zip(segments, call.operands, strict=True)]  # fmt: skip
+    sizes = {label: size for label, size in spec.sizes.items() if label != f"d{dim}"} | segments
+    if len(parts) == 1:
+        return AxisSpec(tuple(operands), (_with(spec.results[0], dim, parts[0]),), sizes)
+    result = _with(spec.results[0], dim, "sum")
+    return AxisSpec(
+        tuple(operands),
+        (result,),
+        sizes | {"sum": sum(segments.values())},
+        concat={"sum": tuple(parts)} if parts else {},
     )
-    parts = [f"s{i}" for i, s in enumerate(kept)]
-    if len(kept) != len(call.operands) or any(s[dim] == 1 for s in kept):
-        # A segment of one element has no label; the sum is then an index space of its own.
-        return AxisSpec(_with_empty(call.operands, spec), spec.results, spec.sizes)
-    return AxisSpec(spec.operands, spec.results, spec.sizes, concat={"sum": tuple(parts)})
 
 
-def _with_empty(operands: list[tuple[int, ...]], spec: AxisSpec) -> tuple[tuple[Dim, ...], ...]:
-    filled = iter(spec.operands)
-    return tuple(((),) if s == (0,) else next(filled) for s in operands)
+def _with(dims: Dims, at: int, label: str) -> Dims:
+    """Dimensions of which one is ``label``."""
+    return (*dims[:at], (label,), *dims[at + 1 :])
 
 
 def _side_by_side(rng: Random) -> Args:
@@ -293,9 +298,7 @@ def slice_rule(call: Call) -> AxisSpec:
     """One window of a dimension."""
     x = call.operands[0]
     dim = normal_dims(call.arg(1, "dim", 0), len(x))[0]
-    start = call.arg(2, "start") or 0
-    start = max(start + x[dim], 0) if start < 0 else min(start, x[dim])
-    return _windows(x, dim, call.results, [int(start)], int(call.arg(4, "step", 1)))
+    return _windows(x, dim, call.results, [_start(call.arg(2, "start"), x[dim])], int(call.arg(4, "step", 1)))
 
 
 def _narrowed(rng: Random) -> Args:
@@ -352,26 +355,60 @@ def unbind(call: Call) -> AxisSpec:
     return einsum(f"{' '.join(names)} -> {','.join([rest] * len(call.results))}", call.operands, call.results)
 
 
-def _window_over(rng: Random) -> Args:
-    (x, *where), _ = _window(rng)
-    return (x, torch.randn_like(aten.slice.Tensor(x, *where)), *where), {}
-
-
 def _index_over(rng: Random) -> Args:
     (x, *where), _ = _chosen(rng)
     return (x, torch.randn_like(x.select(*where)), *where), {}
 
 
-@register(aten.slice_scatter.default, _window_over)
 @register(aten.select_scatter.default, _index_over)
 def overwrite(call: Call) -> AxisSpec:
-    """A value with a window of one dimension overwritten; which element comes from where depends on its index."""
+    """A value with one index of a dimension overwritten; which element comes from where depends on its index."""
+    x, _ = call.operands
+    names = _names(len(x))
+    dim = normal_dims(call.arg(2, "dim", 0), len(x))[0]
+    out = [n + "!" if d == dim else n for d, n in enumerate(names)]
+    inner = [n for d, n in enumerate(names) if d != dim]
+    return einsum(f"{' '.join(names)}, {' '.join(inner)} -> {' '.join(out)}", call.operands, call.results)
+
+
+def _window_over(rng: Random) -> Args:
+    (x, *where), _ = _window(rng)
+    return (x, torch.randn_like(aten.slice.Tensor(x, *where)), *where), {}
+
+
+@register(aten.slice_scatter.default, _window_over)
+def overwrite_window(call: Call) -> AxisSpec:
+    """A value with a window of one dimension overwritten: what stood before the window, the new part, what stood after
+    it, end to end. With a step between the new elements, which comes from where depends on its index."""
     x, part = call.operands
     names = _names(len(x))
     dim = normal_dims(call.arg(2, "dim", 0), len(x))[0]
-    inner = [n if d != dim else "w" for d, n in enumerate(names) if d != dim or len(part) == len(x)]
-    out = [n + "!" if d == dim else n for d, n in enumerate(names)]
-    return einsum(f"{' '.join(names)}, {' '.join(inner)} -> {' '.join(out)}", call.operands, call.results)
+    if int(call.arg(5, "step", 1)) != 1 and part[dim] > 1:
+        inner, out = (" ".join(name if d == dim else n for d, n in enumerate(names)) for name in ("w", f"d{dim}!"))
+        return einsum(f"{' '.join(names)}, {inner} -> {out}", call.operands, call.results)
+    start = _start(call.arg(3, "start"), x[dim])
+    end = start + part[dim]
+    spec = einsum(" ".join(names) + "->" + " ".join(names), [x], call.results)
+    operands = (_with(spec.operands[0], dim, "old"), _with(spec.operands[0], dim, "new"))
+    sizes = {n: s for n, s in spec.sizes.items() if n != f"d{dim}"} | {"old": x[dim], "new": part[dim]}
+    pieces = {"before": start, "new": part[dim], "after": x[dim] - end}
+    windows = {name: Window("old", at) for name, at in (("before", 0), ("after", end)) if pieces[name]}
+    parts = tuple(name for name, size in pieces.items() if size)
+    if "new" not in parts:  # nothing is written
+        return AxisSpec(operands, (_with(spec.operands[0], dim, "old"),), sizes)
+    return AxisSpec(
+        operands,
+        (_with(spec.operands[0], dim, "sum"),),
+        sizes | {"sum": x[dim], **pieces},
+        concat={"sum": parts},
+        windows=windows,
+    )
+
+
+def _start(start: int | None, size: int) -> int:
+    """Where a slice begins that may be counted from the end, lie outside, or be left out."""
+    at = int(start or 0)
+    return max(at + size, 0) if at < 0 else min(at, size)
 
 
 def _interleaved(rng: Random) -> Args:

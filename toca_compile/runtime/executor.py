@@ -18,6 +18,7 @@ from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.program import Form, Program, Segment, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
+from toca_compile.progress import working
 from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
 from toca_compile.runtime.schedule import Schedule, SegmentCall
 from toca_compile.runtime.skipping import Graph, Skipping
@@ -184,23 +185,25 @@ class Executor:
         Returns:
             How many were compiled.
         """
-        pending: dict[_Variant, Segment] = {}
-        for calls in {id(calls): calls for calls in self.schedule.calls}.values():
-            for segment, call in zip(self.program.segments, calls, strict=True):
-                if (segment.template, call.forms) not in self.ready:
-                    pending.setdefault((segment.template, call.forms), segment)
+        pending = {variant: segment for variant, segment in self._planned().items() if variant not in self.ready}
         skipping = self._now.skipping
         ranges = [] if skipping is None else [name for name in skipping.names if not skipping.graphs.ready(name)]
         count = len(pending) + len(ranges)
-        for i, ((template, forms), segment) in enumerate(pending.items(), 1):
-            does = "; ".join(map(str, forms)) or "no site"
-            log.info("compiling variant %d of %d: template %d [%s]", i, count, template, does)
-            self._graph(segment, forms)
+        for i, ((_, forms), segment) in enumerate(pending.items(), 1):
+            self._graph(segment, forms, f"{i} of {count}")
         for i, name in enumerate(ranges, len(pending) + 1):
             assert skipping is not None
-            log.info("compiling variant %d of %d: skipped blocks, %s", i, count, name)
-            skipping.graphs.compiled(name)
+            with working(f"compiling variant {i} of {count}: skipped blocks, {name}"):
+                skipping.graphs.compiled(name)
         return count
+
+    def _planned(self) -> dict[_Variant, Segment]:
+        """All variants of the plan, and the first segment that runs each."""
+        planned: dict[_Variant, Segment] = {}
+        for calls in {id(calls): calls for calls in self.schedule.calls}.values():
+            for segment, call in zip(self.program.segments, calls, strict=True):
+                planned.setdefault((segment.template, call.forms), segment)
+        return planned
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
@@ -284,11 +287,18 @@ class Executor:
         k = {site.name: action.computed(site) for site, action in zip(self.program.sites, row, strict=True)}
         self.control.record(run).note(key, frozenset(action.kind for action in row), k)
 
-    def _graph(self, segment: Segment, forms: tuple[Form, ...]) -> Graph:
-        """The variant of a segment, compiled if it was not."""
+    def _graph(self, segment: Segment, forms: tuple[Form, ...], place: str = "") -> Graph:
+        """The variant of a segment, compiled if it was not. ``place``: which of how many that is."""
         ready = self.ready.get((segment.template, forms))
         if ready is None:
-            ready = self.ready[segment.template, forms] = self.variants.compiled(segment, forms, self.plan)
+            if not place:
+                planned = self._planned()
+                place = f"{sum(v in self.ready for v in planned) + 1} of {len(planned)}"
+            names = [self.program.sites[i].name for i in segment.sites]
+            does = ", ".join(f"{name} {form.action}" for name, form in zip(names, forms, strict=True))
+            with working(f"compiling variant {place}: {does or 'what stands between the blocks'}"):
+                ready = self.variants.compiled(segment, forms, self.plan)
+            self.ready[segment.template, forms] = ready
         return ready
 
     def _bind(self, i: int, call: SegmentCall, run: Run, key: tuple[int, ...]) -> _BoundCall:

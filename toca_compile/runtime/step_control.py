@@ -26,6 +26,8 @@ from toca_compile.ir.history import Past
 from toca_compile.ir.plan import kind_of
 from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
+from toca_compile.progress import stages
+from toca_compile.runtime.clock import Clock, device_of
 from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on_host
 
 log = logging.getLogger(__name__)
@@ -36,12 +38,15 @@ _RESTARTS = 3  # samplings in a row that end after their first step: then someth
 
 @dataclass
 class StepRecord:
-    """What one model call did. ``k``: how many tokens each site computed, by site name."""
+    """What one model call did. ``k``: how many tokens each site computed, by site name; ``compiled``: whether the
+    compiler worked in it, so that its time says nothing of the step."""
 
     index: int
     kind: StepKind
     context: str
     k: dict[str, int] = field(default_factory=dict)
+    compiled: bool = field(default=False, compare=False)
+    _clocks: list[Clock] = field(default_factory=list, repr=False, compare=False)
     _done: dict[Any, frozenset[StepKind]] = field(default_factory=dict, repr=False, compare=False)
 
     def note(self, graph: Any, kinds: frozenset[StepKind], k: Mapping[str, int]) -> None:
@@ -49,6 +54,16 @@ class StepRecord:
         self._done[graph] = kinds
         self.kind = kind_of(frozenset().union(*self._done.values()))
         self.k.update(k)
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, in seconds. On an accelerator this waits until the step is done."""
+        return sum(clock.seconds for clock in self._clocks)
+
+    @property
+    def graphs(self) -> tuple[tuple[int, ...], ...]:
+        """The graphs that ran: number, first parameter, how often before in this call."""
+        return tuple(self._done)
 
     def skipped(self, graph: Any) -> bool:
         """Whether the graph skipped blocks in the step."""
@@ -153,6 +168,8 @@ class _Call(threading.local):
     inputs: Mapping[Any, Any] | None = None
     run: Run | None = None
     stream: _Stream | None = None
+    clock: Clock | None = None
+    stages = 0  # that the compiler had gone through when the call began, or the last graph was done
     seen: dict[tuple[Any, ...], int]
 
     def __init__(self) -> None:
@@ -218,6 +235,8 @@ class StepControl:
         self._records: deque[tuple[weakref.ref[Any], StepRecord]] = deque(maxlen=_KEPT)
         self._directions: dict[Any, float] = {}
         self._call = _Call()
+        self._peak = 0
+        self.calls = 0  # that are over
         self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
         self.lock = threading.RLock()  # a model runs one call at a time
 
@@ -226,6 +245,7 @@ class StepControl:
     def reset(self, context: str | None = None, *, mine: bool = False) -> None:
         """Forget the runs (of one context and its passes, or of all; or ``mine``: of this thread or task alone): the
         next call is step 0, and its caches are freed."""
+        self._note_peak()
         for streams in [self._streams.get(_owner(), {})] if mine else list(self._streams.values()):
             for key in [k for k, s in streams.items() if context is None or s.name == context]:
                 del streams[key]
@@ -284,6 +304,16 @@ class StepControl:
         return sum(b.numel() * b.element_size() for b in alive)
 
     @property
+    def peak_bytes(self) -> int:
+        """The most that was alive in the last sampling. Buffers are made as steps need them and freed at a run's end,
+        so that this is known by looking before each end."""
+        self._note_peak()
+        return self._peak
+
+    def _note_peak(self) -> None:
+        self._peak = max(self._peak, self.cache_bytes)
+
+    @property
     def runs(self) -> list[Run]:
         """The runs that are not over."""
         streams = [s for streams in list(self._streams.values()) for s in streams.values()]
@@ -301,17 +331,21 @@ class StepControl:
         """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again."""
         call = self._call
         call.bounded, call.inputs, call.run, call.stream, call.seen = True, inputs, None, None, {}
+        call.clock, call.stages = Clock(device_of(inputs.values())), stages()
 
     def end_call(self, error: bool, outputs: Sequence[tuple[int, ...]] = ()) -> bool:
         """The call ended; says whether any compiled graph ran in it. After an exception the run is void."""
         call = self._call
         reached = bool(call.seen)
+        self.calls += 1
+        self._time(call.run)
         if error:
             self.void()
         elif call.run is not None and call.stream is not None:
             call.stream.watch.outputs = list(outputs)
             call.run.step += 1
             if call.run.is_over:
+                self._note_peak()
                 call.run.forget()
         call.bounded, call.inputs, call.run, call.stream, call.seen = False, None, None, None, {}
         return reached
@@ -349,9 +383,12 @@ class StepControl:
             if known or other:  # the next call of this model, or the first of another
                 if known:
                     call.run.step += 1
+                    self.calls += 1
                 call.run, call.seen = None, {}
         count = call.seen.get(place, 0)
         call.seen[place] = count + 1
+        if not call.bounded:
+            call.clock = Clock(device_of(inputs.values()))
         if call.run is None:
             seen = call.inputs if call.bounded and call.inputs is not None else inputs
             call.run = self._run(place if not call.bounded else (graph,), steps, seen, clock)
@@ -361,9 +398,20 @@ class StepControl:
         """A graph has run. Where nobody says when a call ends, each graph frees its own at the last step."""
         call = self._call
         if not call.bounded and call.stream is not None:
+            self._time(run)
             call.stream.watch.outputs = list(outputs)
             if run.steps is not None and run.step >= run.steps - 1:
+                self._note_peak()
                 run.forget(key)
+
+    def _time(self, run: Run | None) -> None:
+        """A call is over, or where nobody says so a graph: how long it took, and whether the compiler was at work."""
+        call = self._call
+        if call.clock is not None and run is not None and run.record is not None:
+            call.clock.stop()
+            run.record._clocks.append(call.clock)
+            run.record.compiled |= call.stages != stages()
+        call.clock, call.stages = None, stages()
 
     def record(self, run: Run) -> StepRecord:
         """The record of the current step, made by the first graph of a call."""
@@ -439,6 +487,7 @@ class StepControl:
 
     def _begin_records(self, owner: Any, context: str) -> None:
         """A sampling begins: what is recorded is this one, not an earlier one of the same thread."""
+        self._peak = 0
         over = owner in self._void or any(o() is owner and r.context == context for o, r in self._records)
         kept = [(o, r) for o, r in self._records if o() is not None and not (over and o() is owner)]
         self._records = deque(kept, maxlen=_KEPT)

@@ -1,0 +1,78 @@
+"""Tokens: where a branch's tokens may lie, and what is known of their axis (its grid).
+
+They are the index space of an attention's queries. A fragment of a model that torch.compile split within its attention
+holds none that would tell: there they are the rows of its linear layers.
+"""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from toca_compile.ir.graph import operand_nodes
+from toca_compile.ir.types import AxisTypes, FactorPos, TokenAxis
+from toca_compile.rules.registry import RULES, Work, work_of
+
+
+def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
+    """What the rows of linear layers run over beside samples, which lie in the first dimension."""
+    rows: set[int] = set()
+    others: set[int] = set()
+    for node in graph.nodes:
+        if work_of(node) is Work.CONTRACT and RULES[node.target].trailing:
+            dims = types.type_of(operand_nodes(node)[0])
+            rows |= {f for dim in dims[1:-1] for f in dim}
+            others |= {f for dim in (dims[0], dims[-1]) for f in dim}
+    return rows - others
+
+
+def token_dims(
+    types: AxisTypes, output: fx.Node, shape: Sequence[int], token_factors: set[int]
+) -> list[tuple[FactorPos, ...]]:
+    """Where the tokens may lie in a branch's output, best choice first.
+
+    Tokens in neighbouring dimensions that hold nothing else (frames and patches) are one axis, if the branch allows it.
+    Else the largest dimension that holds nothing else is selected from, and the others number samples.
+    """
+    dims = types.type_of(output)
+    by_dim = {d: tuple(FactorPos(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
+    whole = [d for d, places in by_dim.items() if places and len(places) == len(dims[d])]
+    run: list[int] = []
+    for d in whole:
+        run = [*run, d] if run and d == run[-1] + 1 else run if len(run) > 1 else [d]
+    single = max((p for p in by_dim.values() if p), key=lambda p: (p[0].dim in whole, shape[p[0].dim]), default=())
+    choices = [tuple(o for d in run for o in by_dim[d])] if len(run) > 1 else []
+    return choices + ([single] if single else [])
+
+
+def axis_of(
+    graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...], count: int, grid: tuple[int, int] | None
+) -> TokenAxis:
+    size, offset, frames = types.factors.size(factors), 0, 1
+    found = None
+    for part in types.factors.segments(factors):
+        found = _grid(graph, types, part)
+        if found is not None:
+            frames = types.factors.size(part) // (found[0] * found[1])
+            break
+        offset += types.factors.size(part)
+    if grid is not None and (grid[0] * grid[1] == size or (count == 0 and grid[0] * grid[1] < size)):
+        # Tokens that are not part of the picture (registers, a class token) stand before it by convention.
+        found, offset, frames = grid, size - grid[0] * grid[1], 1
+    name = "image" if found is not None else "tokens"
+    return TokenAxis(
+        name if count == 0 else f"{name}{count}", factors, size, found, offset if found else 0, frames
+    )  # fmt: skip
+
+
+def _grid(graph: fx.Graph, types: AxisTypes, factors: tuple[int, ...]) -> tuple[int, int] | None:
+    """Height and width: the last two of the neighbouring dimensions that the axis is in the first value which has it
+    as several (the patch embedding: height and width, or frames before them)."""
+    for node in graph.nodes:
+        for result in range(len(types.results.get(node, ()))):
+            dims = types.type_of(node, result)
+            for first in range(len(dims) - 1):
+                for last in range(first + 1, len(dims)):
+                    run = dims[first : last + 1]
+                    if all(run) and tuple(f for dim in run for f in dim) == factors:
+                        return types.factors.size(run[-2]), types.factors.size(run[-1])
+    return None

@@ -1,0 +1,205 @@
+"""Models that torch.compile splits: what is a site in a fragment, and what is said of the rest."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import toca_compile
+from tests.models import PlainDiT, randomize
+from toca_compile import Fora, FullCompute, NoSiteError, ToCa
+
+STEPS = 4
+TOCA = ToCa(STEPS, 4, 0.5, schedule="constant", bonus=0.0)
+
+
+class Asking(PlainDiT):
+    """A number is read on the host between two blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        h = self.blocks[0](h, c)
+        if h.sum().item() > 1e30:
+            h = 2 * h
+        return self.finish(self.blocks[1](h, c), c)
+
+
+class Core(nn.Module):
+    """An attention that cannot be traced: which words there are depends on the data."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, there: Tensor) -> Tensor:
+        index = torch.nonzero(there).flatten()
+        return F.scaled_dot_product_attention(q, k[:, index], v[:, index])
+
+
+class Block(nn.Module):
+    """An attention and an MLP, gated by the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.core, self.out = nn.Linear(8, 24), Core(), nn.Linear(8, 8)
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, c: Tensor, there: Tensor) -> Tensor:
+        x = x + c * self.out(self.core(*self.qkv(self.norm(x)).chunk(3, -1), there))
+        return x + c * self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Unseen(nn.Module):
+    """Blocks whose attention lies between the graphs; with one MLP at the end that is no branch."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks, self.time = nn.ModuleList(Block() for _ in range(depth)), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, t: Tensor, there: Tensor) -> Tensor:
+        c = self.time(t[:, None, None] / 1000)
+        for block in self.blocks:
+            x = block(x, c, there)
+        return x
+
+
+def picture(i: int) -> tuple[Tensor, ...]:
+    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(i))
+    return x, torch.full((2,), 900 - 50 * i), torch.arange(2)
+
+
+def tokens(i: int) -> tuple[Tensor, ...]:
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(i))
+    return x, torch.full((2,), 900.0 - 50 * i), torch.arange(16) % 3 > 0
+
+
+@torch.no_grad()
+def test_blocks_on_either_side_of_a_break_are_sites() -> None:
+    net = randomize(Asking(depth=2))
+    opt = toca_compile.optimize(net, FullCompute(), lowering="eager")
+    assert torch.equal(opt(*picture(0)), net(*picture(0)))
+    report = toca_compile.explain(opt)
+    assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 2
+    assert "split it into" in str(report)
+    assert "test_graph_breaks.py:" in str(report)
+
+
+@torch.no_grad()
+def test_a_branch_without_attention_is_a_site_of_its_fragment() -> None:
+    net = randomize(Unseen())
+    opt = toca_compile.optimize(net, FullCompute(), lowering="eager")
+    dense = toca_compile.optimize(net, TOCA, lowering="dense")
+    assert torch.equal(opt(*tokens(0)), net(*tokens(0)))
+    assert [(s.kind, s.tokens, "partial" in s.actions) for s in toca_compile.explain(opt).sites] == [("mlp", 16, True)]
+    opt.policy = TOCA
+    for i in range(STEPS):
+        torch.testing.assert_close(opt(*tokens(i)), dense(*tokens(i)))
+        fresh = [mask.sum(1).tolist() for mask in opt.fresh_tokens().values()]
+        assert fresh == [[16 if i == 0 else 8] * 2]
+    opt.policy = Fora(STEPS, STEPS)
+    for i in range(STEPS):
+        assert torch.equal(opt(*tokens(0)), net(*tokens(0))), i
+
+
+class Nothing(nn.Module):
+    """Rows of a linear layer in no branch, and a break."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.breaks, self.first, self.second = breaks, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return F.gelu(self.second(x))
+
+
+@torch.no_grad()
+def test_a_split_model_without_a_site_is_told_so() -> None:
+    opt = toca_compile.optimize(Nothing(True).eval(), FullCompute(), lowering="eager")
+    with pytest.raises(NoSiteError, match=r"into 2 graphs.*graph_break.*test_graph_breaks\.py:\d+"):
+        opt(torch.ones(2, 16, 8))
+    whole = toca_compile.optimize(Nothing(False).eval(), FullCompute(), lowering="eager")
+    with pytest.raises(NoSiteError) as caught:
+        whole(torch.ones(2, 16, 8))
+    assert "split" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_torch_compile_says_so_too(caplog: pytest.LogCaptureFixture) -> None:
+    options: Any = {"policy": FullCompute(), "lowering": "eager"}
+    opt = torch.compile(Nothing(True).eval(), backend="toca", options=options)
+    with caplog.at_level(logging.WARNING):
+        opt(torch.ones(2, 16, 8))
+    assert "graph_break" in caplog.text
+    assert caplog.text.count("no site was found") == 1
+
+
+@torch.no_grad()
+def test_an_mlp_without_attention_in_a_whole_model_is_no_site() -> None:
+    """Only a fragment has lost what would tell its tokens."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(x)
+
+    opt = toca_compile.optimize(Residual().eval(), FullCompute(), lowering="eager")
+    with pytest.raises(NoSiteError):
+        opt(torch.ones(2, 16, 8))
+
+
+@torch.no_grad()
+def test_mochi() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    net = randomize(
+        diffusers.MochiTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
+            text_embed_dim=16, time_embed_dim=4, max_sequence_length=8,
+        )
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 8, 16),
+        "timestep": torch.tensor([500, 500]),
+        "encoder_attention_mask": (torch.arange(8)[None] < torch.tensor([[5], [8]])).float(),
+        "return_dict": False,
+    }
+    opt = toca_compile.optimize(net, FullCompute(), lowering="eager")
+    plain = net(**inputs)[0]
+    assert torch.equal(opt(**inputs)[0], plain)
+    assert all("partial" in s.actions for s in toca_compile.explain(opt).sites)
+    opt.policy = TOCA
+    for i in range(STEPS):
+        torch.testing.assert_close(opt(**inputs)[0], plain)
+        assert set(opt.steps[i].k.values()) == ({8, 32} if i == 0 else {4, 16})
+
+
+class Emptied(PlainDiT):
+    """After a break, values that were made before it are written to (GLM-Image); with no block, nothing else is left."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        torch._dynamo.graph_break()
+        h[:, 0] *= 0
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            h = block(h, c)
+        return self.finish(h, c)
+
+
+@torch.no_grad()
+def test_a_fragment_that_writes_to_its_input_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    net = randomize(Emptied(depth=1))
+    opt = toca_compile.optimize(net, Fora(STEPS, STEPS), lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(STEPS):
+            assert torch.equal(opt(*picture(0)), net(*picture(0)))
+    assert "in place" in caplog.text
+    assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"]
+    nothing = toca_compile.optimize(randomize(Emptied(depth=0)), FullCompute(), lowering="eager")
+    with pytest.raises(NoSiteError, match="into 3 graphs"):
+        nothing(*picture(0))

@@ -1,0 +1,286 @@
+"""Patterns of published models, each written by hand and as small as it can be: they are sites, and may be computed in
+part.
+
+At inputs that stay, what is kept is what would be computed, so every policy must give the plain model's output; at inputs
+that change, a partial step is held against its dense meaning.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import toca_compile
+from tests.models import randomize
+from toca_compile import Composition, FullCompute, ToCa
+from toca_compile.compiler.cost import K
+from toca_compile.lowerings import LOWERINGS
+from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
+
+WIDTH, HEADS, TOKENS, WORDS, STEPS = 8, 2, 16, 4, 3
+Inputs = Callable[[int], tuple[Tensor, ...]]
+
+
+def some(*actions: Any) -> Composition:
+    """Half of the tokens, of all sites that can."""
+    rules = tuple(Rule(action) for action in actions)
+    return Composition(STEPS, Every(3), rules, which=Selector("random"), how_many=Share(0.5))
+
+
+PARTIAL = some(Partial())
+FRESH, UPDATE = some(Queries("fresh")), some(Queries("update"))
+
+
+def inputs(i: int) -> tuple[Tensor, ...]:
+    """A picture that changes from step to step, and words that do not."""
+    first, change = (torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(s)) for s in (1, 2 + i))
+    return first + 0.3 * i * change, torch.randn(2, WORDS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def check(model: nn.Module, policies: Sequence[Any], make: Inputs = inputs) -> list[toca_compile.report.SiteReport]:
+    """Full steps are the model, bit by bit; others are as the module says. Returns the sites."""
+    model = randomize(model)
+    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
+    plain = model(*make(0))
+    assert torch.equal(eager(*make(0)), plain)
+    for policy in policies:
+        eager.policy = dense.policy = policy
+        for i in range(STEPS):
+            torch.testing.assert_close(eager(*make(i)), dense(*make(i)), rtol=1e-4, atol=1e-4)
+        masks = eager.fresh_tokens().values()
+        assert any(0 < mask.float().mean() < 1 for mask in masks)
+        assert all(set(mask.sum(1).tolist()) <= {0, mask.shape[1] // 2, mask.shape[1]} for mask in masks)
+        eager.reset()
+        for _ in range(STEPS):
+            torch.testing.assert_close(eager(*make(0)), plain, rtol=1e-4, atol=1e-4)
+    return list(toca_compile.explain(eager).sites)
+
+
+def heads(x: Tensor) -> Tensor:
+    """``[batch, heads, tokens, d]``."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Joint(nn.Module):
+    """A picture and words, each with a residual of its own, through one attention and one MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.register_buffer("angles", torch.linspace(0, 3, TOKENS)[:, None] * torch.ones(WIDTH // HEADS))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The picture's part of queries or keys, by place."""
+        return x * self.angles.cos() + x.flip(-1) * self.angles.sin()
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys, heads apart, ready for attention."""
+        return q, k
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        words = y.shape[1]
+        q, k, v = (heads(part) for part in self.qkv(self.norm(torch.cat([y, x], 1))).chunk(3, -1))
+        q, k = self.joined(q, k, words)
+        out = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x, y = x + out[:, words:], y + out[:, :words]
+        both = self.down(F.gelu(self.up(self.norm2(torch.cat([y, x], 1)))))
+        return torch.cat([y + both[:, :words], x + both[:, words:]], 1)
+
+
+class WrittenOver(Joint):
+    """Positions are written into the picture's part (CogView4, EasyAnimate)."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        q[:, :, words:] = self.rotate(q[:, :, words:])
+        k[:, :, words:] = self.rotate(k[:, :, words:])
+        return q, k
+
+
+class WrittenWhole(Joint):
+    """All of it is written over, by what has positions in a part."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(q)
+        out[:, :, :] = torch.cat([q[:, :, :words], self.rotate(q[:, :, words:])], 2)
+        return out, k
+
+
+class NothingPassed(Joint):
+    """A part of the features has no positions, and that part is empty (ERNIE-Image)."""
+
+    def joined(self, q: Tensor, k: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        full = WIDTH // HEADS
+        return tuple(torch.cat([2 * part[..., :full], part[..., full:]], -1) for part in (q, k))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("style", [Joint, WrittenOver, WrittenWhole, NothingPassed])
+def test_words_and_picture_in_one_attention(style: type[nn.Module]) -> None:
+    sites = check(style(), [PARTIAL, FRESH, UPDATE])
+    assert [("queries" in s.actions, "partial" in s.actions) for s in sites] == [(True, False)] * 2 + [
+        (False, True)
+    ] * 2
+
+
+@torch.no_grad()
+def test_what_two_streams_share_is_computed_and_counted_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One MLP on words and picture joined (CogVideoX): for some tokens of each it costs what those cost."""
+    spent = 0
+
+    def counted(variant: Any, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            nonlocal spent
+            with FlopCounterMode(display=False) as counter:
+                out = variant.module(*args)
+            spent += counter.get_total_flops()
+            return out
+
+        return run
+
+    monkeypatch.setitem(LOWERINGS, "counted", counted)
+    opt = toca_compile.optimize(randomize(Joint()), PARTIAL, lowering="counted")
+    opt(*inputs(0))
+    spent = 0
+    opt(*inputs(1))
+    report = toca_compile.explain(opt)
+    assert spent == report.flops("partial", counting="torch")
+    mlps = [s for s in report.sites if s.kind == "mlp"]
+    whole = sum(s.flops_partial.subs({K: s.tokens}) for s in mlps if s.flops_partial is not None)
+    assert whole == mlps[0].flops == mlps[1].flops
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_no_words_and_one(words: int) -> None:
+    sites = check(Joint(), [PARTIAL, FRESH], lambda i: (inputs(i)[0], inputs(i)[1][:, :words]))
+    picture = [s for s in sites if s.tokens == TOKENS]
+    assert ["queries" in s.actions or "partial" in s.actions for s in picture] == [True, True]
+
+
+class Near(nn.Module):
+    """Tokens attend to their neighbours, by a mask that all samples share (ACE-Step)."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        far = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs() > 2
+        mask = torch.zeros(TOKENS, TOKENS).masked_fill(far, -torch.inf)
+        self.register_buffer("mask", mask[(None,) * (rank - 2)])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, self.mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_mask_that_all_samples_share(rank: int) -> None:
+    (site,) = check(Near(rank), [FRESH, UPDATE])
+    assert "queries" in site.actions
+
+
+class Apart(nn.Module):
+    """Words and picture in one stream, apart for the positions and joined again (HunyuanVideo's single blocks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH + 16, WIDTH)
+        self.mlp = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(2):
+            both, words = torch.cat([x, y], 1), y.shape[1]
+            z = self.norm(both)
+            x, y = z[:, :-words], z[:, -words:]
+            q, k, v = (heads(part) for part in self.qkv(torch.cat([x, y], 1)).chunk(3, -1))
+            q, k = (torch.cat([2 * part[:, :, :-words], part[:, :, -words:]], 2) for part in (q, k))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = torch.cat([out[:, :-words], out[:, -words:]], 1)
+            both = both + self.out(torch.cat([out, F.gelu(self.mlp(z))], 2))
+            x, y = both.split([both.shape[1] - words, words], 1)
+        return torch.cat([x, y], 1)
+
+
+def test_streams_taken_apart_and_joined_again() -> None:
+    sites = check(Apart(), [PARTIAL])
+    assert [(s.kind, s.tokens, "partial" in s.actions) for s in sites] == [("parallel", TOKENS + WORDS, True)] * 2
+
+
+class Registers(Joint):
+    """A few learned tokens stand before the words in their stream (AuraFlow)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, torch.cat([self.learned.expand(y.shape[0], -1, -1), y], 1))
+
+
+def test_a_stream_that_is_itself_joined() -> None:
+    sites = check(Registers(), [PARTIAL, FRESH, UPDATE])
+    assert sorted(s.tokens for s in sites) == [WORDS + 3] * 2 + [TOKENS] * 2
+    assert all("queries" in s.actions or "partial" in s.actions for s in sites)
+
+
+class Frames(nn.Module):
+    """A video ``[batch, frames, places, width]`` whose places attend to each other, frame by frame (Latte)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mix, self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def attend(self, x: Tensor, qkv: nn.Linear) -> Tensor:
+        """Along the last dimension but one."""
+        q, k, v = (heads(part) for part in qkv(self.norm(x)).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        b, frames, places = x.shape[0], 2, TOKENS // 2
+        x = x.reshape(b, frames, places, WIDTH)
+        x = x + self.out(self.attend(x.flatten(0, 1), self.qkv)).reshape(x.shape)
+        along = self.attend(x.transpose(1, 2).flatten(0, 1), self.mix)
+        x = x + along.reshape(b, places, frames, WIDTH).transpose(1, 2)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_places_of_a_frame_take_queries() -> None:
+    sites = check(Frames(), [PARTIAL, FRESH], lambda i: tuple(v[:1] for v in inputs(i)))
+    assert [sorted(s.actions & {"partial", "queries"}) for s in sites] == [["queries"], ["partial"], ["partial"]]
+
+
+class Turned(nn.Module):
+    """Attention alone, on tokens that are turned round before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x.flip(1)).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [PARTIAL, ToCa(STEPS, 3, 0.5, schedule="constant", bonus=0.0)])
+def test_a_policy_that_can_do_nothing_in_part_says_why(policy: Any, caplog: pytest.LogCaptureFixture) -> None:
+    opt = toca_compile.optimize(randomize(Turned()), policy, lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        for i in range(STEPS):
+            opt(*inputs(i))
+    assert caplog.text.count("no site can") == 1
+    assert "test_patterns.py:" in caplog.text
+
+
+@torch.no_grad()
+def test_a_policy_that_can_do_something_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    opt = toca_compile.optimize(randomize(Joint()), PARTIAL, lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        opt(*inputs(0))
+    assert "no site can" not in caplog.text
