@@ -19,6 +19,7 @@ LAYERS = [
     {"session"},
     {"backend"},
     {"report", "model"},
+    {"in_place"},
     {"diffusers"},
     {"api"},
     {"quality"},

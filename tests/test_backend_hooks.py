@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from toca_compile import backend
-from toca_compile.backend import BackendCompilerFailed, OptimizedModule, dynamo_limits, remove_from_cache
+from toca_compile.backend import BackendCompilerFailed, OptimizedModule, dynamo_limits, remove_from_cache, skip_code
 
 ROOT = Path(__file__).resolve().parent.parent
 seen: list[Any] = []
@@ -53,6 +53,21 @@ def test_remove_from_cache() -> None:
     remove_from_cache(double.__code__)
     compiled(torch.ones(2))
     assert len(seen) == 2
+
+
+def test_skip_code() -> None:
+    """A function so marked is run as it is, and what it calls is compiled."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    def outer(x: Tensor) -> Tensor:
+        return double(x + 1)
+
+    skip_code(outer.__code__)
+    torch._dynamo.optimize(record, dynamic=False)(outer)(torch.ones(2))
+    (graph,) = seen
+    assert [n.target.__name__ for n in graph.graph.nodes if n.op == "call_function"] == ["mul"]
 
 
 def test_code_objects_have_caches_of_their_own() -> None:

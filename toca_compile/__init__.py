@@ -17,7 +17,7 @@ try:
 except OSError as _error:
     raise cannot_write(_error) from _error
 
-from toca_compile.api import explain, optimize, summary
+from toca_compile.api import controls, disable_cache, enable_cache, explain, is_optimized, optimize, restore, summary
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
@@ -57,11 +57,16 @@ __all__ = [
     "TuningSettings",
     "UnsupportedGraphError",
     "VerifyError",
+    "controls",
+    "disable_cache",
+    "enable_cache",
     "evaluate",
     "explain",
+    "is_optimized",
     "load_policy",
     "optimize",
     "preset",
+    "restore",
     "save_policy",
     "summary",
     "tune",

@@ -5,10 +5,11 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from toca_compile.diffusers import attach, is_pipeline, optimized_components, transformers_of
+from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of
 from toca_compile.errors import TocaError
+from toca_compile.in_place import convert, handle_of, revert, tidy
 from toca_compile.ir.plan import Policy
-from toca_compile.model import OptimizedModel
+from toca_compile.model import Controls, Handle, OptimizedModel, SessionControls, wrap
 from toca_compile.report import Report, Subject, Summary, summarise
 from toca_compile.session import Session
 
@@ -46,9 +47,10 @@ def optimize(
     grid: tuple[int, int] | None = None,
     hoist: bool = True,
 ) -> Any:
-    """A drop-in replacement of ``model`` that caches as ``policy`` says. ``model`` itself is not changed.
+    """A drop-in replacement of ``model`` that caches as ``policy`` says. A bare ``model`` itself is not changed.
 
-    Given a diffusers pipeline, its transformer is replaced and the pipeline returned. Each call of the pipeline is then
+    A diffusers pipeline is optimised in place and returned: its transformer stays the object that it is, so that LoRA
+    and all else go on working, and ``restore(pipe)`` undoes it. Each call of the pipeline is then
     one run with as many steps as its scheduler makes of it (any ``num_inference_steps``, a part of them for
     image-to-image, two a step for second-order schedulers); guidance passes have caches of their own; the caches are
     freed at the end of the call, and after an exception.
@@ -75,12 +77,70 @@ def optimize(
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
         options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
-        return attach(model, {name: optimize(part, policy, **options) for name, part in found.items()})
+        return attach(model, {name: convert(part, Session(policy, **options)) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
-    if isinstance(model, OptimizedModel):
-        model = model._orig_mod
-    return OptimizedModel(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+    return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+
+
+def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) -> Any:
+    """``optimize`` in place, for a pipeline and for a bare model: the model stays the object that it is.
+
+    Args:
+        model: a diffusion transformer in eval mode, or a diffusers pipeline with one.
+        policy, options: as in ``optimize``.
+
+    Returns:
+        ``model`` itself, or the model inside where it is a wrapper of ``torch.compile`` or ``optimize``.
+
+    Raises:
+        TocaError, PolicyError: as ``optimize``, or an object cannot be optimised in place.
+    """
+    if is_pipeline(model) or not isinstance(model, nn.Module):
+        return optimize(model, policy, **options)
+    return convert(model, Session(policy, **options))._model
+
+
+def disable_cache(model: Any) -> Any:
+    """Undo ``optimize`` and ``enable_cache``. What was never optimised stays as it is.
+
+    Args:
+        model: a pipeline, or an optimised model.
+
+    Returns:
+        The pipeline or model, as it was before: the same objects, of the same classes.
+
+    Raises:
+        TocaError: it is neither a pipeline nor a module.
+    """
+    if is_pipeline(model):
+        return detach(model)
+    if not isinstance(model, nn.Module):
+        raise TocaError(f"restore takes what optimize returned, not {type(model).__name__}")
+    plain = revert(model)
+    tidy()
+    return plain
+
+
+restore = disable_cache
+
+
+def is_optimized(model: Any) -> bool:
+    """Whether calls of a model, or of a pipeline's transformer, are cached."""
+    return bool(optimized_components(model)) if is_pipeline(model) else handle_of(model) is not None
+
+
+def controls(model: Any) -> Controls:
+    """What is seen and said of a model's caching, however it came to it: ``steps``, ``policy`` (which may be assigned),
+    ``reset()``, ``cache_context(…)``, ``cache_bytes`` and ``fresh_tokens()``.
+
+    Args:
+        model: as of ``explain``. An optimised model has these as attributes, too.
+
+    Raises:
+        TocaError: it is no such model.
+    """
+    return SessionControls(next(iter(_subjects(model, "controls").values())).session)
 
 
 def explain(model: Any) -> Report:
@@ -112,17 +172,12 @@ def summary(model: Any) -> Summary:
 
 def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
     """The optimised models behind an object, by the names of a pipeline's components."""
-    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else {"": model}
+    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else {"": handle_of(model) or model}
     found = {}
     for name, part in parts.items():
-        session = getattr(part, "_session", None)
-        if session is None:
-            callback: Any = getattr(getattr(part, "dynamo_ctx", None), "callback", None)
-            while hasattr(callback, "_torchdynamo_orig_backend"):
-                callback = callback._torchdynamo_orig_backend
-            session = getattr(callback, "_toca_session", lambda: None)()
-        if isinstance(session, Session):
-            inner = getattr(part, "_orig_mod", part)
+        session = _session_of(part)
+        if session is not None:
+            inner = part._model if isinstance(part, Handle) else getattr(part, "_orig_mod", part)
             forward = getattr(inner, "forward", inner)
             found[name] = Subject(session, type(inner).__name__, tuple(inspect.signature(forward).parameters))
     if not found:
@@ -132,4 +187,25 @@ def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
     return found
 
 
-__all__ = ["OptimizedModel", "explain", "optimize", "summary"]
+def _session_of(part: Any) -> Session | None:
+    if isinstance(part, Handle):
+        return part._session
+    callback: Any = getattr(getattr(part, "dynamo_ctx", None), "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    session: Session | None = getattr(callback, "_toca_session", lambda: None)()
+    return session
+
+
+__all__ = [
+    "Controls",
+    "OptimizedModel",
+    "controls",
+    "disable_cache",
+    "enable_cache",
+    "explain",
+    "is_optimized",
+    "optimize",
+    "restore",
+    "summary",
+]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache
+from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -201,5 +201,6 @@ __all__ = [
     "dynamo_limits",
     "remove_from_cache",
     "session_of",
+    "skip_code",
     "toca",
 ]

@@ -11,14 +11,17 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from toca_compile.errors import PolicyError
+from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.model import AROUND_CALL, OptimizedModel
+from toca_compile.model import AROUND_CALL, Handle
 
 log = logging.getLogger(__name__)
 
@@ -37,53 +40,84 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def optimized_components(pipe: Any) -> dict[str, OptimizedModel]:
+def optimized_components(pipe: Any) -> dict[str, Handle]:
     """The optimised models among a pipeline's components."""
-    return {n: c for n, c in transformers_of(pipe).items() if isinstance(c, OptimizedModel)}
+    handles = {name: handle_of(part) for name, part in transformers_of(pipe).items()}
+    return {name: handle for name, handle in handles.items() if handle is not None}
 
 
-def attach(pipe: Any, models: Mapping[str, OptimizedModel]) -> Any:
-    """Put optimised models into a pipeline and let each call of it be one run; returns the pipeline."""
-    for name, model in models.items():
-        setattr(pipe, name, model)
-    if not getattr(type(pipe), "_toca_sampling", False):
-        pipe.__class__ = _with_runs(type(pipe))
+def attach(pipe: Any, models: Mapping[str, Handle]) -> Any:
+    """Let each call of a pipeline with optimised models be one run; returns the pipeline."""
+    for name, handle in models.items():
+        before = pipe.components[name]
+        handle._toca.homes.add(Home(type(pipe)))
+        part = handle if isinstance(handle, nn.Module) else handle._model
+        if part is not before:  # in place of another model, or of a wrapper, ours or of torch.compile
+            setattr(pipe, name, part)
+            handle._toca.replaced = before
     return pipe
 
 
-_CLASSES: dict[type, type] = {}
+def detach(pipe: Any) -> Any:
+    """Give a pipeline back the transformers that it had; returns the pipeline."""
+    for name, handle in optimized_components(pipe).items():
+        now, replaced = pipe.components[name], handle._toca.replaced
+        plain = revert(now)
+        if replaced is not None or plain is not now:
+            setattr(pipe, name, plain if replaced is None else replaced)
+    tidy()
+    return pipe
 
 
-def _with_runs(cls: type) -> type:
-    """A class as ``cls`` whose call is a run. It has the same name: pipelines are saved and found by it."""
-    if cls not in _CLASSES:
-        _CLASSES[cls] = _made_with_runs(cls)
-    return _CLASSES[cls]
+def watch(cls: type) -> None:
+    """Let calls of pipelines of this class be runs, where a transformer of theirs is optimised when they are called;
+    and those of each class to which an optimised transformer is given from now on, through the base class of all."""
+    base = next((c for c in reversed(cls.__mro__) if "components" in vars(c)), cls)
+    put(base, "__setattr__", _watching)
+    if any("__call__" in vars(c) for c in cls.__mro__):
+        put(cls, "__call__", _with_runs)
 
 
-def _made_with_runs(cls: type) -> type:
-    call: Any = cls.__call__
+def _watching(setattr_before: Any) -> Any:
+    @functools.wraps(setattr_before)
+    def assigned(self: Any, name: str, value: Any) -> None:
+        setattr_before(self, name, value)
+        handle = handle_of(value)
+        if handle is not None:
+            handle._toca.homes.add(Home(type(self)))
 
+    return assigned
+
+
+def _with_runs(call: Any) -> Any:
     @functools.wraps(call)
     def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models = optimized_components(self)
+        if not models or id(self) in _SAMPLING.get():  # a subclass's call that calls its base's
+            return call(self, *args, **kwargs)
         arguments = inspect.signature(call).bind(self, *args, **kwargs)
         arguments.apply_defaults()
         with _sampling(self, arguments.arguments):
             return call(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        # By the class that a name finds; what it is made into is made again where it is read.
-        return _blank, (cls,), vars(self)
-
-    body = {
-        "__call__": sampled, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
-        "_toca_sampling": True,
-    }  # fmt: skip
-    return type(cls.__name__, (cls,), body)
+    return sampled
 
 
-def _blank(cls: type) -> Any:
-    return object.__new__(_with_runs(cls))
+# Pipelines that are being called, in this thread or task.
+_SAMPLING: ContextVar[tuple[int, ...]] = ContextVar("toca_sampling", default=())
+
+
+@dataclass(frozen=True)
+class Home:
+    """A class of pipelines in which a model is; where it is unpickled, they are watched."""
+
+    cls: type
+
+    def __post_init__(self) -> None:
+        watch(self.cls)
+
+    def __reduce__(self) -> Any:
+        return Home, (self.cls,)
 
 
 @contextlib.contextmanager
@@ -102,6 +136,7 @@ def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
             stack.callback(run.close)
         around = {**AROUND_CALL.get(), **{id(run.model): run.around_call for run in runs}}
         stack.callback(AROUND_CALL.reset, AROUND_CALL.set(around))
+        stack.callback(_SAMPLING.reset, _SAMPLING.set((*_SAMPLING.get(), id(pipe))))
         yield
 
 
@@ -141,7 +176,7 @@ def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
 class _Run:
     """One model during one call of a pipeline."""
 
-    def __init__(self, model: OptimizedModel, scheduler: Any, guided: bool) -> None:
+    def __init__(self, model: Handle, scheduler: Any, guided: bool) -> None:
         self.model, self.scheduler, self.guided = model, scheduler, guided
         self.restart()
 

@@ -4,11 +4,12 @@ import contextlib
 import copy
 import threading
 import types
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a 
 _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
 _SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
 
+
 # What a pipeline puts around each call of one of its models, in this thread or task.
 AROUND_CALL: ContextVar[Mapping[int, Callable[[], contextlib.AbstractContextManager[None]]]] = ContextVar(
     "toca_around_call", default={}  # noqa: B039  (never changed, only replaced)
@@ -53,65 +55,55 @@ class _Entry:
 
     call: Callable[..., Any]
     code: types.CodeType
+    policy: Policy
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
     graphs: int = 0  # that Dynamo made of it
 
+    @property
+    def refused(self) -> bool:
+        """Whether the policy was more than the model can do."""
+        return any(isinstance(error, PolicyError) for error in self.uncached.values())
+
 
 def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
-    return self(*args, **kwargs)
+    return call(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821  (a global that _new_entry gives)
 
 
-class OptimizedModel(OptimizedModule):
-    """A model with caching: called, configured, moved, copied, pickled and saved as the model itself, which stays as it
-    was.
+class Calls:
+    """The calls of one model by one session, and what Dynamo made of them. It does not hold the model."""
 
-    Attributes and methods are the model's own; ``state_dict`` has its keys. Calls of one object are made one at a time;
-    each thread or task has samplings of its own, and each context in it.
-    """
+    alive: ClassVar["weakref.WeakSet[Calls]"] = weakref.WeakSet()
 
-    _session: Session
-
-    def __init__(self, model: nn.Module, session: Session) -> None:
-        object.__setattr__(self, "_session", session)
-        object.__setattr__(self, "_entries", OrderedDict())
-        object.__setattr__(self, "_hook_lists", (-1, []))
+    def __init__(self, session: Session, homes: Iterable[Any] = (), replaced: Any = None) -> None:
+        self.session = session
+        self.homes = set(homes)  # where the model was put: what must be made known where it is unpickled
+        self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
+        self._hook_lists: tuple[int, list[Any]] = (-1, [])
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
-        object.__setattr__(self, "_limits", dynamo_limits(_LIMITS))
-        session.bounded, session.patch = True, patch_of(model)
-        super().__init__(model, dynamo_context(session))
+        self._limits = dynamo_limits(_LIMITS)
+        self.context = dynamo_context(session)
+        session.bounded = True
+        Calls.alive.add(self)
 
-    def _initialize(self) -> None:
-        self.forward = self._dispatch
+    def __reduce__(self) -> Any:
+        # Graphs and caches are made anew in a copy, and where it is read.
+        return type(self), (self.session.fresh(), tuple(self.homes))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as step number so-and-so of the current run.
-
-        Raises:
-            InferenceModeError: the model is in training mode, or gradients are enabled.
-            NoSiteError: nothing in the model can be cached (with ``strict``).
-            PolicyError: the policy asks for what the model cannot do (with ``strict``).
-        """
-        session = self._session
-        with session.control.lock:
-            around = AROUND_CALL.get().get(id(self))
-            if around is None:
-                session.follow(session.policy)
-                return self._call(args, kwargs)
-            with around():
-                return self._call(args, kwargs)
-
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        session = self._session
+    def run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One call of the model, which is one step, or a part of one; ``step`` dispatches it."""
+        session = self.session
+        session.patch = patch_of(model)
         if session.strict:
-            self._check_mode()
+            _check_mode(model)
         self._watch_numbers(args, kwargs)
         control = session.control
         control.begin_call(_leaves(args, kwargs))
         failed, shapes = True, []
         try:
             with _UNFUSED, self._limits:
-                out = super().__call__(*args, **kwargs)
+                out = step(*args, **kwargs)
             failed, shapes = False, [tuple(v.shape) for v in _leaves((out,), {}).values() if _is_tensor(v)]
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, TocaError):
@@ -121,86 +113,115 @@ class OptimizedModel(OptimizedModule):
             if session.strict:
                 raise
             session.warn_once(f"{error} The model runs uncached.")
-            return self._orig_mod(*args, **kwargs)
+            return _plain_call(model)(model, *args, **kwargs)
         finally:
             reached = control.end_call(failed, shapes)
         if not reached:
-            self._uncached()
+            self._uncached(model)
         return out
 
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
+    def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
         that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay."""
-        entries: OrderedDict[Any, _Entry] = self._entries
-        key = (*_signature(args, kwargs), self._hooks())
+        entries = self._entries
+        key = (*_signature(args, kwargs), self._hooks(model))
         entry = entries.get(key)
+        if entry is not None and entry.refused and entry.policy is not self.session.policy:
+            self._forget(entries.pop(key))  # the policy now may be one that the graphs can follow
+            entry = None
         if entry is None:
-            entry = entries[key] = self._new_entry()
+            entry = entries[key] = self._new_entry(model)
             if len(entries) > _SIGNATURES:
                 self._forget(entries.popitem(last=False)[1])
         entries.move_to_end(key)
-        session = self._session
+        session = self.session
         before, session.uncached = session.seen, entry.uncached
         known = len(session.executors)
         new = not entry.executors and not entry.uncached
-        told = working(f"tracing {type(self._orig_mod).__name__}") if new else contextlib.nullcontext()
+        told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
         try:
             with told:
-                return entry.call(self._orig_mod, args, kwargs)
+                return entry.call(model, args, kwargs)
         finally:
             if session.seen != before:
                 entry.executors += session.executors[known:]
                 entry.graphs += session.seen - before
             session.graphs = entry.graphs
 
+    def close(self) -> None:
+        """Forget what was compiled, and every run."""
+        while self._entries:
+            self._forget(self._entries.popitem()[1])
+        self.session.control.reset()
+        Calls.alive.discard(self)
+
     def _forget(self, entry: _Entry) -> None:
         remove_from_cache(entry.code)
-        if not self._session.breaks:
+        if not self.session.breaks:
             # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
-            self._session.forget(entry.executors)
+            self.session.forget(entry.executors)
 
-    def _hooks(self) -> tuple[int, ...]:
+    def _hooks(self, model: nn.Module) -> tuple[int, ...]:
         """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
         seen, listed = self._hook_lists
-        if seen != self._session.seen:
-            listed = [h for m in self._orig_mod.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
-            object.__setattr__(self, "_hook_lists", (self._session.seen, listed))
+        if seen != self.session.seen:
+            listed = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+            self._hook_lists = (self.session.seen, listed)
         return tuple(key for hooks in listed if hooks for key in hooks)
 
-    def _new_entry(self) -> _Entry:
-        code = _entry.__code__.replace()
-        if _has_hooks(self._orig_mod):
+    def _new_entry(self, model: nn.Module) -> _Entry:
+        call, code, policy = _plain_call(model), _entry.__code__.replace(), self.session.policy
+        if _has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
-            inner = self.dynamo_ctx(self._orig_mod.__call__)
-            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code)
-        return _Entry(self.dynamo_ctx(types.FunctionType(code, {"__builtins__": __builtins__})), code)
+            inner = self.context(types.MethodType(call, model))
+            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
+        function = types.FunctionType(code, {"__builtins__": __builtins__, "call": call})
+        return _Entry(self.context(function), code, policy)
 
-    def compile(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]
-        """Trace the model for inputs like these and compile every variant that the policy's plan needs, instead of each
-        at the step that first needs it. No run begins or ends by it. What is compiled is logged at level INFO.
+    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A Python number that is another one at each call of a run is traced anew for each value: say so."""
+        session = self.session
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if type(value) in (int, float):
+                last = session.numbers.setdefault(name, deque(maxlen=_DISTINCT))
+                last.append(value)
+                if len(set(last)) == _DISTINCT:
+                    session.warn_once(
+                        f"argument {name!r} is a Python number, and another one at each call, so torch.compile traces "
+                        "the model again for each value and no cache is ever reused: pass it as a tensor"
+                    )
 
-        Args:
-            args, kwargs: example inputs, as the model is called with them.
-
-        Returns:
-            How many variants were compiled beside those of a first step.
-
-        Raises:
-            TocaError: there are no inputs, or as a call would raise.
-        """
-        if not _leaves(args, kwargs):
-            raise TocaError(
-                "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
-                "with, and makes all variants of the plan before the first step"
+    def _uncached(self, model: nn.Module) -> None:
+        """No graph with sites ran in a call: say why, and once."""
+        session = self.session
+        name = type(model).__name__
+        why = next(iter(session.uncached.values()), None)
+        if isinstance(why, NoSiteError):
+            error: TocaError = NoSiteError(
+                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
+                f"{session.split(session.graphs)}".rstrip()
             )
-        session, own = self._session, "(compile)"
-        with session.control.lock, torch.no_grad():
-            try:
-                with self.cache_context(own, step_index=0):
-                    self(*args, **kwargs)
-            finally:
-                session.control.undo(own)
-            return sum(executor.compile_plan() for executor in session.executors)
+        elif why is not None and session.strict:
+            raise why
+        elif why is not None:
+            return  # as was said when it was traced
+        else:
+            error = TocaError(
+                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
+                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
+                f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
+            )
+        if session.strict:
+            raise error
+        session.warn_once(str(error))
+
+
+class Controls:
+    """What is seen and said of the caching of one model: an optimised model is one, ``controls`` gives one for any."""
+
+    @property
+    def _session(self) -> Session:
+        raise NotImplementedError
 
     def reset(self, context: str | None = None) -> None:
         """Forget every run, or those of one context: its next call is step 0 of a new one, and the caches are freed."""
@@ -251,9 +272,6 @@ class OptimizedModel(OptimizedModule):
     def policy(self, policy: Policy | str) -> None:
         with self._session.control.lock:
             self._session.set_policy(policy)
-            for key, entry in list(self._entries.items()):
-                if any(isinstance(error, PolicyError) for error in entry.uncached.values()):
-                    self._forget(self._entries.pop(key))  # this policy may be the one that it can follow
 
     @property
     def cache_bytes(self) -> int:
@@ -264,73 +282,152 @@ class OptimizedModel(OptimizedModule):
         """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
         return {name: mask for e in self._session.executors for name, mask in e.fresh_tokens().items()}
 
+
+class SessionControls(Controls):
+    """Those of a session."""
+
+    def __init__(self, session: Session) -> None:
+        self._of = session
+
+    @property
+    def _session(self) -> Session:
+        return self._of
+
+
+class Handle(Controls):
+    """An optimised model, as calls and pipelines see it."""
+
+    _toca: Calls
+
+    @property
+    def _session(self) -> Session:
+        return self._toca.session
+
+    @property
+    def _model(self) -> nn.Module:
+        """The model that is traced."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as step number so-and-so of the current run.
+
+        Raises:
+            InferenceModeError: the model is in training mode, or gradients are enabled.
+            NoSiteError: nothing in the model can be cached (with ``strict``).
+            PolicyError: the policy asks for what the model cannot do (with ``strict``).
+        """
+        session = self._session
+        with session.control.lock:
+            around = AROUND_CALL.get().get(id(self))
+            if around is None:
+                session.follow(session.policy)
+                return self._toca.run(self._step, self._model, args, kwargs)
+            with around():
+                return self._toca.run(self._step, self._model, args, kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._toca.dispatch(self._model, args, kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> int:
+        """Trace the model for inputs like these and compile every variant that the policy's plan needs, instead of each
+        at the step that first needs it. No run begins or ends by it. What is compiled is logged at level INFO.
+
+        Args:
+            args, kwargs: example inputs, as the model is called with them.
+
+        Returns:
+            How many variants were compiled beside those of a first step.
+
+        Raises:
+            TocaError: there are no inputs, or as a call would raise.
+        """
+        if not _leaves(args, kwargs):
+            raise TocaError(
+                "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
+                "with, and makes all variants of the plan before the first step"
+            )
+        session, own = self._session, "(compile)"
+        with session.control.lock, torch.no_grad():
+            try:
+                with self.cache_context(own, step_index=0):
+                    self(*args, **kwargs)
+            finally:
+                session.control.undo(own)
+            return sum(executor.compile_plan() for executor in session.executors)
+
+
+class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile has a meaning of its own)
+    """A model with caching: called, configured, moved, copied, pickled and saved as the model itself, which stays as it
+    was.
+
+    Attributes and methods are the model's own; ``state_dict`` has its keys. Calls of one object are made one at a time;
+    each thread or task has samplings of its own, and each context in it.
+    """
+
+    def __init__(self, model: nn.Module, session: Session, homes: Iterable[Any] = ()) -> None:
+        calls = Calls(session, homes)
+        object.__setattr__(self, "_toca", calls)
+        OptimizedModule.__init__(self, model, calls.context)
+
+    def _initialize(self) -> None:
+        self.forward = super()._step
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        return OptimizedModule.__call__(self, *args, **kwargs)  # with the hooks of the wrapper
+
+    @property
+    def _model(self) -> nn.Module:
+        return self._orig_mod
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's state, under the model's own names."""
         return self._orig_mod.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load into the model. Caches of the old weights are forgotten."""
-        self.reset()
+        self._session.control.reset()
         return self._orig_mod.load_state_dict(*args, **kwargs)
-
-    def __copy__(self) -> "OptimizedModel":
-        return OptimizedModel(self._orig_mod, self._session.fresh())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModel":
-        twin = OptimizedModel(copy.deepcopy(self._orig_mod, memo), self._session.fresh())
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Graphs and caches are made anew where it is read.
-        return OptimizedModel, (self._orig_mod, self._session.fresh())
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
         self._session.control.reset(mine=True)
 
-    def _check_mode(self) -> None:
-        if self._orig_mod.training:
-            raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
-        if torch.is_grad_enabled():
-            raise InferenceModeError(GRAD_ENABLED)
+    def __copy__(self) -> "OptimizedModel":
+        return OptimizedModel(self._orig_mod, self._session.fresh(), self._toca.homes)
 
-    def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A Python number that is another one at each call of a run is traced anew for each value: say so."""
-        session = self._session
-        for name, value in (*enumerate(args), *kwargs.items()):
-            if type(value) in (int, float):
-                last = session.numbers.setdefault(name, deque(maxlen=_DISTINCT))
-                last.append(value)
-                if len(set(last)) == _DISTINCT:
-                    session.warn_once(
-                        f"argument {name!r} is a Python number, and another one at each call, so torch.compile traces "
-                        "the model again for each value and no cache is ever reused: pass it as a tensor"
-                    )
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModel":
+        twin = OptimizedModel(copy.deepcopy(self._orig_mod, memo), self._session.fresh(), self._toca.homes)
+        memo[id(self)] = twin
+        return twin
 
-    def _uncached(self) -> None:
-        """No graph with sites ran in a call: say why, and once."""
-        session = self._session
-        name = type(self._orig_mod).__name__
-        why = next(iter(session.uncached.values()), None)
-        if isinstance(why, NoSiteError):
-            error: TocaError = NoSiteError(
-                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
-                f"{session.split(session.graphs)}".rstrip()
-            )
-        elif why is not None and session.strict:
-            raise why
-        elif why is not None:
-            return  # as was said when it was traced
-        else:
-            error = TocaError(
-                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
-                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
-                f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
-            )
-        if session.strict:
-            raise error
-        session.warn_once(str(error))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OptimizedModel, (self._orig_mod, self._session.fresh(), tuple(self._toca.homes))
+
+
+def wrap(model: nn.Module, session: Session) -> OptimizedModel:
+    """A wrapper around a model that calls it with caching."""
+    return OptimizedModel(unwrapped(model), session)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of our wrappers and those of ``torch.compile``."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def _plain_call(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model is without us, and without what ``model.compile()`` put in its place."""
+    call = type(model).__call__
+    call = getattr(call, "_toca_before", call)
+    return nn.Module._call_impl if call is nn.Module.__call__ else call
+
+
+def _check_mode(model: nn.Module) -> None:
+    if model.training:
+        raise InferenceModeError("the model is in training mode: call model.eval() before sampling")
+    if torch.is_grad_enabled():
+        raise InferenceModeError(GRAD_ENABLED)
 
 
 def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
