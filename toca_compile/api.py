@@ -172,7 +172,11 @@ def summary(model: Any) -> Summary:
 
 def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
     """The optimised models behind an object, by the names of a pipeline's components."""
-    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else {"": handle_of(model) or model}
+    if is_pipeline(model):
+        parts: dict[str, Any] = dict(optimized_components(model))
+    else:
+        handle = handle_of(model)
+        parts = {"": model if handle is None else handle}  # no `or`: torch's wrapper has a length that may raise
     found = {}
     for name, part in parts.items():
         session = _session_of(part)

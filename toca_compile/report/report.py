@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -15,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.compiler.pass_manager import PassManager
-from toca_compile.errors import TocaError
+from toca_compile.errors import PolicyError, TocaError
 from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Policy, Skip, StepPlan, step_kind
@@ -25,7 +26,9 @@ from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer
+from toca_compile.policies.storage import as_data
 from toca_compile.report.data import LETTERS, GraphReport, SiteReport, StepCounts, StepReport
+from toca_compile.report.page import Shown, page
 from toca_compile.report.text import print_report
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.step_control import StepRecord
@@ -118,6 +121,26 @@ class Report:
         """Everything as plain data, graph by graph: sites, and for each step what they do, with tokens, FLOPs and
         time."""
         return tuple(self._graph_data(i) for i in range(len(self._graphs)))
+
+    def save(self, path: str | Path, shown: Shown | None = None) -> None:
+        """Write the report as one page of HTML that needs no network.
+
+        Args:
+            path: of the file.
+            shown: a picture, tokens and error curves to show beside it.
+
+        Raises:
+            TocaError: the file cannot be written.
+        """
+        try:
+            policy: Any = as_data(self.policy)
+        except PolicyError:  # the user's own
+            policy = repr(self.policy)
+        text = page("toca_compile", self.data, policy, str(self), shown or Shown())
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TocaError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def flops(self, kind: str, *, symbolic: bool = False, counting: str = "published") -> int | float | sympy.Expr:
         """FLOPs of one step.
