@@ -172,7 +172,9 @@ def summary(model: Any) -> Summary:
 
 def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
     """The optimised models behind an object, by the names of a pipeline's components."""
-    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else {"": handle_of(model) or model}
+    handle = handle_of(model)
+    bare = {"": model if handle is None else handle}
+    parts: dict[str, Any] = dict(optimized_components(model)) if is_pipeline(model) else bare
     found = {}
     for name, part in parts.items():
         session = _session_of(part)
