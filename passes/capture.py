@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import CAPTURED_AS, operand_nodes
+from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
@@ -48,7 +49,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     Sizes are specialised: another shape is another graph, and a guard on it is left with Dynamo.
 
     Raises:
-        UnsupportedGraphError: the graph changes one of its inputs in place, which a cached step could not repeat.
+        UnsupportedGraphError: the graph changes one of its inputs in place, which a cached step could not repeat, or
+            has a transform of functions that cannot be traced.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(mode, value) for value in inputs]
@@ -63,7 +65,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         return out
 
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-    with preserve_node_meta(), tracing(None), mode:
+    with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
@@ -84,6 +86,29 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured
+
+
+@contextmanager
+def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
+    """Dynamo spells ``torch.vmap`` and its like out as calls that begin and end it: where tracing stops between them,
+    end it, since what is begun is a state of the process.
+
+    Raises:
+        UnsupportedGraphError: tracing stopped there.
+    """
+    depth = get_dynamic_layer_stack_depth()
+    try:
+        yield
+    except Exception as error:
+        if get_dynamic_layer_stack_depth() == depth:
+            raise
+        begun = next(n for n in gm.graph.nodes if getattr(n.target, "__name__", "").endswith("_increment_nesting"))
+        raise UnsupportedGraphError(
+            f"the model uses torch.vmap, or another transform of functions, which cannot be traced here "
+            f"({source_line(begun)}): make what it makes (a block mask, say) outside of forward, or without it"
+        ) from error
+    finally:
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 class _Inlining(fx.Interpreter):

@@ -196,10 +196,16 @@ def _convex(nodes: set[fx.Node], inputs: Iterable[fx.Node]) -> bool:
 
 
 def _overlapping(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites that share nodes (two streams in one attention) together, others each for itself."""
+    """Sites that share nodes (two streams in one attention), or of which each reads what is made in the other (two
+    streams that read each other), together; others each for itself."""
+    needs = {s.index: ancestors(s.region) for s in sites}
+
+    def tied(a: Site, b: Site) -> bool:
+        return bool(a.region & b.region or (needs[a.index] & b.region and needs[b.index] & a.region))
+
     groups: list[list[Site]] = []
     for site in sites:
-        joined = [g for g in groups if any(site.region & other.region for other in g)]
+        joined = [g for g in groups if any(tied(site, other) for other in g)]
         groups = [g for g in groups if g not in joined] + [[*(s for g in joined for s in g), site]]
     return groups
 
@@ -236,20 +242,23 @@ def _segment(nodes: Iterable[fx.Node], order: dict[fx.Node, int], template: int,
 
 
 def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]) -> tuple[Segment, ...] | None:
-    """Blocks in graph order with the rest of the nodes in between, each as early as it can be. None where blocks are
-    entangled, so that no order of whole segments exists."""
+    """Blocks in graph order with the rest of the nodes between, as early as can be; what is made of a block and read by
+    none stands behind all, so that no range holds a final layer. None where no order of whole segments exists."""
     in_order = _sorted(blocks, order)
     if in_order is None:
         return None
     blocks = in_order
     level: dict[fx.Node, int] = {n: i + 1 for i, block in enumerate(blocks) for n in block.nodes}
     inside = set(level)
+    read = ancestors(n for block in blocks for n in block.inputs)
     glue: list[list[fx.Node]] = [[] for _ in range(len(blocks) + 1)]
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             level[node] = 0
         elif node.op != "output" and node not in inside:
             level[node] = max((level[i] for i in node.all_input_nodes), default=0)
+            if level[node] and node not in read:
+                level[node] = len(blocks)
             glue[level[node]].append(node)
     segments: list[Segment] = []
     count = len({b.template for b in blocks})

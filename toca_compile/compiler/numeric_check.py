@@ -100,7 +100,7 @@ def _random(example: Any, key: Any, generators: dict[torch.device, torch.Generat
     value = torch.randn(example.shape, dtype=wide, **made)
     if example.dim() > 1:
         # As trained weights are: what a wide layer makes of them stays within half precision.
-        value *= min(1.0, 2.0 * example.shape[-1] ** -0.5)
+        value *= min(1.0, 2.0 * max(example.shape[-1], 1) ** -0.5)
     value = value.to(example.dtype)
     if getattr(key, "kind", None) not in (State.SCORE, State.SOURCE_SCORE):
         return value

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx
 
 from toca_compile.ir.calls import tensors
 
+_TORCH = f"{Path(torch.__file__).parent}/"
 CAPTURED_AS = "toca_name"  # in a node's meta: its name in the captured graph, which copies of it keep
 
 
@@ -51,6 +53,7 @@ def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    lines = [line for line in lines if _TORCH not in line] or lines
     if not lines:
         return f"node {node.name}"
     path, number = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]

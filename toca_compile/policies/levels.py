@@ -13,34 +13,36 @@ from toca_compile.policies.when import EndAligned
 
 LEVELS = ("quality", "balanced", "fast", "max")
 
-# From so many steps of a run on: how many begin it computed, and one of how many is computed then, level by level.
-# Chosen on a trained DiT by the finished sample (benchmarks/results/levels.md): the fewer steps there are, the further
-# apart they lie, and the shorter the gap that a forecast can bridge. With 1 all are computed.
+# From so many steps of a run on, one of how many is computed after the warm-up, level by level; with 1 all are. Chosen
+# on a trained DiT by the finished sample (benchmarks/results/levels.md): the fewer steps there are, the further apart
+# they lie, and the shorter the gap that a forecast can bridge.
 _INTERVALS = (
-    (40, 3, (2, 3, 4, 6)),
-    (16, 2, (2, 3, 4, 5)),
-    (7, 2, (2, 2, 3, 4)),
-    (4, 1, (1, 1, 2, 2)),
-    (1, 1, (1, 1, 1, 1)),
+    (40, (2, 3, 4, 6)),
+    (16, (2, 3, 4, 5)),
+    (7, (2, 2, 3, 4)),
+    (4, (1, 1, 2, 2)),
+    (1, (1, 1, 1, 1)),
 )
+_WARMUP = 2  # the first steps decide the picture; a third brings anchors so near each other that a forecast overshoots
 
 
 @register
 @dataclass(frozen=True)
 class Level(CachingPolicy):
-    """A policy by name that fits the number of steps: the first steps are computed, and one of several counted back
-    from the last but one; on the others what all blocks add to the stream is forecast by Newton's polynomial of order
-    2 through the last computed steps (each site's output, where the blocks cannot be skipped as a whole).
+    """A policy by name that fits the number of steps: the first two steps are computed, and one of several counted
+    back from the last but one; on the others what all blocks add to the stream is forecast by Newton's polynomial of
+    order 2 through the last computed steps (each site's output, where the blocks cannot be skipped as a whole). Of how
+    many steps one is computed:
 
-    ========  ======  =========  ==========  ======  =====
-    steps     warmup  "quality"  "balanced"  "fast"  "max"
-    ========  ======  =========  ==========  ======  =====
-    40 on     3       2          3           4       6
-    16 to 39  2       2          3           4       5
-    7 to 15   2       2          2           3       4
-    4 to 6    1       all        all         2       2
-    below 4           all        all         all     all
-    ========  ======  =========  ==========  ======  =====
+    =========  =========  ==========  ======  =====
+    steps      "quality"  "balanced"  "fast"  "max"
+    =========  =========  ==========  ======  =====
+    40 on      2          3           4       6
+    16 to 39   2          3           4       5
+    7 to 15    2          2           3       4
+    4 to 6     all        all         2       2
+    below 4    all        all         all     all
+    =========  =========  ==========  ======  =====
 
     Args:
         name: of the level.
@@ -53,8 +55,8 @@ class Level(CachingPolicy):
     @property
     def when(self) -> EndAligned:
         """Which steps are computed."""
-        _, warmup, intervals = next(row for row in _INTERVALS if self.num_steps >= row[0])
-        return EndAligned(intervals[LEVELS.index(self.name)], warmup)
+        intervals = next(row for least, row in _INTERVALS if self.num_steps >= least)
+        return EndAligned(intervals[LEVELS.index(self.name)], _WARMUP)
 
     @property
     def choices(self) -> tuple[Composition, ...]:
