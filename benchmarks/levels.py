@@ -72,7 +72,7 @@ def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:
 
 def _cell(base: list[torch.Tensor], found: list[torch.Tensor], policy: Level | Composition) -> str:
     errors = [(a - b).square().mean().item() for a, b in zip(base, found, strict=True)]
-    mean = sum(10 * math.log10(4 / e) for e in errors) / len(errors)
+    mean = sum(10 * math.log10(4 / e) if e else math.inf for e in errors) / len(errors)
     return f"{mean:.1f} ({len(policy.full_steps())})"
 
 

@@ -12,6 +12,7 @@ from tests.models import PlainDiT, randomize
 from tests.pair import Pair
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa, TocaError
+from toca_compile.policies import Level
 
 
 def optimized(policy: Any, model: Any = None) -> Any:
@@ -89,13 +90,13 @@ def test_graphs_breaks_recompiles_and_warnings() -> None:
 
 
 def test_a_model_in_several_graphs_tells_why() -> None:
-    opt = optimized(ToCa(4, 2, 0.3, "constant"), Broken(depth=1))
+    opt = optimized(Level("quality", 4), Broken(depth=1))
     sample(opt, 4, noise())
     told = toca_compile.summary(opt)
     assert told.recompiles == 0
     assert len(told.breaks) == 2
     assert all("test_summary.py" in reason for reason in told.breaks)
-    assert any("token grid" in warning for warning in told.warnings)
+    assert any("nothing is cached" in warning for warning in told.warnings)
     assert "2 graph breaks" in str(told)
     assert "warning" in str(told)
 

@@ -15,6 +15,7 @@ from toca_compile.policies import Fora, preset
 from toca_compile.progress import working
 from toca_compile.quality.compare import Row, measure, print_table
 from toca_compile.quality.evaluation import Sampler
+from toca_compile.report.page import Shown
 
 GUIDANCE = 1.5
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -65,9 +66,10 @@ def sample(
     *,
     seed: int = 0,
     device: str = "cpu",
-    after_step: Callable[[int], None] = lambda i: None,
+    after_step: Callable[[int, Tensor], None] = lambda i, x: None,
 ) -> Tensor:
-    """DDIM with guidance, both halves of the pair in one batch; pictures ``[batch, 1, 28, 28]`` in [−1, 1]."""
+    """DDIM with guidance, both halves of the pair in one batch; pictures ``[batch, 1, 28, 28]`` in [−1, 1].
+    ``after_step`` is told a step's number and its latents, of the same shape."""
     config = model.config  # type: ignore[attr-defined]
     size, channels = config.sample_size, config.in_channels
     x = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -78,7 +80,7 @@ def sample(
             noise = model(torch.cat([x, x]), timestep=t.expand(2 * len(labels)), class_labels=pair).sample
             cond, uncond = noise.chunk(2)
             x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x, eta=0.0).prev_sample
-            after_step(i)
+            after_step(i, x)
     return x
 
 
@@ -112,39 +114,49 @@ def run(
 
     def sampler(net: Any) -> Callable[[Callable[[], None]], Tensor]:
         return lambda tick: sample(
-            net, scheduler, labels, steps, seed=seed, device=device, after_step=lambda _: tick()
+            net, scheduler, labels, steps, seed=seed, device=device, after_step=lambda *_: tick()
         )  # fmt: skip
 
     toca, fora = (
         optimize(model, p, lowering=lowering) for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3))
     )
+    plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
     rows = [
-        Row("uncached", sampler(torch.compile(model, dynamic=False) if lowering == "inductor" else model)),
+        Row("uncached", sampler(plain)),
         Row("ToCa ddim-50", sampler(toca), toca),
         Row("FORA N=3", sampler(fora), fora),
     ]
     measure(rows, repeats=repeats, device=device, ticks=steps, console=console)
-    counts = _recompute_counts(toca, scheduler, labels, steps, seed, device)
     print_table(console, rows, peak=2.0)
-    _write_pictures(out, rows, counts, labels)
-    console.print(f"pictures: {out}/samples.png, {out}/difference.png, {out}/recomputed.png")
+
+    def latents(net: Any, look: Callable[[], None] = lambda: None) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(_: int, x: Tensor) -> None:
+            seen.append(x)
+            look()
+
+        sample(net, scheduler, labels, steps, seed=seed, device=device, after_step=keep)
+        return seen
+
+    # Runs of their own, since looking costs time.
+    tokens: list[Tensor] = []
+    mlps = {s.name for s in explain(toca).sites if "partial" in s.actions}
+    cached = latents(toca, lambda: tokens.append(_computed(toca, mlps)))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(cached, latents(plain), strict=True)]
+    _write_pictures(out, rows, torch.stack(tokens).mean(0), labels)
+    side = round(len(tokens[0]) ** 0.5)
+    shown = Shown(cached[-1][0].cpu(), tokens, (side, side), {"ToCa ddim-50": errors})
+    explain(toca).save(out / "report.html", shown)
+    names = "samples.png", "difference.png", "recomputed.png", "report.html"
+    console.print(f"pictures and the report: {', '.join(f'{out}/{name}' for name in names)}")
     return rows
 
 
-def _recompute_counts(
-    model: OptimizedModel, scheduler: Any, labels: Tensor, steps: int, seed: int, device: str
-) -> Tensor:
-    """Share of steps in which a token was computed, mean over MLP sites and samples: ``[tokens]``. A run of its own,
-    since looking costs time."""
-    total: list[Tensor] = []
-
-    def look(_: int) -> None:
-        masks = [m.float().mean(0) for name, m in model.fresh_tokens().items() if name in mlps]
-        total.append(torch.stack(masks).mean(0).cpu())
-
-    mlps = {s.name for s in explain(model).sites if "partial" in s.actions}
-    sample(model, scheduler, labels, steps, seed=seed, device=device, after_step=look)
-    return torch.stack(total).mean(0)
+def _computed(model: OptimizedModel, mlps: set[str]) -> Tensor:
+    """How much of each token the last step computed, mean over MLP sites and samples: ``[tokens]``."""
+    masks = [mask.float().mean(0) for name, mask in model.fresh_tokens().items() if name in mlps]
+    return torch.stack(masks).mean(0).cpu()
 
 
 def _write_pictures(out: Path, rows: list[Row], counts: Tensor, labels: Tensor) -> None:
