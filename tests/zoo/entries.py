@@ -47,7 +47,7 @@ class Entry:
     """One configuration of a class.
 
     ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached;
-    ``unskipped``: of why blocks cannot be skipped.
+    ``unskipped``, ``unqueried``: of why blocks cannot be skipped, and why one of several graphs takes no queries.
     """
 
     config: Mapping[str, Any]
@@ -55,6 +55,7 @@ class Entry:
     sites: str = ""
     refused: str = ""
     unskipped: str = ""
+    unqueried: str = ""
 
     def at(self, step: int) -> dict[str, Any]:
         """What the model is called with at a step."""
@@ -82,7 +83,7 @@ ENTRIES: dict[str, Entry] = {
             head_dim=8, in_channels=12, audio_acoustic_hidden_dim=4, sliding_window=4),
         dict(hidden_states=x(2, 16, 4), timestep=t(2, top=0.9), timestep_r=t(2, top=0.9),
             encoder_hidden_states=c(2, 5, 16), context_latents=c(2, 16, 8)),
-        "4 partial, 1 queries, 1 reuse",
+        "4 partial, 2 queries",
     ),
     "AllegroTransformer3DModel": Entry(
         HEADS | dict(num_layers=1, cross_attention_dim=16, sample_width=8, sample_height=8, sample_frames=8,
@@ -147,7 +148,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(in_channels=4, out_channels=4, time_embed_dim=4, text_embed_dim=12, num_layers=1, sample_width=6,
             sample_height=4, sample_frames=5, max_text_seq_length=5, use_rotary_positional_embeddings=True),
         dict(hidden_states=x(1, 2, 4, 4, 6), timestep=t(1), **TEXT, image_rotary_emb=(c(12, 8), c(12, 8))),
-        "1 partial, 2 reuse",
+        "1 partial, 2 queries",
     ),
     "CogView3PlusTransformer2DModel": Entry(
         HEADS | dict(in_channels=4, out_channels=4, num_layers=2, text_embed_dim=12, time_embed_dim=8, condition_dim=2,
@@ -159,7 +160,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(in_channels=4, out_channels=4, num_layers=2, text_embed_dim=12, time_embed_dim=8, condition_dim=4,
             rope_axes_dim=(8, 8)),
         dict(hidden_states=x(1, 4, 8, 8), timestep=t(1), **TEXT, **SIZES),
-        "3 partial, 3 reuse",
+        "3 partial, 3 queries",
     ),
     "ConsisIDTransformer3DModel": Entry(
         HEADS | dict(in_channels=4, out_channels=4, time_embed_dim=4, text_embed_dim=12, num_layers=2, sample_width=6,
@@ -206,13 +207,13 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, mmdit_layers=1, num_layers=2,
             text_embed_dim=12, time_embed_dim=8, sample_height=8, sample_width=8),
         VIDEO | dict(hidden_states=x(1, 4, 2, 8, 8)),
-        "3 partial, 3 reuse",
+        "3 partial, 3 queries",
     ),
     "ErnieImageTransformer2DModel": Entry(
         dict(hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=24, in_channels=4, out_channels=4,
             patch_size=1, text_in_dim=12, rope_axes_dim=(4, 2, 2)),
         dict(hidden_states=x(1, 4, 4, 4), timestep=t(1, top=0.9), text_bth=c(1, 5, 12), text_lens=torch.tensor([5])),
-        "1 partial, 1 reuse",
+        "1 partial, 1 queries",
     ),
     "Flux2Transformer2DModel": Entry(
         HEADS | dict(in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=12,
@@ -245,7 +246,7 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_states=x(1, 4, 8, 8), timestep=t(1), **TEXT, prior_token_id=torch.arange(16)[None],
             prior_token_drop=torch.zeros(1, 16, dtype=torch.bool), target_size=torch.tensor([[8.0, 8.0]]),
             crop_coords=torch.zeros(1, 2)),
-        refused="the model changes its input .* in place",
+        refused="torch.compile split it into . graphs",
     ),
     "HeliosTransformer3DModel": Entry(
         {k: v for k, v in WAN.items() if k != "rope_max_seq_len"} | dict(num_layers=1, attention_head_dim=12,
@@ -278,7 +279,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
             patch_size=(1, 1), text_embed_dim=12, rope_axes_dim=(4, 4)),
         dict(hidden_states=x(1, 4, 4, 4), timestep=t(1, top=900.0), **TEXT, encoder_attention_mask=torch.ones(1, 5)),
-        "3 partial, 3 queries",
+        "4 partial, 3 queries",
     ),
     "HunyuanVideo15Transformer3DModel": Entry(
         {k: v for k, v in HUNYUAN.items() if k not in ("num_single_layers", "pooled_projection_dim")} |
@@ -295,12 +296,12 @@ ENTRIES: dict[str, Entry] = {
             indices_latents_clean=torch.ones(1), latents_history_2x=c(1, 4, 2, 4, 6),
             indices_latents_history_2x=torch.ones(2), latents_history_4x=c(1, 4, 4, 4, 6),
             indices_latents_history_4x=torch.ones(4)),
-        "3 partial, 3 queries",
+        "4 partial, 3 queries", unqueried="aten.cat.default rearranges the tokens",
     ),
     "HunyuanVideoTransformer3DModel": Entry(
         HUNYUAN | dict(guidance_embeds=True),
         VIDEO | dict(encoder_attention_mask=MASK, pooled_projections=c(1, 6), guidance=torch.tensor([4.0])),
-        "3 partial, 3 queries",
+        "4 partial, 3 queries",
     ),
     "Ideogram4Transformer2DModel": Entry(
         HEADS | dict(in_channels=4, num_layers=1, intermediate_size=24, adaln_dim=8, llm_features_dim=12,
@@ -372,7 +373,7 @@ ENTRIES: dict[str, Entry] = {
             cross_attention_dim=16, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
             num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, video_length=3),
         dict(hidden_states=x(1, 4, 3, 8, 8), timestep=t(1), **TEXT),
-        "4 partial, 1 reuse",
+        "4 partial, 1 queries",
     ),
     "LongCatAudioDiTTransformer": Entry(
         dict(dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=12, latent_dim=4, text_conv=False),
@@ -420,20 +421,20 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(in_channels=4, condition_dim=12, num_layers=1, ff_inner_dim=24, rotary_dim=4,
             fourier_embedding_dim=8),
         dict(hidden_states=x(1, 4, 16), encoder_hidden_states=c(1, 16, 12), timestep=t(1, top=0.9)),
-        "1 partial, 1 queries",
+        "1 partial, 1 queries, 2 reuse",
     ),
     "MochiTransformer3DModel": Entry(
         HEADS | dict(num_layers=1, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4,
             max_sequence_length=5),
         VIDEO | dict(encoder_hidden_states=c(1, 5, 16), encoder_attention_mask=MASK.bool()),
-        refused="split it into several graphs: Dynamic shape operator",
+        "1 partial",
     ),
     "MotifVideoTransformer3DModel": Entry(
         dict(num_attention_heads=2, attention_head_dim=12, in_channels=9, out_channels=4, num_layers=1,
             num_single_layers=1, num_decoder_layers=0, patch_size=1, patch_size_t=1, text_embed_dim=12,
             image_embed_dim=4, rope_axes_dim=(4, 4, 4)),
         VIDEO | dict(hidden_states=x(1, 9, 2, 4, 4)),
-        "2 partial, 2 queries",
+        "3 partial, 2 queries",
     ),
     "NucleusMoEImageTransformer2DModel": Entry(
         HEADS | ROPE | dict(attention_head_dim=24, axes_dims_rope=(8, 8, 8), in_channels=4, out_channels=4,
@@ -447,7 +448,7 @@ ENTRIES: dict[str, Entry] = {
             capacity_factors=[8.0, 8.0]),
         dict(hidden_states=x(1, 16, 4), **TEXT, encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long),
             timestep=t(1, top=0.9), img_shapes=[(1, 4, 4)]),
-        "1 queries, 1 reuse",
+        "1 partial, 1 queries",
     ),
     "OmniGenTransformer2DModel": Entry(
         dict(in_channels=4, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
@@ -484,7 +485,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | ROPE | dict(in_channels=4, out_channels=4, num_layers=2, context_in_dim=12),
         dict(hidden_states=x(1, 16, 4), **TEXT, timestep=t(1, top=0.9), img_shapes=[[(1, 4, 4)]],
             img_mask=torch.tensor([[False] * 5 + [True] * 4])),
-        refused="the model changes its input .* in place",
+        refused="torch.compile split it into . graphs",
     ),
     "QwenImageTransformer2DModel": Entry(
         HEADS | ROPE | dict(in_channels=4, out_channels=1, num_layers=2, joint_attention_dim=12),
@@ -500,7 +501,7 @@ ENTRIES: dict[str, Entry] = {
         dict(bb_ca=x(1, 12, 3), local_latents=x(1, 12, 4), bb_ca_time=t(1, top=0.9), local_latents_time=t(1, top=0.9),
             padding_mask=torch.ones(1, 12, dtype=torch.bool), token_type=torch.zeros(1, 12, dtype=torch.long),
             conditioning=dict(is_in_context_conditioning=torch.zeros(1, 12), supports_local_latent=torch.ones(1, 12))),
-        "7 partial, 2 reuse",
+        "7 partial, 1 queries, 1 reuse",
     ),
     "SD3Transformer2DModel": Entry(
         HEADS | dict(sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=12,
@@ -551,7 +552,7 @@ ENTRIES: dict[str, Entry] = {
             cross_attention_dim=8, time_proj_dim=8, global_states_input_dim=6, cross_attention_input_dim=12),
         dict(hidden_states=x(1, 4, 16), **TEXT, timestep=t(1, top=0.9), global_hidden_states=c(1, 1, 6),
             rotary_embedding=(c(17, 4), c(17, 4))),
-        "2 partial, 1 queries",
+        "2 partial, 1 queries, 2 reuse",
     ),
     "T5FilmDecoder": Entry(
         dict(input_dims=6, targets_length=16, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24),
