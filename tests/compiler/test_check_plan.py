@@ -232,9 +232,12 @@ def test_a_long_plan_is_laid_out_in_a_time_that_its_steps_are_in_proportion_to()
     sample(opt, 1, noise(1))
 
     def seconds(steps: int) -> float:
-        start = time.process_time()
-        opt.policy = Fora(steps, 2)
-        return time.process_time() - start
+        taken = []
+        for more in range(3):  # the least: a collection of garbage belongs to neither
+            start = time.process_time()
+            opt.policy = Fora(steps + more, 2)
+            taken.append(time.process_time() - start)
+        return min(taken)
 
     seconds(100)
     assert seconds(4000) < 40 * seconds(400)
