@@ -18,7 +18,7 @@ import torch
 import toca_compile
 from tests.pipelines import run
 from tests.pipelines.builders import TABLE, follow, kinds, made
-from toca_compile import BlockCache, Fora, FullCompute, NoSiteError, TaylorSeer, ToCa
+from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa
 from toca_compile.diffusers import optimized_components
 from toca_compile.ir.plan import Policy
 
@@ -43,11 +43,6 @@ STEPS = {
     "Wan 2.2 I2V": (4, 2),
 }
 TWO_PASSES = {"Chroma", "QwenImage", "Lumina2", "Wan", "Wan I2V", "Wan 2.2", "Wan 2.2 I2V"}
-
-REFUSED = {
-    "Mochi": "attention picks text tokens by the mask's values (nonzero), so torch.compile splits the model inside "
-    "each attention, and no graph has both an attention and the branch around it",
-}
 
 
 def cache_bytes(pipe: Any) -> int:
@@ -82,10 +77,7 @@ def interrupted(pipe: Any, call: dict[str, Any], step: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(raises=NoSiteError, reason=REFUSED[name]) if name in REFUSED else ())
-        for name in TABLE
-    ],
+    [name for name in TABLE],
 )
 def test_a_pipeline(name: str) -> None:
     pipe, call = made(name)
