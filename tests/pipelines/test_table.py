@@ -75,10 +75,7 @@ def interrupted(pipe: Any, call: dict[str, Any], step: int) -> torch.Tensor:
     return run(pipe, call, CALLS, callback_on_step_end=interrupt)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in TABLE],
-)
+@pytest.mark.parametrize("name", TABLE)
 def test_a_pipeline(name: str) -> None:
     pipe, call = made(name)
     has_callback = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters and hasattr(pipe, "interrupt")
