@@ -8,7 +8,7 @@ steps counted from the start, and a last step that is computed.
 """
 
 import argparse
-import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from toca_compile.demo import fashion_dit
 from toca_compile.ir.plan import Policy
 from toca_compile.policies import LEVELS, Composition, Every, FullCompute, Level, Listed, Rule, SkipBlocks
 from toca_compile.policies.schedules import end_aligned_steps
+from toca_compile.quality.metrics import psnr
 
 
 def main() -> None:
@@ -71,8 +72,7 @@ def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:
 
 
 def _cell(base: list[torch.Tensor], found: list[torch.Tensor], policy: Level | Composition) -> str:
-    errors = [(a - b).square().mean().item() for a, b in zip(base, found, strict=True)]
-    mean = sum(10 * math.log10(4 / e) if e else math.inf for e in errors) / len(errors)
+    mean = statistics.mean(psnr(a, b) for a, b in zip(base, found, strict=True))
     return f"{mean:.1f} ({len(policy.full_steps())})"
 
 

@@ -1,5 +1,6 @@
 """Short samplings step by step, at times of one's own."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.sampling import noise
-from toca_compile import ToCa
+from toca_compile import FullCompute, ToCa
 
 STEPS = 8
 POLICY = ToCa(num_steps=STEPS, interval=4, fresh_ratio=0.3, schedule="constant")
@@ -37,3 +38,25 @@ def called(opt: Any) -> Any:
     """The model after two steps."""
     steps(opt, noise(), TIMES[:2])
     return opt
+
+
+@torch.no_grad()
+def same_as_dense(
+    model: nn.Module, policies: Sequence[Any], inputs: Sequence[tuple[Any, ...]], look: Callable[[Any], None]
+) -> Any:
+    """Full steps are the model, bit by bit. Under each policy a restricted graph is its dense meaning at changing
+    ``inputs``, one a step, after which ``look`` may look at it; and the plain model at inputs that stay. Returns the
+    optimised model."""
+    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
+    plain = model(*inputs[0])
+    assert torch.equal(eager(*inputs[0]), plain)
+    for policy in policies:
+        eager.policy = dense.policy = policy
+        for given in inputs:
+            torch.testing.assert_close(eager(*given), dense(*given), rtol=1e-4, atol=1e-4)
+        look(eager)
+        eager.reset()
+        for _ in inputs:
+            torch.testing.assert_close(eager(*inputs[0]), plain, rtol=1e-4, atol=1e-4)
+    return eager

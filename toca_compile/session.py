@@ -22,7 +22,6 @@ from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
-from toca_compile.policies.levels import Level
 from toca_compile.policies.storage import checked_policy
 from toca_compile.progress import working
 from toca_compile.runtime.executor import FOLLOWED, Executor
@@ -185,12 +184,8 @@ class Session:
                 f"all {len(computed)} steps of a run are computed under {policy}, so nothing is cached: a run this "
                 "short leaves nothing out, or take a policy that does"
             )
-        elif isinstance(policy, Level):
-            what = "what all blocks add to the stream" if plan.skipped else "the output of each site"
-            self.warn_once(
-                f"level {policy.name!r} in a run of {len(computed)} steps: {sum(computed)} are computed, on the others "
-                f"{what} is forecast"
-            )
+        elif hasattr(policy, "meaning"):
+            self.warn_once(policy.meaning(plan, sum(computed)))
 
     def _explain_choices(self, program: Program, plan: Plan) -> None:
         assert program.types is not None

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 import toca_compile
 from tests.models import randomize, timestep_features
+from tests.runs import same_as_dense
 from toca_compile import (
     Composition,
     DuCa,
     Fora,
-    FullCompute,
     PassError,
     PolicyError,
     TaylorToCa,
@@ -133,20 +133,11 @@ OTHERS: dict[str, Any] = {
 def check(model: nn.Module, policies: Sequence[Any], make: Inputs = inputs, partial: bool = True) -> Any:
     """The restricted graph is its dense meaning at changing inputs, and the plain model at inputs that stay. Returns
     the optimised model."""
-    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
-    with torch.no_grad():
-        plain = model(*make(0))
-        assert torch.equal(eager(*make(0)), plain)
-        for policy in policies:
-            eager.policy = dense.policy = policy
-            for i in range(STEPS):
-                torch.testing.assert_close(eager(*make(i)), dense(*make(i)), rtol=1e-4, atol=1e-4)
-            assert not partial or any("partial" in s.kind for s in eager.steps)
-            eager.reset()
-            for _ in range(STEPS):
-                torch.testing.assert_close(eager(*make(0)), plain, rtol=1e-4, atol=1e-4)
-    return eager
+
+    def look(eager: Any) -> None:
+        assert not partial or any("partial" in s.kind for s in eager.steps)
+
+    return same_as_dense(model, policies, [make(i) for i in range(STEPS)], look)
 
 
 # -- what queries read whole ------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
 from tests.models import randomize
-from toca_compile import Composition, FullCompute, ToCa
+from tests.runs import same_as_dense
+from toca_compile import Composition, ToCa
 from toca_compile.compiler.cost import K
 from toca_compile.lowerings import LOWERINGS
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
@@ -46,20 +47,13 @@ def inputs(i: int) -> tuple[Tensor, ...]:
 def check(model: nn.Module, policies: Sequence[Any], make: Inputs = inputs) -> list[toca_compile.report.SiteReport]:
     """Full steps are the model, bit by bit; others are as the module says. Returns the sites."""
     model = randomize(model)
-    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
-    plain = model(*make(0))
-    assert torch.equal(eager(*make(0)), plain)
-    for policy in policies:
-        eager.policy = dense.policy = policy
-        for i in range(STEPS):
-            torch.testing.assert_close(eager(*make(i)), dense(*make(i)), rtol=1e-4, atol=1e-4)
+
+    def look(eager: Any) -> None:
         masks = eager.fresh_tokens().values()
         assert any(0 < mask.float().mean() < 1 for mask in masks)
         assert all(set(mask.sum(1).tolist()) <= {0, mask.shape[1] // 2, mask.shape[1]} for mask in masks)
-        eager.reset()
-        for _ in range(STEPS):
-            torch.testing.assert_close(eager(*make(0)), plain, rtol=1e-4, atol=1e-4)
+
+    eager = same_as_dense(model, policies, [make(i) for i in range(STEPS)], look)
     return list(toca_compile.explain(eager).sites)
 
 

@@ -144,7 +144,7 @@ class Policy(Protocol):
     calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
     alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
     as it is, however many steps the run has. One with ``choices``, a sequence of policies, is each graph's first among
-    them that the graph can follow.
+    them that the graph can follow; one with ``meaning(plan, computed) -> str`` says once what it made of a run.
     """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:

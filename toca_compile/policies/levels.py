@@ -73,3 +73,11 @@ class Level(CachingPolicy):
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         return self.choices[0].plan(sites)
+
+    def meaning(self, plan: Plan, computed: int) -> str:
+        """What a graph makes of it, as a sentence. ``computed``: how many steps are."""
+        what = "what all blocks add to the stream" if plan.skipped else "the output of each site"
+        return (
+            f"level {self.name!r} in a run of {len(plan.steps)} steps: {computed} are computed, on the others {what} "
+            "is forecast"
+        )

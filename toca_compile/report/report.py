@@ -273,10 +273,6 @@ class Report:
         runs = enumerate(self._session.control.runs)
         return {(number, *name): buffer for number, run in runs for name, buffer in run.buffers.items()}
 
-    def fresh_tokens(self) -> dict[str, torch.Tensor]:
-        """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
-        return {name: mask for g in self._graphs for name, mask in g.executor.fresh_tokens().items()}
-
     def _cost(self, graph: int, counting: str = "published") -> CostModel:
         """The cost model of a graph, made once: it remembers what each node costs."""
         if (graph, counting) not in self._models:
