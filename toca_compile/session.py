@@ -225,7 +225,8 @@ class Session:
         if asked and all(why for _, why in asked):
             site, why = asked[0]
             self.warn_once(
-                f"the policy computes some of the tokens, and no site can: {site.name} {why}; all are reused"
+                f"the policy computes some of the tokens, and in this graph no site can: {site.name} {why}; all are "
+                "reused"
             )
 
 
