@@ -72,6 +72,8 @@ def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:
 
 
 def _cell(base: list[torch.Tensor], found: list[torch.Tensor], policy: Level | Composition) -> str:
+    if all(torch.equal(a, b) for a, b in zip(base, found, strict=True)):
+        return f"the model itself ({len(policy.full_steps())})"
     mean = statistics.mean(psnr(a, b) for a, b in zip(base, found, strict=True))
     return f"{mean:.1f} ({len(policy.full_steps())})"
 
