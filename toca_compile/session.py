@@ -17,10 +17,9 @@ from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, Policy
 from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
-from toca_compile.ir.program import Program
+from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
-from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
 from toca_compile.policies.storage import checked_policy
 from toca_compile.progress import working
@@ -51,7 +50,7 @@ class Session:
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
         self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
         self.applied = policy  # what runs that begin follow
-        self._plans: list[tuple[Policy, dict[int, Plan]]] = []  # of policies, by graph
+        self._plans: list[tuple[Policy, dict[int, GraphPlan]]] = []  # of policies, by graph
         self.lowering = lowering
         self._lower = find_lowering(lowering)
         self.control = StepControl(self.warn_once)
@@ -97,18 +96,17 @@ class Session:
             executor.set_plan(plan)
         self.applied = policy
 
-    def _plan(self, policy: Policy, number: int, program: Program) -> Plan:
+    def _plan(self, policy: Policy, number: int, program: Program) -> GraphPlan:
         """What a policy plans for a graph, checked, and said what the user should know of it; made once."""
         plans = next((plans for known, plans in self._plans if known == policy), None)
         if plans is None:
             plans = {}
             self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
         if number not in plans:
-            plan = check_plan(policy, program, self.warn_once)
-            self._say_what_it_means(policy, plan)
-            self._explain_choices(program, plan)
+            checked = plans[number] = check_plan(policy, program, self.warn_once)
+            self._say_what_it_means(policy, checked.plan)
+            self._explain_choices(program, checked)
             self._explain_refusals(policy, program)
-            plans[number] = plan
         return plans[number]
 
     def compile(self, graph: fx.GraphModule, static_inputs: tuple[bool, ...], inputs: Sequence[Any]) -> Executor:
@@ -187,15 +185,16 @@ class Session:
         elif hasattr(policy, "meaning"):
             self.warn_once(policy.meaning(plan, sum(computed)))
 
-    def _explain_choices(self, program: Program, plan: Plan) -> None:
+    def _explain_choices(self, program: Program, checked: GraphPlan) -> None:
         assert program.types is not None
-        found = find_range(program, plan.skipped, plan.skip) if plan.skipped and plan.skip.residual else None
-        for node, entry in zip(found.outputs, found.entries, strict=True) if found is not None else ():
-            if entry is None:
+        plan = checked.plan
+        for stream in checked.range.streams if checked.range is not None and plan.skip.residual else ():
+            if stream.entry is None:
                 self.warn_once(
-                    f"the stream that the blocks to skip end in ({source_line(node)}) is none of those that enter "
-                    "them: it is joined between the blocks. A step that skips them reuses or forecasts the stream "
-                    "itself, and not what the blocks add to it; to keep that, skip those behind it alone (first=…)"
+                    f"the stream that the blocks to skip end in ({source_line(stream.output)}) is none of those that "
+                    "enter them: it is joined between the blocks. A step that skips them reuses or forecasts the "
+                    "stream itself, and not what the blocks add to it; to keep that, skip those behind it alone "
+                    "(first=…)"
                 )
         partial = [s for s in program.sites if plan.selects(s.index)]
         rule = plan.selector.rule

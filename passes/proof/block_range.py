@@ -9,7 +9,7 @@ from torch import fx
 from toca_compile.errors import PolicyError
 from toca_compile.ir.graph import ancestors, operand_nodes, source_line, value_of
 from toca_compile.ir.plan import Skip
-from toca_compile.ir.program import BlockRange, Entry, Program
+from toca_compile.ir.program import BlockRange, Entry, Program, Stream
 from toca_compile.ir.types import AxisTypes, Site, Type
 
 aten = torch.ops.aten
@@ -48,13 +48,10 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     for node in outputs:
         if not any(f in tokens for dim in program.types.type_of(node) for f in dim):
             raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
-    entries = tuple(
-        _entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs
-    )  # fmt: skip
-    probe = None
-    if skip.threshold is not None:
-        probe = _probe(program, first, sources)
-    return BlockRange(first, last, outputs, entries, probe)
+    entries = [_entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs]
+    numbered = enumerate(zip(outputs, entries, strict=True), len(program.sites))
+    probe = _probe(program, first, sources) if skip.threshold is not None else None
+    return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
 
 
 def _residual(site: Site) -> fx.Node:

@@ -11,6 +11,8 @@ from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, TaylorSeer, ToCa, TocaError
 from toca_compile.compiler.variants import ProgramVariants
+from toca_compile.ir.plan import Plan
+from toca_compile.ir.program import Form, Segment, StandIn, Variant
 from toca_compile.lowerings import inductor
 
 
@@ -69,3 +71,28 @@ def test_inductor_compiles_nothing_in_a_step() -> None:
     before = inductor.compiles
     sample(opt, 6, inputs()[0])
     assert inductor.compiles == before
+
+
+def test_skipped_blocks_are_compiled_once_for_all_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = optimized(BlockCache(6, first=1, threshold=0.05))
+    sample(opt, 6, inputs()[0])
+    sample(opt, 6, inputs()[0])
+    opt.compile(*inputs())
+    names = {name for name in toca_compile.explain(opt).graphs() if name.startswith("blocks")}
+    assert names == {"blocks[keep change]", "blocks[keep]", "blocks[skip]", "blocks[probe]"}
+    compiled: list[Segment] = []
+    build = ProgramVariants.build
+
+    def recorded(self: ProgramVariants, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        compiled.append(segment)
+        return build(self, segment, forms, plan)
+
+    monkeypatch.setattr(ProgramVariants, "build", recorded)
+    opt.policy = BlockCache(6, first=1, threshold=0.5, limit=2)
+    sample(opt, 6, inputs()[0])
+    assert not compiled
+    opt.policy = BlockCache(6, first=0, interval=2)
+    sample(opt, 6, inputs()[0])
+    assert {segment.does for segment in compiled if isinstance(segment, StandIn)} == {"keep", "skip"}
+    texts = toca_compile.explain(opt).graphs()  # of the plan that is followed
+    assert {name for name in texts if name.startswith("blocks")} == {"blocks[keep]", "blocks[skip]"}

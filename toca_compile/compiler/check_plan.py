@@ -12,14 +12,14 @@ from toca_compile.ir.actions import Action
 from toca_compile.ir.fields import MAX_STEPS, accept, checked, told
 from toca_compile.ir.plan import Plan, Policy, StepPlan, step_kind
 from toca_compile.ir.precision import rounding_error, unusable
-from toca_compile.ir.program import Program
+from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Site, StepKind
 from toca_compile.passes.proof.block_range import find_range
 
 _COARSE = 0.01  # relative error from which on a cache's dtype is worth a warning
 
 
-def check_plan(policy: Policy, program: Program, warn: Callable[[str], None]) -> Plan:
+def check_plan(policy: Policy, program: Program, warn: Callable[[str], None]) -> GraphPlan:
     """The policy's plan for the sites of a graph.
 
     Args:
@@ -38,7 +38,7 @@ def check_plan(policy: Policy, program: Program, warn: Callable[[str], None]) ->
     return _checked(last, program, warn)
 
 
-def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> Plan:
+def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> GraphPlan:
     plan = _planned(policy, program.sites)
     made: dict[int, int] = {}  # of each site that is written, how many differences
     good: set[tuple[int, int, int | None]] = set()  # what was asked already: a plan says the same thing many times
@@ -62,10 +62,9 @@ def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> P
     if any({j for j, a in enumerate(step.sites) if a.by_blocks} not in (set(), skipped)
            for step in plan.steps):  # fmt: skip
         raise PolicyError("all steps that skip blocks must skip the same ones")
-    if skipped:
-        find_range(program, skipped, plan.skip)
+    found = find_range(program, skipped, plan.skip) if skipped else None
     _check_dtypes(plan, program, warn)
-    return plan
+    return GraphPlan(plan, found)
 
 
 def _planned(policy: Policy, sites: Sequence[Site]) -> Plan:

@@ -1,8 +1,7 @@
-"""Variants: a segment and what its sites do, to a callable: built, verified, lowered and kept. So are the graphs that
-stand in for a skipped range."""
+"""Variants: a segment and what its sites do, to a callable: built, verified and lowered."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,19 +11,17 @@ from toca_compile.compiler import numeric_check
 from toca_compile.compiler.trace import show
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, Selector, Skip
+from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.printer import print_variant, variant_name
-from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
+from toca_compile.ir.program import Form, Program, Segment, StandIn, Stream, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import Lowering
-from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.rewrite import rewrite
-from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer, range_values
-from toca_compile.progress import working
+from toca_compile.passes.variants.skip_range import stand_in
 from toca_compile.runtime.cache_state import like_buffer
-from toca_compile.runtime.skipping import Graph, Skipping
+from toca_compile.runtime.executor import Graph
 
 Checked = dict[tuple[int, tuple[Form, ...]], float]
 
@@ -53,17 +50,22 @@ class ProgramVariants:
             LoweringError: the machine cannot compile.
         """
         variant = self.build(segment, forms, plan)
-        name = variant_name(segment.template, forms)
+        name = variant_name(segment.kind, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
         examples = [_example(segment.inputs[i]) for i in variant.values]
-        sites = [self.program.sites[i] for i in segment.sites]
-        examples += [self._slot(slot, sites, forms, plan.selector) for slot in variant.slots]
+        examples += [self._slot(slot, self._owners(segment), forms, plan.selector) for slot in variant.slots]
         return self.lower(variant, examples), variant.values, variant.slots
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """The rewritten graph of a segment, checked against what it stands for."""
         program = self.program
         assert program.types is not None
+        if isinstance(segment, StandIn):
+            variant = stand_in(segment, forms)
+            self._propagate(variant, segment, forms, plan.selector)
+            if segment.outputs:  # what a probe tells is no value of the graph
+                verify_variant(variant, segment)
+            return variant
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
         exemplar = next(s for s in program.segments if s.template == segment.template)
         sites = [program.sites[i] for i in exemplar.sites]
@@ -81,13 +83,6 @@ class ProgramVariants:
             self.checked[exemplar.template, forms] = time.perf_counter() - began
         return variant
 
-    def skipping(self, plan: Plan, place: Mapping[fx.Node, int]) -> Skipping | None:
-        """What stands in for the blocks that a plan skips; None where it skips none."""
-        if not plan.skipped:
-            return None
-        found = find_range(self.program, plan.skipped, plan.skip)
-        return Skipping(found, plan.skip, place, _RangeGraphs(found, plan.skip, self.lower))
-
     def _is_due(self, segment: Segment, sites: list[Site], forms: tuple[Form, ...]) -> bool:
         """Whether a variant that computes rows is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
         asked = numeric_check.wanted()
@@ -97,56 +92,32 @@ class ProgramVariants:
         first = not any(template == segment.template for template, _ in self.checked)
         return first or asked is numeric_check.Checks.ALL
 
-    def _slot(self, slot: Slot, sites: Sequence[Site], forms: Sequence[Form], selector: Selector) -> Any:
+    def _owners(self, segment: Segment) -> Sequence[Site | Stream]:
+        """Whose slots its variants have, by position."""
+        if isinstance(segment, StandIn):
+            return segment.owners
+        return [self.program.sites[i] for i in segment.sites]
+
+    def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: Selector) -> Any:
         """A fake buffer, or a number that could be one: some K, some step."""
-        site, keep = sites[slot.position], forms[slot.position].keep
+        owner, keep = owners[slot.position], forms[slot.position].keep
         if isinstance(slot.kind, State):
-            return like_buffer(slot.kind, slot.index, site, keep, self.program, selector)
-        return max(1, site.axis.size // 2) if slot.kind is Number.K else 3
+            return like_buffer(slot.kind, slot.index, owner, keep, self.program, selector)
+        return max(1, owner.axis.size // 2) if slot.kind is Number.K and isinstance(owner, Site) else 3
 
     def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: Selector) -> None:
         """Give every node of a variant its value, as fake tensors, with some K."""
         examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
-        sites = [self.program.sites[i] for i in exemplar.sites]
-        examples += [self._slot(slot, sites, forms, selector) for slot in variant.slots]
+        examples += [self._slot(slot, self._owners(exemplar), forms, selector) for slot in variant.slots]
         modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
         with modes.pop() if modes else torch.no_grad():
             _Propagate(variant.module).run(*examples)
 
 
-class _RangeGraphs:
-    """The graphs of one range, each compiled when it is first asked for."""
-
-    def __init__(self, found: BlockRange, skip: Skip, lower: Lowering) -> None:
-        self.found, self.skip, self.lower = found, skip, lower
-        self._graphs: dict[str, Graph] = {}
-
-    def values(self, name: str) -> tuple[fx.Node, ...]:
-        return range_values(self.found, name)
-
-    def ready(self, name: str) -> bool:
-        return name in self._graphs
-
-    def compiled(self, name: str) -> Graph:
-        if name not in self._graphs:
-            variant = GRAPHS[name](self.found, self.skip)
-            values = self.values(name)
-            examples: list[Any] = [_example(values[i], computed=True) for i in variant.values]
-            for slot in variant.slots:
-                buffer = isinstance(slot.kind, State)
-                examples.append(self.buffer(slot.kind, slot.position, slot.index) if buffer else 3)  # type: ignore[arg-type]
-            with working(f"compiling what stands in for skipped blocks: {name}"):
-                self._graphs[name] = self.lower(variant, examples), variant.values, variant.slots
-        return self._graphs[name]
-
-    def buffer(self, kind: State, position: int, index: int) -> torch.Tensor:
-        return range_buffer(kind, position, index, self.found, self.skip)
-
-
-def _example(node: fx.Node, *, computed: bool = False) -> Any:
+def _example(node: fx.Node) -> Any:
     """A fake tensor as the graph will see the value: inputs as they are, what segments compute contiguous."""
     value = value_of(node)
-    given = node.op in ("placeholder", "get_attr") and not computed
+    given = node.op in ("placeholder", "get_attr")
     return value if given or not isinstance(value, torch.Tensor) else value.new_empty(value.shape)
 
 

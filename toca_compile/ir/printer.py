@@ -12,7 +12,7 @@ from torch import fx
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, value_of
 from toca_compile.ir.names import Names
-from toca_compile.ir.program import BlockRange, Form, Program, Segment, Variant
+from toca_compile.ir.program import Form, Program, Segment, StandIn, Variant
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Site, Type
 
@@ -60,9 +60,9 @@ def done(action: Form) -> str:
     return str(action)
 
 
-def variant_name(template: int, actions: Sequence[Form]) -> str:
-    """A variant as it is called in reports and logs: ``template1[reuse; rows]``."""
-    return f"template{template}[{'; '.join(map(done, actions))}]"
+def variant_name(kind: int | Segment, actions: Sequence[Form]) -> str:
+    """A variant as it is called in reports and logs: ``template1[reuse; rows]``, or ``blocks[skip]``."""
+    return f"blocks[{kind.does}]" if isinstance(kind, StandIn) else f"template{kind}[{'; '.join(map(done, actions))}]"
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
@@ -70,21 +70,17 @@ def variant_name(template: int, actions: Sequence[Form]) -> str:
 
 def print_variant(variant: Variant, program: Program, segment: Segment, actions: Sequence[Form]) -> str:
     """The rewritten graph of ``segment``, with its inputs, its slots and what each of its sites does."""
-    names, sites = Names(program), [program.sites[i] for i in segment.sites]
+    names = Names(program)
+    if isinstance(segment, StandIn):
+        owners = [_Owner(s.name, (names.types.type_of(s.output),)) for s in segment.owners]
+        head = f"// {segment.does} segments {segment.range.first} to {segment.range.last - 1}"
+        return _Typed(names, {}, {}).text(head, variant, segment.inputs, owners)
+    sites = [program.sites[i] for i in segment.sites]
     does = "; ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
     owners = [_Owner(s.name, _buffer_types(s, program, names)) for s in sites]
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
     typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)
     return typed.text(f"// template {segment.template}: {does}", variant, segment.inputs, owners)
-
-
-def print_range(name: str, variant: Variant, program: Program, found: BlockRange) -> str:
-    """A graph that stands in for a range of blocks: one to ``"keep"`` it, to ``"skip"`` it or to ``"probe"``."""
-    names = Names(program)
-    inputs = {"keep": (*found.inputs, *found.outputs), "skip": found.inputs}.get(name, found.probe or ())
-    owners = [_Owner(n.name, (names.types.type_of(n),)) for n in found.outputs]
-    head = f"// {name} segments {found.first} to {found.last - 1}"
-    return _Typed(names, {}, {}).text(head, variant, tuple(dict.fromkeys(inputs)), owners)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from toca_compile.ir.actions import Action, Keep
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Attention, AxisTypes, Layout, Site
 
@@ -27,6 +28,11 @@ class Segment:
     sites: tuple[int, ...] = ()
     constant: bool = False
     in_block: bool = False
+
+    @property
+    def kind(self) -> "int | Segment":
+        """What its variants are kept by: segments of one kind share them."""
+        return self.template
 
 
 @dataclass(frozen=True)
@@ -81,23 +87,93 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A value that leaves a range of blocks, of which is kept what a site keeps of its output. Its ``index`` is behind
+    those of the sites; ``entry`` is what enters the range in its place, None where nothing of its kind does."""
+
+    index: int
+    output: fx.Node
+    entry: Entry | None = None
+
+    @property
+    def name(self) -> str:
+        """The value's."""
+        return self.output.name
+
+
+@dataclass(frozen=True)
 class BlockRange:
     """The segments from ``first`` to before ``last``, which some steps skip, and what they make that others read.
 
-    ``entries`` are, for each output, what enters the range in its place; None where nothing of its kind does.
-    ``probe``: the stream before the first block of all, and where it enters the range.
+    ``probe``: the stream before the first block of all, and where it enters the range, where a threshold is held
+    against what changes between; ``change`` is that, kept as what leaves the range is.
     """
 
     first: int
     last: int
-    outputs: tuple[fx.Node, ...]
-    entries: tuple[Entry | None, ...]
+    streams: tuple[Stream, ...]
     probe: tuple[fx.Node, fx.Node] | None = None
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What leaves."""
+        return tuple(s.output for s in self.streams)
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """All values that enter, each once."""
-        return tuple(dict.fromkeys(n for entry in self.entries if entry is not None for n in entry.nodes))
+        return tuple(dict.fromkeys(n for s in self.streams if s.entry is not None for n in s.entry.nodes))
+
+    @property
+    def change(self) -> Stream | None:
+        """What the blocks before the range change."""
+        return Stream(self.streams[-1].index + 1, self.probe[0]) if self.probe is not None else None
+
+    @property
+    def owners(self) -> tuple[Stream, ...]:
+        """All of which something is kept."""
+        return self.streams if self.change is None else (*self.streams, self.change)
+
+    def segment(self, does: str) -> "StandIn":
+        """The segment that does this for the range."""
+        given = {"skip": self.inputs, "keep": (*self.inputs, *self.outputs)}.get(does, self.probe or ())
+        owners = self.streams if does in ("skip", "keep") else self.owners[len(self.streams) :]
+        return StandIn(
+            template=-1,
+            inputs=tuple(dict.fromkeys(given)),
+            nodes=(),
+            outputs=self.outputs if does == "skip" else (),
+            sites=tuple(s.index for s in owners),
+            does=does,
+            range=self,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIn(Segment):
+    """A segment that a plan adds to those of the program, before or behind the blocks that some of its steps skip: it
+    ``"skip"``s them, or ``"keep"``s what a step that computes them makes. With a threshold there is one that ``"keep
+    change"``s what the blocks before them change, and one that ``"probe"``s how far that is from what was kept."""
+
+    does: str
+    range: BlockRange
+
+    @property
+    def owners(self) -> tuple[Stream, ...]:
+        """Whose buffers its variants are given, by position."""
+        return tuple(s for s in self.range.owners if s.index in self.sites)
+
+    @property
+    def kind(self) -> "int | Segment":
+        return self
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """A plan that a graph can follow, and the blocks that its steps skip there, if any do."""
+
+    plan: Plan
+    range: BlockRange | None = None
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses import FakeTensor
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.errors import PolicyError, TocaError
 from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Plan, Policy, Skip, StepPlan, step_kind
-from toca_compile.ir.printer import print_range, print_variant, variant_name
-from toca_compile.ir.program import BlockRange, Program, Variant
-from toca_compile.ir.state import State
+from toca_compile.ir.plan import Plan, Policy, StepPlan, step_kind
+from toca_compile.ir.printer import print_variant, variant_name
+from toca_compile.ir.program import Program
 from toca_compile.ir.types import StepKind
-from toca_compile.passes.proof.block_range import find_range
-from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer
 from toca_compile.policies.storage import as_data
 from toca_compile.report.data import LETTERS, GraphReport, SiteReport, StepCounts, StepReport
 from toca_compile.report.page import Shown, page
@@ -247,14 +242,12 @@ class Report:
             executor, manager = graph.executor, graph.manager
             program, plan = executor.program, executor.plan
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
-            for template, forms in executor.ready:
-                segment = next(s for s in program.segments if s.template == template)
-                variant = executor.variants.build(segment, forms, plan)
-                texts[prefix + variant_name(template, forms)] = print_variant(variant, program, segment, forms)
-            if plan.skipped:
-                found = find_range(program, plan.skipped, plan.skip)
-                for name, variant in _stand_ins(found, plan.skip).items():
-                    texts[f"{prefix}blocks[{name}]"] = print_range(name, variant, program, found)
+            segments = executor.schedule.kinds
+            for kind, forms in executor.ready:
+                if kind in segments:  # which blocks that another plan skips are not
+                    variant = executor.variants.build(segments[kind], forms, plan)
+                    text = print_variant(variant, program, segments[kind], forms)
+                    texts[prefix + variant_name(kind, forms)] = text
         return texts
 
     def __str__(self) -> str:
@@ -364,21 +357,6 @@ def _site_rows(executor: Executor, cost: CostModel) -> list[SiteReport]:
             )
         )
     return rows
-
-
-def _stand_ins(found: BlockRange, skip: Skip) -> dict[str, Variant]:
-    """The graphs that stand in for a range of blocks, their values propagated."""
-    names = ("keep", "skip", "probe") if found.probe is not None else ("keep", "skip")
-    variants = {name: GRAPHS[name](found, skip) for name in names}
-    for variant in variants.values():
-        values = [n.meta["val"] for n in variant.module.graph.nodes if "val" in n.meta]
-        slots: list[Any] = [
-            range_buffer(s.kind, s.position, s.index, found, skip) if isinstance(s.kind, State) else 3
-            for s in variant.slots
-        ]
-        mode = next(v.fake_mode for v in (*values, *slots) if isinstance(v, FakeTensor))
-        FakeTensorProp(variant.module, mode).propagate_dont_convert_inputs(*values, *slots)
-    return variants
 
 
 def _actions(executor: Executor, kind: str) -> list[Action]:

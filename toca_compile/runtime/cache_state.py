@@ -9,31 +9,33 @@ from torch import fx
 
 from toca_compile.ir.actions import Keep
 from toca_compile.ir.plan import Selector
-from toca_compile.ir.program import Program
+from toca_compile.ir.program import Program, Stream
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 
 Buffers = dict[tuple[Any, ...], torch.Tensor]  # of one run, by graph, kind, site and index
 
 
-def like_buffer(kind: State, index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
-    """A fake tensor of the shape, dtype and device of a site's buffer. ``keep``: what is kept of the site."""
+def like_buffer(
+    kind: State, index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector
+) -> torch.Tensor:
+    """A fake tensor of the shape, dtype and device of a site's buffer, or of one of what leaves skipped blocks.
+    ``keep``: what is kept of it."""
     return _LIKE[kind](index, site, keep, program, selector)
 
 
-def owner(kind: State, site: Site, selector: Selector) -> tuple[State, int]:
+def owner(kind: State, site: Site | Stream, selector: Selector) -> tuple[State, int]:
     """What a buffer is and whose: the score that ranks a site's tokens is that of the site whose attention tells it."""
-    source = selector.rule.source(site) if kind is State.SOURCE_SCORE else None
+    source = selector.rule.source(site) if kind is State.SOURCE_SCORE and isinstance(site, Site) else None
     return (State.SCORE, source.site) if source is not None else (kind, site.index)
 
 
-def allocate(buffers: Buffers, name: tuple[Any, ...], like: Callable[[], torch.Tensor]) -> torch.Tensor:
+def allocate(buffers: Buffers, name: tuple[Any, ...], like: torch.Tensor) -> torch.Tensor:
     """A run's buffer, made and zeroed when it is first asked for."""
     if name not in buffers:
-        example = like()
         # Not inference tensors: those could not be written by a later step outside inference mode.
         with torch.inference_mode(False):
-            buffers[name] = torch.zeros(example.shape, dtype=example.dtype, device=example.device)
+            buffers[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     return buffers[name]
 
 
@@ -42,11 +44,11 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _output(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _output(index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     return _kept(site.output, keep)
 
 
-def _history(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _history(index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
     assert keep.history is not None
     return keep.history.buffers(_kept(site.output, keep))[index - 1]
 
@@ -86,8 +88,9 @@ def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
     return value.new_empty(value.shape, dtype=keep.history.dtype if keep.history is not None else None)
 
 
-_LIKE: dict[State, Callable[[int, Site, Keep, Program, Selector], torch.Tensor]] = {
+_LIKE: dict[State, Callable[[int, Any, Keep, Program, Selector], torch.Tensor]] = {
     State.OUTPUT: _output,
+    State.CHANGE: _output,
     State.HISTORY: _history,
     State.STALE_INPUT: _stale_input,
     State.KEYS: _keys,

@@ -6,27 +6,27 @@ look-up and one list of arguments on top of the compiled variant.
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from toca_compile.ir.actions import Action
+from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan, Selector
-from toca_compile.ir.program import Form, Program, Segment, Variant
+from toca_compile.ir.program import Form, GraphPlan, Program, Segment, StandIn, Stream, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
 from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
-from toca_compile.runtime.schedule import Schedule, SegmentCall
-from toca_compile.runtime.skipping import Graph, Skipping
+from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
 log = logging.getLogger(__name__)
 
-_Variant = tuple[int, tuple[Form, ...]]  # template, and what its sites do
+Graph = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
+_Variant = tuple[int | Segment, tuple[Form, ...]]  # the kind of segment, and what its sites do
 
 FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
 
@@ -35,7 +35,7 @@ class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
     held against its plain meaning."""
 
-    checked: dict[_Variant, float]
+    checked: dict[tuple[int, tuple[Form, ...]], float]
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """A segment's variant, verified."""
@@ -45,29 +45,35 @@ class Variants(Protocol):
         """A segment's variant, built, verified and lowered."""
         ...
 
-    def skipping(self, plan: Plan, place: Mapping[fx.Node, int]) -> Skipping | None:
-        """What stands in for the blocks that a plan skips."""
-        ...
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _BoundCall:
-    """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them."""
+    """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them:
+    those of sites, and those of what leaves skipped blocks. ``free``: which values nothing later needs."""
 
     call: Callable[..., Sequence[Any]]
     values: tuple[int, ...]
     buffers: tuple[torch.Tensor | None, ...]
     numbers: tuple[tuple[int, Site, Number, int], ...]
+    moves: tuple[tuple[int, tuple[Number, int]], ...]
+    results: tuple[int, ...]
+    free: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Followed:
-    """A plan as one graph follows it; ``free``: after each segment, which values nothing later needs."""
+    """A plan as one graph follows it.
+
+    Attributes:
+        free: after each of its segments, which values nothing later needs.
+        ready: the variants that are compiled.
+        like: fake tensors like the buffers, made when a run first asks for them.
+    """
 
     schedule: Schedule
-    skipping: Skipping | None
-    free: list[list[int]]
+    free: list[tuple[int, ...]]
     ready: dict[_Variant, Graph]
+    like: dict[tuple[State, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 class Executor:
@@ -75,7 +81,7 @@ class Executor:
 
     Args:
         program: the graph after all passes.
-        plan: what each site does at each step.
+        planned: what each site does at each step.
         control: says which step a call is.
         variants: where the graphs come from.
         number: of this graph in its model.
@@ -84,7 +90,7 @@ class Executor:
     def __init__(
         self,
         program: Program,
-        plan: Plan,
+        planned: GraphPlan,
         control: StepControl,
         variants: Variants,
         number: int,
@@ -107,22 +113,23 @@ class Executor:
                 self._place.setdefault(node, len(self._place))
         for node, _ in self._constants:
             self._place[node] = len(self._place)
+        # The values of a step beside the inputs, before anything is computed.
+        self._unset = [None] * (len(self._place) - self._inputs - len(self._constants))
+        self._unset += [constant for _, constant in self._constants]
         self._output = graph.output_node().args[0]
-        self._segment_inputs = [[self._place[n] for n in s.inputs] for s in program.segments]
-        self._segment_outputs = [[self._place[n] for n in s.outputs] for s in program.segments]
         self._shared: dict[Selector, dict[_Variant, Graph]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
-        self.set_plan(plan)
+        self.set_plan(planned)
 
-    def set_plan(self, plan: Plan) -> None:
+    def set_plan(self, planned: GraphPlan) -> None:
         """Follow another plan in runs that begin; one that was followed before is laid out already."""
-        known = next((f for f in self._followed if f.schedule.plan is plan), None)
+        known = next((f for f in self._followed if f.schedule.plan is planned.plan), None)
         if known is None:
-            skipping = self.variants.skipping(plan, self._place)
+            schedule = Schedule(self.program, planned)
             # Variants know selector and memories, not the plan: plans that share those share them.
-            ready = self._shared.setdefault(plan.selector, {})
-            known = _Followed(Schedule(self.program, plan), skipping, self._last_uses(skipping), ready)
+            ready = self._shared.setdefault(planned.plan.selector, {})
+            known = _Followed(schedule, self._last_uses(schedule), ready)
             self._followed = [*self._followed[1 - FOLLOWED :], known]
         self._now = known
 
@@ -185,36 +192,20 @@ class Executor:
         Returns:
             How many were compiled.
         """
-        pending = {variant: segment for variant, segment in self._planned().items() if variant not in self.ready}
-        skipping = self._now.skipping
-        ranges = [] if skipping is None else [name for name in skipping.names if not skipping.graphs.ready(name)]
-        count = len(pending) + len(ranges)
-        for i, ((_, forms), segment) in enumerate(pending.items(), 1):
-            self._graph(segment, forms, f"{i} of {count}")
-        for i, name in enumerate(ranges, len(pending) + 1):
-            assert skipping is not None
-            with working(f"compiling variant {i} of {count}: skipped blocks, {name}"):
-                skipping.graphs.compiled(name)
-        return count
-
-    def _planned(self) -> dict[_Variant, Segment]:
-        """All variants of the plan, and the first segment that runs each."""
-        planned: dict[_Variant, Segment] = {}
-        for calls in {id(calls): calls for calls in self.schedule.calls}.values():
-            for segment, call in zip(self.program.segments, calls, strict=True):
-                planned.setdefault((segment.template, call.forms), segment)
-        return planned
+        now = self._now
+        pending = [call for variant, call in _planned(now.schedule).items() if variant not in now.ready]
+        for i, call in enumerate(pending, 1):
+            self._graph(call, now, f"{i} of {len(pending)}")
+        return len(pending)
 
     def planned_bytes(self) -> int:
         """Bytes that a run under the plan keeps from step to step."""
         schedule, selector = self.schedule, self.plan.selector
         buffers = [
-            like_buffer(kind, index, site, schedule.keeps[site.index], self.program, selector)
-            for kind, index, site in schedule.kept()
+            like_buffer(kind, index, of, schedule.keeps[of.index], self.program, selector)
+            for kind, index, of in schedule.kept()
         ]
-        skipping = self._now.skipping
-        range_bytes = skipping.planned_bytes if skipping is not None else 0
-        return bytes_of(buffers) + self._constant_bytes() + range_bytes
+        return bytes_of(buffers) + self._constant_bytes()
 
     def _constant_bytes(self) -> int:
         front, rest = self.program.segments[: self._constant], self.program.segments[self._constant :]
@@ -222,7 +213,7 @@ class Executor:
         return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
-        schedule, skipping, free = self._now.schedule, self._now.skipping, self._now.free
+        now, schedule = self._now, self._now.schedule
         index = min(run.step, len(schedule.rows) - 1)
         if index and (run.last.get(key) != run.step - 1 or run.schedules.get(key) is not schedule):
             # This graph did not run in the step before (another model shares the run, or a branch of the model was
@@ -232,41 +223,40 @@ class Executor:
             run.forget(key)
         run.last[key], run.schedules[key] = run.step, schedule
         self._last = (weakref.ref(run), key, index, schedule)
-        self._record(run, key, schedule.rows[index])
-        values: list[Any] = [*inputs, *([None] * (len(self._place) - len(inputs)))]
-        for node, constant in self._constants:
-            values[self._place[node]] = constant
-        ready = run.bound.setdefault(key, {})
-        done = self._restore(inputs, values, run, key) if self._constant else 0
-        stop = -1
-        for i, call in enumerate(schedule.calls[index][done:], done):
-            if skipping is not None and i == skipping.range.first:
-                stop = skipping.range.last
-                if skipping.decide(schedule.rows[index] is not schedule.unskipped[index], values, run, key):
-                    skipping.skip(values, run, key)
-                else:
-                    self._record(run, key, schedule.unskipped[index])
-                    stop = -1
-            if i < stop:
-                for place in free[i]:
-                    values[place] = None
-                continue
-            bound = ready.get((i, call.variant))
-            if bound is None:
-                bound = ready[i, call.variant] = self._bind(i, call, run, key)
-            arguments = [values[place] for place in bound.values]
-            arguments += bound.buffers
-            for position, site, kind, number in bound.numbers:
-                arguments[position] = schedule.number(index, site, kind, number)
-            for place, value in zip(self._segment_outputs[i], bound.call(*arguments), strict=True):
-                values[place] = value
-            if skipping is not None and i == skipping.range.last - 1:
-                skipping.keep(values, run, key)
-            for place in free[i]:
-                values[place] = None
-            if i == self._constant - 1:
-                self._keep(inputs, values, run, key)
-        return fx.node.map_arg(self._output, lambda n: _as_traced(n, values[self._place[n]]))
+        self._record(run, key, schedule, schedule.rows[index])
+        past = run.computed.get(key, Past())
+        # What leaves skipped blocks has a past of its own, which a test at run time may decide.
+        moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
+        step = _Step(schedule, index, moves, [*inputs, *self._unset])
+        calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
+        bound = self._bound(calls, now, run, key)
+        if self._constant:
+            if not self._restore(inputs, step.values, run, key):
+                step.run(bound[: self._constant])
+                self._keep(inputs, step.values, run, key)
+            done = self._constant
+        if schedule.probe is not None and calls is not uncut:
+            step.run(bound[done : schedule.probe.at])
+            done = schedule.probe.at
+            if not self._skips(step, past, now, run, key):
+                calls = uncut
+                bound = self._bound(calls, now, run, key)
+                self._record(run, key, schedule, schedule.unskipped[index])
+        step.run(bound[done:])
+        if schedule.range is not None and calls is uncut:
+            depth = schedule.plan.skip.memory.depth
+            run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+        return fx.node.map_arg(self._output, lambda n: _as_traced(n, step.values[self._place[n]]))
+
+    def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
+        """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
+        skip, probe = now.schedule.plan.skip, now.schedule.probe
+        assert probe is not None
+        assert skip.threshold is not None
+        if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
+            return False
+        (change,) = step.run([self._bind(probe, now, run, key)])
+        return not bool(change > skip.threshold)
 
     def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
         """Put back what the constant segments computed before from the same inputs; how many segments that spares."""
@@ -278,66 +268,127 @@ class Executor:
         return self._constant
 
     def _keep(self, inputs: Sequence[Any], values: Sequence[Any], run: Run, key: tuple[int, ...]) -> None:
-        places = {p for outputs in self._segment_outputs[: self._constant] for p in outputs}
+        places = (self._place[n] for s in self.program.segments[: self._constant] for n in s.outputs)
         later = {p: values[p] for p in places if values[p] is not None}
         run.kept[key] = RunConstants.of([inputs[i] for i in self._watched], later)
 
-    def _record(self, run: Run, key: tuple[int, ...], row: Sequence[Action]) -> None:
+    def _record(self, run: Run, key: tuple[int, ...], schedule: Schedule, row: Row) -> None:
         """What this step does, for the user to read."""
-        k = {site.name: action.computed(site) for site, action in zip(self.program.sites, row, strict=True)}
-        self.control.record(run).note(key, frozenset(action.kind for action in row), k)
+        self.control.record(run).note(key, *schedule.told(row))
 
-    def _graph(self, segment: Segment, forms: tuple[Form, ...], place: str = "") -> Graph:
-        """The variant of a segment, compiled if it was not. ``place``: which of how many that is."""
-        ready = self.ready.get((segment.template, forms))
+    def _graph(self, call: SegmentCall, now: _Followed, place: str = "") -> Graph:
+        """The variant of a call, compiled if it was not. ``place``: which of how many that is."""
+        ready = now.ready.get(call.variant)
         if ready is None:
             if not place:
-                planned = self._planned()
-                place = f"{sum(v in self.ready for v in planned) + 1} of {len(planned)}"
-            names = [self.program.sites[i].name for i in segment.sites]
+                planned = _planned(now.schedule)
+                place = f"{sum(v in now.ready for v in planned) + 1} of {len(planned)}"
+            segment, forms = call.segment, call.forms
+            names = [now.schedule.owners[i].name for i in segment.sites]
             does = ", ".join(f"{name} {form.action}" for name, form in zip(names, forms, strict=True))
-            with working(f"compiling variant {place}: {does or 'what stands between the blocks'}"):
-                ready = self.variants.compiled(segment, forms, self.plan)
-            self.ready[segment.template, forms] = ready
+            what = f"compiling variant {place}: {does or 'what stands between the blocks'}"
+            if isinstance(segment, StandIn):
+                what = f"compiling what stands in for skipped blocks: {segment.does}"
+            with working(what):
+                ready = self.variants.compiled(segment, forms, now.schedule.plan)
+            now.ready[call.variant] = ready
         return ready
 
-    def _bind(self, i: int, call: SegmentCall, run: Run, key: tuple[int, ...]) -> _BoundCall:
-        """The variant of a segment with this run's buffers."""
-        segment = self.program.segments[i]
-        sites = [self.program.sites[number] for number in segment.sites]
-        compiled, used, slots = self._graph(segment, call.forms)
-        buffers: list[torch.Tensor | None] = []
-        numbers = []
-        for position, slot in enumerate(slots, len(used)):
-            site = sites[slot.position]
-            if isinstance(slot.kind, Number):
-                numbers.append((position, site, slot.kind, slot.index))
-            buffers.append(self._buffer(run.buffers, key, site, slot))
-        places = tuple(self._segment_inputs[i][j] for j in used)
-        return _BoundCall(compiled, places, tuple(buffers), tuple(numbers))
+    def _bound(self, calls: Calls, now: _Followed, run: Run, key: tuple[int, ...]) -> Sequence[_BoundCall]:
+        """The variants of a step with this run's buffers."""
+        known = run.bound.setdefault(key, {})
+        if id(calls) not in known:
+            known[id(calls)] = [self._bind(call, now, run, key) for call in calls]
+        return known[id(calls)]
 
-    def _buffer(self, buffers: Buffers, key: tuple[int, ...], site: Site, slot: Slot) -> torch.Tensor | None:
+    def _bind(self, call: SegmentCall, now: _Followed, run: Run, key: tuple[int, ...]) -> _BoundCall:
+        """One of them."""
+        known = run.bound.setdefault(key, {})
+        if call in known:
+            return known[call]
+        segment, schedule = call.segment, now.schedule
+        compiled, used, slots = self._graph(call, now)
+        buffers: list[torch.Tensor | None] = []
+        numbers: list[tuple[int, Site, Number, int]] = []
+        moves: list[tuple[int, tuple[Number, int]]] = []
+        for position, slot in enumerate(slots, len(used)):
+            of = schedule.owners[segment.sites[slot.position]]
+            buffers.append(self._buffer(slot, of, now, run.buffers, key))
+            if isinstance(slot.kind, Number) and isinstance(of, Site):
+                numbers.append((position, of, slot.kind, slot.index))
+            elif isinstance(slot.kind, Number):
+                moves.append((position, (slot.kind, slot.index)))
+        places = tuple(self._place[segment.inputs[i]] for i in used)
+        results = tuple(self._place[n] for n in segment.outputs)
+        free = now.free[call.at] if call is not schedule.probe else ()
+        known[call] = _BoundCall(compiled, places, tuple(buffers), tuple(numbers), tuple(moves), results, free)
+        return known[call]
+
+    def _buffer(
+        self, slot: Slot, of: Site | Stream, now: _Followed, buffers: Buffers, key: tuple[int, ...]
+    ) -> torch.Tensor | None:
         """A run's buffer; None where a number goes."""
         if isinstance(slot.kind, Number):
             return None
-        kind, keep, selector = slot.kind, self.schedule.keeps[site.index], self.plan.selector
-        name = (*key, *owner(kind, site, selector), slot.index)
-        return allocate(buffers, name, lambda: like_buffer(kind, slot.index, site, keep, self.program, selector))
+        keep, selector = now.schedule.keeps[of.index], now.schedule.plan.selector
+        whose = (*owner(slot.kind, of, selector), slot.index)
+        if whose not in now.like:
+            now.like[whose] = like_buffer(slot.kind, slot.index, of, keep, self.program, selector)
+        return allocate(buffers, (*key, *whose), now.like[whose])
 
-    def _last_uses(self, skipping: Skipping | None) -> list[list[int]]:
-        """After each segment, which values nothing later needs."""
+    def _last_uses(self, schedule: Schedule) -> list[tuple[int, ...]]:
+        """After each segment, which values nothing later needs; after one that skips others, also those of theirs."""
         last: dict[int, int] = {}
-        for i, (ins, outs) in enumerate(zip(self._segment_inputs, self._segment_outputs, strict=True)):
-            for place in (*ins, *outs):
-                last[place] = i
-        for place, i in (skipping.uses(self._place) if skipping is not None else {}).items():
-            last[place] = max(last.get(place, 0), i)
+        for i, segment in enumerate(schedule.segments):
+            for node in (*segment.inputs, *segment.outputs):
+                last[self._place[node]] = i
         kept = {self._place[n] for n in self.program.module.graph.output_node().all_input_nodes}
-        free: list[list[int]] = [[] for _ in self.program.segments]
+        free: list[tuple[int, ...]] = [()] * len(schedule.segments)
         for place, i in last.items():
             if place not in kept and place >= self._inputs:
-                free[i].append(place)
+                free[i] += (place,)
+        if schedule.skips:
+            free[schedule.skips.start - 1] += tuple(place for i in schedule.skips for place in free[i])
         return free
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of one graph, while it runs. ``moves``: the numbers of what leaves skipped blocks; ``values``: by their
+    places."""
+
+    schedule: Schedule
+    index: int
+    moves: Numbers
+    values: list[Any]
+
+    def run(self, calls: Sequence[_BoundCall]) -> Sequence[Any]:
+        """Run segments; what the last of them made."""
+        values, number = self.values, self.schedule.number
+        made: Sequence[Any] = ()
+        for bound in calls:
+            arguments = [values[place] for place in bound.values]
+            arguments += bound.buffers
+            for position, site, kind, index in bound.numbers:
+                arguments[position] = number(self.index, site, kind, index)
+            for position, name in bound.moves:
+                arguments[position] = self.moves[name]
+            made = bound.call(*arguments)
+            for place, value in zip(bound.results, made, strict=False):
+                values[place] = value
+            for place in bound.free:
+                values[place] = None
+        return made
+
+
+def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
+    """All variants of a plan, and the first call of each."""
+    steps = {id(calls): calls for both in zip(schedule.uncut, schedule.calls, strict=True) for calls in both}
+    probe = [schedule.probe] if schedule.probe is not None else []
+    planned: dict[_Variant, SegmentCall] = {}
+    for call in (*(call for calls in steps.values() for call in calls), *probe):
+        planned.setdefault(call.variant, call)
+    return planned
 
 
 def _as_traced(node: fx.Node, value: Any) -> Any:

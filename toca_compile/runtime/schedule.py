@@ -7,22 +7,33 @@ It is linear in the steps: plans say the same object many times, so whatever fol
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from toca_compile.ir.actions import Action, Compute, Keep
+from toca_compile.ir.actions import Action, Compute, Keep, SkipBlocks
+from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan, scored_sites
-from toca_compile.ir.program import Form, Program
+from toca_compile.ir.program import BlockRange, Form, GraphPlan, Program, Segment, Stream
 from toca_compile.ir.state import Number, State
-from toca_compile.ir.types import Site
+from toca_compile.ir.types import Site, StepKind
 
 Row = tuple[Action, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SegmentCall:
-    """One segment in one step. ``variant`` numbers the forms, cheaper to look up than they are."""
+    """One segment in one step: one object for all steps in which its sites have these forms. ``at``: its place among
+    the schedule's segments."""
 
+    segment: Segment
     forms: tuple[Form, ...]
-    variant: int
+    at: int
+
+    @property
+    def variant(self) -> tuple[int | Segment, tuple[Form, ...]]:
+        """What it is compiled as."""
+        return self.segment.kind, self.forms
+
+
+Calls = tuple[SegmentCall, ...]
 
 
 class Schedule:
@@ -31,13 +42,25 @@ class Schedule:
     Attributes:
         rows: of each step, what each site does as planned.
         unskipped: the same, if the step computes what it could skip.
-        calls: of each step, what each segment does if nothing is skipped.
+        segments: the program's, and those that stand in for the blocks that steps skip, in the order of the graph.
+        skips: the places of those that a step leaves out which skips blocks; before them is the one that it runs
+            instead, and no other step does.
+        owners: whose buffers there are: the sites, and what leaves those blocks.
+        keeps: what of each of them lives from step to step.
+        calls: of each step, the segments that it runs as planned. Steps that run the same have one object.
+        uncut: the same, if the step computes what it could skip.
+        probe: what tells at run time whether a step skips what it may.
     """
 
-    def __init__(self, program: Program, plan: Plan) -> None:
-        self.program, self.plan = program, plan
+    def __init__(self, program: Program, planned: GraphPlan) -> None:
+        self.program, self.plan, self.range = program, planned.plan, planned.range
+        plan, found = planned.plan, planned.range
+        self.owners: tuple[Site | Stream, ...] = (*program.sites, *(found.owners if found is not None else ()))
+        self.segments, self.skips = _with_stand_ins(program.segments, found)
         self.keeps = _keeps(program.sites, plan)
-        self._full = Compute()
+        if found is not None:
+            self.keeps += [Keep(plan.skip.memory if stream != found.change else None) for stream in found.owners]
+        self._full, self._skip = Compute(), SkipBlocks()
         # Rows that say the same are one object, and so is a row that skips nothing with its unskipped form.
         same: dict[tuple[int, ...], Row] = {}
         self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in plan.steps]
@@ -45,16 +68,32 @@ class Schedule:
         self.unskipped = [whole[id(row)] for row in self.rows]
         self._scored = scored_sites(plan, program.sites)
         self._pasts = list(self._histories())
+        self._told: dict[int, tuple[frozenset[StepKind], dict[str, int]]] = {}
         self._forms: dict[tuple[int, int, bool], Form] = {}
-        self._variants: dict[tuple[Form, ...], SegmentCall] = {}
-        self._calls: dict[tuple[int, ...], tuple[SegmentCall, ...]] = {}
-        self.calls = [self._step(i) for i in range(len(self.rows))]
+        self._equal: dict[Form, Form] = {}
+        self._made: dict[tuple[int, ...], SegmentCall] = {}
+        self._calls: dict[tuple[int, ...], Calls] = {}
+        self.uncut = [self._step(i, skips=False) for i in range(len(self.rows))]
+        self.calls = [
+            calls if row is whole else self._step(i, skips=True)
+            for i, (calls, row, whole) in enumerate(zip(self.uncut, self.rows, self.unskipped, strict=True))
+        ]
+        self.probe = None
+        if found is not None and found.change is not None:
+            form = self._form(found.change.index, self._full, scored=False)
+            self.probe = SegmentCall(found.segment("probe"), (form,), found.first)
         self._numbers: tuple[int, dict[tuple[int, int, int], Numbers]] = (-1, {})
 
     @property
     def steps(self) -> int | None:
         """How many there are; None: any number."""
         return None if self.plan.endless else len(self.rows)
+
+    @property
+    def kinds(self) -> dict[int | Segment, Segment]:
+        """The first segment of each kind."""
+        probe = [self.probe.segment] if self.probe is not None else []
+        return {segment.kind: segment for segment in (*reversed(self.segments), *probe)}
 
     def number(self, step: int, site: Site, kind: Number, index: int) -> int:
         """A host number of a site in a step."""
@@ -77,19 +116,21 @@ class Schedule:
             numbers = self._numbers[1][key] = action.numbers(past, step, keep)
         return numbers[kind, index]
 
-    def kept(self) -> list[tuple[State, int, Site]]:
-        """The buffers of sites that live from step to step: what, which of several, and whose."""
+    def kept(self) -> list[tuple[State, int, Site | Stream]]:
+        """The buffers that live from step to step: what, which of several, and whose."""
         scored = set().union(*self._scored) if self._scored else set()
-        found: list[tuple[State, int, Site]] = []
-        for site, keep in zip(self.program.sites, self.keeps, strict=True):
-            count = {State.SCORE: int(site.index in scored), State.STAMP: int(keep.stamp)}
+        found: list[tuple[State, int, Site | Stream]] = []
+        for owner, keep in zip(self.owners, self.keeps, strict=True):
+            count = {State.SCORE: int(owner.index in scored), State.STAMP: int(keep.stamp)}
             if keep.history is not None:
-                count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(site.output.meta["val"]))}
-            if keep.stale_inputs and site.row_proof is not None:
-                count[State.STALE_INPUT] = len(site.row_proof.stale_inputs)
-            if keep.keys and site.query_proof is not None:
-                count[State.KEYS] = len(site.query_proof.dense_inputs)
-            found += [(kind, i + (kind is State.HISTORY), site) for kind, n in count.items() for i in range(n)]
+                count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(value_of(owner.output)))}
+            elif isinstance(owner, Stream):
+                count[State.CHANGE] = 1
+            if isinstance(owner, Site) and keep.stale_inputs and owner.row_proof is not None:
+                count[State.STALE_INPUT] = len(owner.row_proof.stale_inputs)
+            if isinstance(owner, Site) and keep.keys and owner.query_proof is not None:
+                count[State.KEYS] = len(owner.query_proof.dense_inputs)
+            found += [(kind, i + (kind is State.HISTORY), owner) for kind, n in count.items() for i in range(n)]
         return found
 
     def computed(self, row: Row) -> Row:
@@ -98,25 +139,38 @@ class Schedule:
             return row
         return tuple(self._full if action.by_blocks else action for action in row)
 
-    def _step(self, index: int) -> tuple[SegmentCall, ...]:
-        row, scored = self.unskipped[index], self._scored[index]
-        forms = [
-            self._form(site, action, site.index in scored) for site, action in zip(self.program.sites, row, strict=True)
-        ]
-        key = tuple(map(id, forms))
+    def told(self, row: Row) -> tuple[frozenset[StepKind], dict[str, int]]:
+        """Of one of its rows, for the record of a step: the kinds of steps that the sites do, and how many tokens each
+        computes, by its name."""
+        if id(row) not in self._told:
+            k = {site.name: action.computed(site) for site, action in zip(self.program.sites, row, strict=True)}
+            self._told[id(row)] = frozenset(action.kind for action in row), k
+        return self._told[id(row)]
+
+    def _step(self, index: int, *, skips: bool) -> Calls:
+        scored = self._scored[index]
+        forms = [self._form(i, action, scored=i in scored) for i, action in enumerate(self.unskipped[index])]
+        key = (skips, *map(id, forms))
         if key not in self._calls:
-            parts = (tuple(forms[i] for i in segment.sites) for segment in self.program.segments)
-            self._calls[key] = tuple(map(self._call, parts))
+            does = self._skip if skips else self._full
+            forms += [self._form(i, does, scored=False) for i in range(len(forms), len(self.owners))]
+            stand_in = self.skips.start - 1
+            self._calls[key] = tuple(
+                self._call(segment, tuple(forms[i] for i in segment.sites), at)
+                for at, segment in enumerate(self.segments)
+                if (at not in self.skips if skips else at != stand_in)
+            )
         return self._calls[key]
 
-    def _call(self, forms: tuple[Form, ...]) -> SegmentCall:
-        return self._variants.setdefault(forms, SegmentCall(forms, len(self._variants)))
+    def _call(self, segment: Segment, forms: tuple[Form, ...], at: int) -> SegmentCall:
+        return self._made.setdefault((at, *map(id, forms)), SegmentCall(segment, forms, at))
 
-    def _form(self, site: Site, action: Action, scored: bool) -> Form:
-        keep = self.keeps[site.index]
+    def _form(self, owner: int, action: Action, *, scored: bool) -> Form:
+        keep = self.keeps[owner]
         key = (id(action), id(keep), scored)
         if key not in self._forms:
-            self._forms[key] = Form.of(action, replace(keep, score=scored))
+            form = Form.of(action, replace(keep, score=scored))
+            self._forms[key] = self._equal.setdefault(form, form)
         return self._forms[key]
 
     def _histories(self) -> Iterator[tuple[Past, ...]]:
@@ -132,6 +186,16 @@ class Schedule:
                     _after(past, step, action, kept, new) if action.dense else past
                     for past, action in zip(pasts, row, strict=True)
                 )
+
+
+def _with_stand_ins(segments: tuple[Segment, ...], found: BlockRange | None) -> tuple[tuple[Segment, ...], range]:
+    """The segments with those that stand in for a range, and the places of those that are left out with it."""
+    if found is None:
+        return segments, range(0)
+    change = [found.segment("keep change")] if found.change is not None else []
+    inside = [*change, *segments[found.first : found.last], found.segment("keep")]
+    ordered = (*segments[: found.first], found.segment("skip"), *inside, *segments[found.last :])
+    return ordered, range(found.first + 1, found.first + 1 + len(inside))
 
 
 def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[int, int], Past]) -> Past:

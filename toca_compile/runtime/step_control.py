@@ -132,7 +132,7 @@ class Run:
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kept: dict[tuple[Any, ...], RunConstants] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], Past] = field(default_factory=dict)  # steps that did not skip their range
-    bound: dict[tuple[Any, ...], dict[tuple[int, int], Any]] = field(default_factory=dict)  # the executors' own
+    bound: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict)  # the executors' own
     spent: bool = False  # its buffers were freed
 
     @property

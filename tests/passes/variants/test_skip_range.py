@@ -11,7 +11,7 @@ from toca_compile.passes.variants.skip_range import GRAPHS
 
 def texts(program: Program, skip: Skip, *names: str) -> str:
     found = find_range(program, {2, 3}, skip)
-    return "\n".join(f"-- {name}\n{print_graph(GRAPHS[name](found, skip).module.graph)}" for name in names)
+    return "\n".join(f"-- {name}\n{print_graph(GRAPHS[name](found, skip.memory).module.graph)}" for name in names)
 
 
 def test_a_residual(program: Program) -> None:
