@@ -72,7 +72,8 @@ class Schedule:
         self._forms: dict[tuple[int, int, bool], Form] = {}
         self._equal: dict[Form, Form] = {}
         self._made: dict[tuple[int, ...], SegmentCall] = {}
-        self._calls: dict[tuple[int, ...], Calls] = {}
+        self._calls: dict[Calls, Calls] = {}
+        self._steps: dict[tuple[int, frozenset[int], bool], Calls] = {}
         self.uncut = [self._step(i, skips=False) for i in range(len(self.rows))]
         self.calls = [
             calls if row is whole else self._step(i, skips=True)
@@ -148,22 +149,26 @@ class Schedule:
         return self._told[id(row)]
 
     def _step(self, index: int, *, skips: bool) -> Calls:
-        scored = self._scored[index]
-        forms = [self._form(i, action, scored=i in scored) for i, action in enumerate(self.unskipped[index])]
-        key = (skips, *map(id, forms))
-        if key not in self._calls:
+        row, scored = self.unskipped[index], frozenset(self._scored[index])
+        asked = (id(row), scored, skips)
+        if asked not in self._steps:
+            forms = [self._form(i, action, scored=i in scored) for i, action in enumerate(row)]
             does = self._skip if skips else self._full
             forms += [self._form(i, does, scored=False) for i in range(len(forms), len(self.owners))]
             stand_in = self.skips.start - 1
-            self._calls[key] = tuple(
+            calls = tuple(
                 self._call(segment, tuple(forms[i] for i in segment.sites), at)
                 for at, segment in enumerate(self.segments)
                 if (at not in self.skips if skips else at != stand_in)
             )
-        return self._calls[key]
+            self._steps[asked] = self._calls.setdefault(calls, calls)
+        return self._steps[asked]
 
     def _call(self, segment: Segment, forms: tuple[Form, ...], at: int) -> SegmentCall:
-        return self._made.setdefault((at, *map(id, forms)), SegmentCall(segment, forms, at))
+        key = (at, *map(id, forms))
+        if key not in self._made:
+            self._made[key] = SegmentCall(segment, forms, at)
+        return self._made[key]
 
     def _form(self, owner: int, action: Action, *, scored: bool) -> Form:
         keep = self.keeps[owner]
