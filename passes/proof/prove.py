@@ -159,8 +159,8 @@ def span(places: Sequence[FactorPos | None]) -> tuple[int, int]:
 def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof) -> Blocked | None:
     """What in a proven restriction cannot be gathered or scattered as rows.
 
-    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows, so the op
-    must not care how many dimensions there are.
+    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows. An op that
+    counts dimensions gets the others back, of size 1: each row is then a place in the first.
     """
     for node, places in proof.tokens.items():
         first, last = span(places)
@@ -173,8 +173,7 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
             return Blocked(node, "has samples in several dimensions")
     for node in proof.rows:
         spec = types.specs.get(node)
-        spread = _spread(proof, node) or any(_spread(proof, o) for o in operand_nodes(node) if o in proof.tokens)
-        if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
+        if spec is not None and restored(types, node, proof) is None:
             return Blocked(node, "spreads the tokens over several dimensions")
         for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands if spec else (), strict=False)):
             if operand in proof.tokens:
@@ -201,6 +200,19 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
 def _spread(proof: RowProof, node: fx.Node) -> bool:
     first, last = span(proof.tokens.get(node, ()))
     return last > first
+
+
+def restored(types: AxisTypes, node: fx.Node, proof: RowProof) -> frozenset[int] | None:
+    """Which operands an op that counts dimensions reads by rows of tokens that are spread: they need their dimensions
+    back. None where that cannot be: the op spreads tokens itself, or not all that it reads by rows are spread alike."""
+    operands = operand_nodes(node)
+    spread = any(_spread(proof, operand) for operand in operands)
+    if RULES[node.target].any_rank or not (spread or _spread(proof, node)):  # type: ignore[index]
+        return frozenset()
+    rows = [i for i, whole in enumerate(reads_whole(types, node, proof)) if not whole]
+    spans = [span(proof.tokens.get(operands[i], ())) for i in rows]
+    wide = {last - first for first, last in spans}
+    return frozenset(rows) if spread and len(wide) == 1 and min(wide) > 0 else None
 
 
 def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]) -> bool:

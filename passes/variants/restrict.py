@@ -15,7 +15,7 @@ from torch import fx
 
 from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.types import FactorPos, RowProof
-from toca_compile.passes.proof.prove import leaf_places, reads_whole, span
+from toca_compile.passes.proof.prove import leaf_places, reads_whole, restored, span
 from toca_compile.passes.variants.emit import SegmentBuilder
 from toca_compile.passes.variants.narrow import Piece, pieces
 from toca_compile.rules.registry import RULES
@@ -58,6 +58,7 @@ class Restriction:
         self.whole = whole or {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
+        self.restored: set[fx.Node] = set()  # ops that were given the dimensions in which tokens are spread
 
     def run(
         self,
@@ -105,13 +106,16 @@ class Restriction:
             # The rows are of that part already.
             return self.rows[operand_nodes(node)[0]]
         if node.target is operator.getitem:
-            return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
+            part = self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
+            return self._merged(node, part) if node.args[0] in self.restored else part
         spec = self.types.specs[node]
         whole = reads_whole(self.types, node, self.proof)
+        back = restored(self.types, node, self.proof)
+        assert back is not None
         operands: list[fx.Node] = []
-        for operand, dims, all_of_it in zip(operand_nodes(node), spec.operands, whole, strict=True):
+        for i, (operand, dims, all_of_it) in enumerate(zip(operand_nodes(node), spec.operands, whole, strict=True)):
             if operand in self.rows and not all_of_it:
-                operands.append(self.rows[operand])
+                operands.append(self._apart(operand) if i in back else self.rows[operand])
                 continue
             tokens, batch = leaf_places(self.types, node, self.proof, dims)
             operands.append(self._leaf(operand, node, tokens, batch))
@@ -123,7 +127,24 @@ class Restriction:
         copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
             copy.args = (*copy.args[:size_arg], shape, *copy.args[size_arg + 1 :])
-        return copy
+        if not back:
+            return copy
+        self.restored.add(node)
+        return self._merged(node, copy)
+
+    def _apart(self, operand: fx.Node) -> fx.Node:
+        """Rows of tokens that are spread over several dimensions with all of them: rows in the first, the others 1."""
+        first, last = span(self.proof.tokens[operand])
+        value = self.rows[operand]
+        for dim in range(first + 1, last + 1):
+            value = self.emit(aten.unsqueeze.default, value, dim)
+        return value
+
+    def _merged(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """And with one again, in the value of ``node`` (of several results, in each)."""
+        first, last = span(self.proof.tokens.get(node, ()))
+        single = isinstance(value_of(node), torch.Tensor)
+        return self.emit(aten.flatten.using_ints, value, first, last) if single and last > first else value
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""

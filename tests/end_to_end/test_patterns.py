@@ -278,3 +278,160 @@ def test_a_policy_that_can_do_something_says_nothing(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         opt(*inputs(0))
     assert "no site can" not in caplog.text
+
+
+class Block(nn.Module):
+    """Self-attention, and then a branch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attend(self.norm(x))
+        return x + self.mlp(self.norm2(x))
+
+
+EXPERTS = 4
+
+
+class Routed(Block):
+    """An MLP of experts, of which each token takes two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS)
+        self.ups, self.downs = (nn.Parameter(torch.empty(EXPERTS, *size)) for size in ((WIDTH, 16), (16, WIDTH)))
+
+    def experts(self, x: Tensor, i: int) -> Tensor:
+        return F.gelu(x @ self.ups[i]) @ self.downs[i]
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate(x).softmax(-1).topk(2, -1)
+
+
+class AllWeighted(Routed):
+    """All experts see all tokens; what was not chosen weighs nothing."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.chosen(x)
+        weights = x.new_zeros(*x.shape[:2], EXPERTS).scatter(-1, which, weights)
+        return torch.stack([weights[..., i : i + 1] * self.experts(x, i) for i in range(EXPERTS)]).sum(0)
+
+
+class OneHot(Routed):
+    """Weights by one-hot vectors; all experts in one product."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.chosen(x)
+        weights = (F.one_hot(which, EXPERTS) * weights[..., None]).sum(-2)
+        inner = F.gelu(torch.einsum("bnd,edh->bneh", x, self.ups))
+        return torch.einsum("bneh,ehd,bne->bnd", inner, self.downs, weights)
+
+
+class LeftOut(Routed):
+    """What was not chosen is written over before the softmax."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        scores = self.gate(x)
+        scores[scores < scores.topk(2, -1).values[..., -1:]] = -torch.inf
+        weights = scores.softmax(-1)
+        return sum((weights[..., i : i + 1] * self.experts(x, i) for i in range(EXPERTS)), torch.zeros_like(x))
+
+
+class OwnWeights(Routed):
+    """Each token's experts are taken out of the weights, all samples in one row, each token as often as it has
+    experts."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        weights, which = self.chosen(rows)
+        often, flat = rows.repeat_interleave(2, 0), which.flatten()
+        made = torch.bmm(F.gelu(torch.bmm(often[:, None], self.ups[flat])), self.downs[flat])
+        return (made.reshape(-1, 2, WIDTH) * weights[..., None]).sum(1).reshape(x.shape)
+
+
+class Repeated(Routed):
+    """As many copies of the tokens as there are experts, one after the other, of which each token takes its own."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        weights, which = self.chosen(x)
+        copies = x.repeat(1, EXPERTS, 1).reshape(b, EXPERTS, n, WIDTH)
+        made = torch.stack([self.experts(copies[:, i], i) for i in range(EXPERTS)], 2)
+        return (made.take_along_dim(which[..., None], 2) * weights[..., None]).sum(2)
+
+
+class Pixels(Block):
+    """Convolutions of single pixels on a picture, and one slope for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Conv2d(WIDTH, 16, 1), nn.PReLU(), nn.Conv2d(16, WIDTH, 1)  # type: ignore[assignment]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, picture = self.act(self.up(x.transpose(1, 2).unflatten(2, (4, 4)))).chunk(2, 1)
+        return self.down(torch.cat([gate, picture.sigmoid()], 1)).flatten(2).transpose(1, 2)
+
+
+class AllPixels(nn.Module):
+    """A picture ``[batch, channels, height, width]`` all the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.up, self.down = nn.Conv2d(WIDTH, 16, 1, groups=2), nn.Conv2d(16, WIDTH, 1, bias=False)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), (WIDTH,)).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.transpose(1, 2).unflatten(2, (4, 4))
+        q, k, v = (heads(part.flatten(2).transpose(1, 2)) for part in self.qkv(self.norm(x)).chunk(3, 1))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        x = x + self.out(out.unflatten(2, (4, 4)))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("style", [AllWeighted, OneHot, LeftOut, OwnWeights, Repeated, Pixels, AllPixels])
+def test_what_depends_on_each_token_alone(style: type[nn.Module]) -> None:
+    sites = check(style(), [PARTIAL, FRESH])
+    assert [sorted(s.actions & {"partial", "queries"}) for s in sites] == [["queries"], ["partial"]]
+
+
+class InTurn(Routed):
+    """Tokens in the order of their experts."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        which = self.chosen(rows)[1]
+        order = which.flatten().argsort()
+        made = torch.bmm(rows[order // 2][:, None], self.ups[which.flatten()[order]]) @ self.downs[0]
+        return torch.zeros_like(rows).index_add(0, order // 2, made[:, 0]).reshape(x.shape)
+
+
+class Choosing(Routed):
+    """Each expert takes four tokens."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.gate(x).softmax(-1).transpose(1, 2).topk(4, -1)
+        which = which.flatten(1)[..., None].expand(-1, -1, WIDTH)
+        inner = F.gelu(torch.einsum("becd,edh->bech", x.gather(1, which).unflatten(1, (EXPERTS, 4)), self.ups))
+        made = torch.einsum("bech,ehd->becd", inner, self.downs) * weights[..., None]
+        return torch.zeros_like(x).scatter_add(1, which, made.flatten(1, 2))
+
+
+@pytest.mark.parametrize(("style", "op"), [(InTurn, "index_add"), (Choosing, "scatter_add")])
+def test_tokens_that_experts_put_in_order_are_reused(style: type[nn.Module], op: str) -> None:
+    _, site = check(style(), [FRESH])
+    assert "partial" not in site.actions
+    assert site.reason is not None
+    assert f"aten.{op}.default mixes the tokens (test_patterns.py:" in site.reason

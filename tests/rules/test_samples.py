@@ -219,6 +219,11 @@ def _source_by_place(call: Call) -> AxisSpec:
     return einsum(f"{','.join(names)} -> {out}", call.operands, [x]) if same else spec
 
 
+def _tiles_minor(call: Call) -> AxisSpec:
+    spec = RULES[aten.repeat.default].axes(call)
+    return replace(spec, results=tuple(tuple(dim[::-1] for dim in dims) for dims in spec.results))
+
+
 def _k_as_dim(call: Call) -> AxisSpec:
     return RULES[aten.sort.default].axes(Call(call.args[:2], {}, call.result))
 
@@ -243,6 +248,7 @@ WRONG: dict[str, tuple[torch._ops.OpOverload, Callable[[Call], AxisSpec]]] = {
     "rows added by index": (aten.index_add.default, _unmixed(aten.index_add.default)),
     "elements put by index": (aten.index_put.default, _unmixed(aten.index_put.default)),
     "a source that has more than the index": (aten.scatter_add.default, _source_by_place),
+    "tiles as the minor factor": (aten.repeat.default, _tiles_minor),
     "a start counted from the end": (aten.narrow.default, _negative_start),
     "a step": (aten.slice.Tensor, _no_step),
     "segments in another order": (aten.cat.default, _backwards),

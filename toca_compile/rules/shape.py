@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toca_compile.ir.calls import Call, normal_dims
-from toca_compile.ir.spec import AxisSpec, Dims, Window, einsum, over_dims, regroup
+from toca_compile.ir.spec import AxisSpec, Dims, Window, einsum, elementwise, over_dims, regroup
 from toca_compile.rules.registry import Args, Sample, register
 from toca_compile.rules.samples import dim_of, dims_of, maybe, shape, sizes
 
@@ -150,13 +150,14 @@ def _tiled(rng: Random) -> Args:
 
 @register(aten.repeat.default, _tiled)
 def repeat(call: Call) -> AxisSpec:
-    """Tiles a value. A dimension that is tiled is a new index space: which rows repeat is not tracked."""
+    """Tiles a value: in a dimension that is tiled, the tiles are the major factor."""
     (x,), (y,) = call.operands, call.results
-    lead = len(y) - len(x)
-    left = [f"d{i}" for i in range(len(x))]
-    right = [f"n{i}" for i in range(lead)]
-    right += [n if y[lead + i] == x[i] else f"r{i}" for i, n in enumerate(left)]
-    return einsum(f"{' '.join(left)} -> {' '.join(right)}", call.operands, call.results)
+    spec, lead = elementwise(call.operands, [x]), len(y) - len(x)
+    tiles = [b // a if a else 1 for a, b in zip((*[1] * lead, *x), y, strict=True)]
+    named = [(f"n{i}",) if count > 1 else () for i, count in enumerate(tiles)]
+    result = tuple(n + d for n, d in zip(named, (*[()] * lead, *spec.results[0]), strict=True))
+    sizes = {n: count for (n,), count in ((n, c) for n, c in zip(named, tiles, strict=True) if n)}
+    return AxisSpec(spec.operands, (result,), {**spec.sizes, **sizes})
 
 
 def _shifted(rng: Random) -> Args:
@@ -418,13 +419,16 @@ def _interleaved(rng: Random) -> Args:
 
 @register(aten.repeat_interleave.self_int, _interleaved)
 def repeat_interleave(call: Call) -> AxisSpec:
-    """Each index of one dimension several times: a new index space."""
-    (x,), names = call.operands, _names(len(call.operands[0]))
-    dim = call.arg(2, "dim")
+    """Each index of one dimension, or each element, several times: which time is the minor factor."""
+    (x,), times, dim = call.operands, call.args[1], call.arg(2, "dim")
+    spec = elementwise(call.operands, [x])
+    again = ("again",) if times > 1 else ()
+    dims = spec.results[0]
     if dim is None:
-        return einsum(f"{' '.join(names)} -> r", call.operands, call.results)
-    right = ["r" if d == dim % len(x) else n for d, n in enumerate(names)]
-    return einsum(f"{' '.join(names)} -> {' '.join(right)}", call.operands, call.results)
+        dims = (tuple(label for d in dims for label in d) + again,)
+    else:
+        dims = tuple(d + again if i == dim % len(x) else d for i, d in enumerate(dims))
+    return AxisSpec(spec.operands, (dims,), {**spec.sizes, **dict.fromkeys(again, times)})
 
 
 def _halves(rng: Random) -> Args:
