@@ -21,7 +21,7 @@ from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, row_factors, token_dims
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -67,7 +67,8 @@ def find_sites(
             tokens, proof, batch = _prove(types, branch.source, output, region, choice, inside)
             tried.append((tokens, proof, batch, _queries(types, branch, output, tokens, proof, batch)))
         able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
-        tokens, proof, batch, queries = [*able, tried[0]][0]
+        whole = [t for t in tried if fill_dims(types, output, t[0])]
+        tokens, proof, batch, queries = [*able, *whole, *tried][0]
         factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
         if factors not in axes:
             axes[factors] = axis_of(graph, types, factors, len(axes), grid)

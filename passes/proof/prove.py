@@ -167,7 +167,8 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
         if last > first and not _whole(types, node, places):
             return Blocked(node, "spreads the tokens over several dimensions")
         ends = node in (source, output) or node in proof.stale_inputs
-        if ends and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
+        together = _together(types, node, places, proof.batch[node])
+        if ends and not together and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
             return Blocked(node, "has tokens or samples in one dimension with something else")
         if ends and len({p.dim for p in proof.batch[node]}) > 1:
             return Blocked(node, "has samples in several dimensions")
@@ -182,7 +183,8 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
             if not any(tokens):
                 continue
             pointwise = RULES[node.target].pointwise  # type: ignore[index]
-            partly = None in tokens or not _whole(types, operand, tokens)  # type: ignore[arg-type]
+            together = _together(types, operand, tokens, batch) and node not in proof.windows
+            partly = None in tokens or not (together or _whole(types, operand, tokens))  # type: ignore[arg-type]
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
             shared = proof.batch[node] and not any(batch)
@@ -192,7 +194,7 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
-            if not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
+            if not together and not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
                 return Blocked(node, "reads a value with samples in one dimension with something else")
     return None
 
@@ -219,6 +221,17 @@ def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]
     """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
     there = [p for p in places if p is not None]
     return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
+
+
+def _together(
+    types: AxisTypes, node: fx.Node, tokens: Sequence[FactorPos | None], batch: Sequence[FactorPos | None]
+) -> bool:
+    """Whether samples and tokens fill one dimension, sample by sample."""
+    places = [*batch, *tokens]
+    if not any(batch) or None in places or len({p.dim for p in places if p is not None}) > 1:
+        return False
+    first, _ = span(places)
+    return places == [FactorPos(first, i) for i in range(len(types.type_of(node)[first]))]
 
 
 def _whole(types: AxisTypes, node: fx.Node, places: tuple[FactorPos, ...]) -> bool:
