@@ -48,9 +48,11 @@ def find_sites(
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
     token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
-    if fragment and not token_factors:
+    found = _branches(graph, types, token_factors)
+    if not found and (fragment or attentions):  # or what the queries run over is padded, and in no stream
         token_factors = row_factors(graph, types)
-    branches = _choose(_branches(graph, types, token_factors), attentions)
+        found = _branches(graph, types, token_factors)
+    branches = _choose(found, attentions)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
     for branch in branches:
@@ -65,7 +67,7 @@ def find_sites(
         tried = []
         for choice in choices:
             tokens, proof, batch = _prove(types, branch.source, output, region, choice, inside)
-            tried.append((tokens, proof, batch, _queries(types, branch, output, tokens, proof, batch)))
+            tried.append((tokens, proof, batch, _queries(types, branch, output, tokens, proof, batch, inside)))
         able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
         whole = [t for t in tried if fill_dims(types, output, t[0])]
         tokens, proof, batch, queries = [*able, *whole, *tried][0]
@@ -127,6 +129,7 @@ def _queries(
     tokens: tuple[FactorPos, ...],
     proof: RowProof | Blocked,
     batch: Product,
+    attentions: tuple[Attention, ...],
 ) -> RowProof | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens.
     ``batch``: the factors that number the site's samples; one selection serves both proofs."""
@@ -137,7 +140,13 @@ def _queries(
     if isinstance(proof, RowProof) and tuple(types.type_of(output)[o.dim][o.index] for o in carried) != batch:
         # What is held hides it from the first proof: keys, say, that are made across samples.
         return Blocked(proof.stale_inputs[0], "mixes samples that the rest of the branch keeps apart")
-    return prove_queries(types, branch.source, output, region, tokens, carried)
+    found = prove_queries(types, branch.source, output, region, tokens, carried)
+    factors = {types.type_of(output)[t.dim][t.index] for t in tokens}
+    windows = [a for a in attentions if a.node in region and set(a.axis) < factors]
+    if isinstance(found, Blocked) and windows:
+        size = types.factors.size(windows[0].axis)
+        return Blocked(windows[0].node, f"attends within windows of {size} tokens, each by itself")
+    return found
 
 
 def _computes(proof: RowProof, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
@@ -243,7 +252,13 @@ def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object
         return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
-    if all(not set(a.key_axis) & set(factors) for a in inside):
-        keys = {f for a in inside for f in types.factors.atoms(a.key_axis)}
-        return "joint_attention" if keys & set(factors) else "cross_attention"
-    return "self_attention"
+    if any(set(a.key_axis) & set(factors) for a in inside):
+        return "self_attention"
+    if any(types.factors.atoms(a.key_axis) & set(factors) for a in inside):
+        return "joint_attention"
+    # What queries and keys both run over, and no stream does, are its tokens laid out anew (padded windows).
+    return "self_attention" if isinstance(proof, Blocked) and _all_self(inside) else "cross_attention"
+
+
+def _all_self(inside: tuple[Attention, ...]) -> bool:
+    return all(a.axis == a.key_axis for a in inside)

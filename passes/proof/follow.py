@@ -113,7 +113,9 @@ class _Follow:
         joined = len(parts) == 1 or (parts and window is not None)
         passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined)
         if label is None or not passes:
-            return Blocked(node, "mixes the tokens" if label and label[0] in spec.mixed else "rearranges the tokens")
+            if label is None or label[0] not in spec.mixed:
+                return Blocked(node, "rearranges the tokens")
+            return Blocked(node, spec.because.get(label[0], "mixes the tokens"))
         if self.labels.setdefault(node, label) != label or self._windowed(node, window):
             return twice
         if result == 0:

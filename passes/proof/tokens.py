@@ -14,14 +14,21 @@ from toca_compile.rules.registry import RULES, Work, work_of
 
 
 def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
-    """What the rows of linear layers run over beside samples, which lie in the first dimension."""
+    """What the rows of layers with weights run over beside samples, which lie in the first dimension."""
     rows: set[int] = set()
     others: set[int] = set()
     for node in graph.nodes:
-        if work_of(node) is Work.CONTRACT and RULES[node.target].trailing:
+        spec = types.specs.get(node)
+        if spec is None or work_of(node) is not Work.CONTRACT or len(spec.operands) < 2:
+            continue
+        weight = operand_nodes(node)[1]
+        if RULES[node.target].trailing or weight.op in ("placeholder", "get_attr"):
             dims = types.type_of(operand_nodes(node)[0])
-            rows |= {f for dim in dims[1:-1] for f in dim}
-            others |= {f for dim in (dims[0], dims[-1]) for f in dim}
+            for dim, labels in zip(dims[1:], spec.operands[0][1:], strict=True):
+                carried = {f for x in labels if x in spec.carried for f in types.label(node, x)}
+                rows |= carried
+                others |= set(dim) - carried
+            others |= set(dims[0])
     return rows - others
 
 

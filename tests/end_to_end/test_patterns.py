@@ -435,3 +435,159 @@ def test_tokens_that_experts_put_in_order_are_reused(style: type[nn.Module], op:
     assert "partial" not in site.actions
     assert site.reason is not None
     assert f"aten.{op}.default mixes the tokens (test_patterns.py:" in site.reason
+
+
+class Windows(Block):
+    """Tokens of a picture attend within windows of two by two (Swin), which are moved or padded first."""
+
+    how = ""
+
+    def attend(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(1, (4, 4))
+        if self.how == "moved":
+            rows = rows.roll((-1, -1), (1, 2))
+        if self.how == "padded":
+            rows = F.pad(rows, (0, 0, 0, 2, 0, 2))
+        size = rows.shape[1] // 2
+        apart = rows.unflatten(2, (2, size)).unflatten(1, (2, size)).transpose(2, 3)
+        out = super().attend(apart.flatten(3, 4).flatten(0, 2)).reshape(apart.shape)
+        rows = out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.how == "moved":
+            rows = rows.roll((1, 1), (1, 2))
+        return rows[:, :4, :4].flatten(1, 2)
+
+
+class Moved(Windows):
+    how = "moved"
+
+
+class Padded(Windows):
+    how = "padded"
+
+
+class Chunks(Block):
+    """Tokens attend within four of their neighbours in a row."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return super().attend(x.reshape(-1, 4, WIDTH)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("style", "why"),
+    [
+        (Windows, "attends within windows of 4 tokens, each by itself"),
+        (Moved, "attends within windows of 4 tokens, each by itself"),
+        (Chunks, "attends within windows of 4 tokens, each by itself"),
+        (Padded, "rearranges the tokens"),
+    ],
+)
+def test_attention_within_windows_is_reused_and_the_rest_is_partial(style: type[nn.Module], why: str) -> None:
+    attention, mlp = check(style(), [PARTIAL])
+    assert [(s.kind, s.tokens) for s in (attention, mlp)] == [("self_attention", TOKENS), ("mlp", TOKENS)]
+    assert ("partial" in mlp.actions, "queries" in attention.actions) == (True, False)
+    assert why in no_queries(style())
+
+
+@torch.no_grad()
+def no_queries(model: nn.Module) -> str:
+    """Why the first site takes none, as a policy is told that asks for them."""
+    opt = toca_compile.optimize(model.eval(), some(Queries("fresh")), lowering="eager")
+    with pytest.raises(toca_compile.PolicyError) as raised:
+        opt(*inputs(0))
+    return str(raised.value)
+
+
+class InOneRow(Block):
+    """Samples and tokens in one dimension of a stream ``[(batch tokens), width]``."""
+
+    turned = False
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = (x.transpose(0, 1) if self.turned else x).flatten(0, 1)
+        return super().forward(rows, y)
+
+    def attend(self, x: Tensor) -> Tensor:
+        if self.turned:
+            return super().attend(x.unflatten(0, (TOKENS, -1)).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+        return super().attend(x.unflatten(0, (-1, TOKENS))).flatten(0, 1)
+
+
+class TokensFirst(InOneRow):
+    turned = True
+
+
+def test_samples_and_tokens_in_one_dimension() -> None:
+    sites = check(InOneRow(), [PARTIAL, FRESH, UPDATE, some_by("error"), some_by("attention")])
+    assert [(sorted(s.actions & {"partial", "queries"}), s.tokens) for s in sites] == [
+        (["queries"], TOKENS),
+        (["partial"], TOKENS),
+    ]
+
+
+def some_by(score: str) -> Composition:
+    """Half of the tokens, by a score; the others are forecast, each from its own past."""
+    rules = (Rule(Queries("fresh", order=1), kinds=("self_attention",)), Rule(Partial(order=1)))
+    return Composition(STEPS, Every(3), rules, which=Selector(score), how_many=Share(0.5))
+
+
+def test_tokens_before_samples_in_one_dimension_are_selected_among_all_samples() -> None:
+    _, mlp = check(TokensFirst(), [PARTIAL])
+    assert ("partial" in mlp.actions, mlp.tokens) == (True, 2 * TOKENS)
+
+
+class Linear(Block):
+    """Keys are contracted with values first, without a softmax (Sana's, in matmuls)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        q, k = q.relu(), k.relu()
+        return self.out((q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + 1e-2)).transpose(1, 2).flatten(2))
+
+
+class LinearWithOnes(Block):
+    """Features before tokens; the sum of the weights is one more feature of the values (Sana's)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part).mT for part in self.qkv(x).chunk(3, -1))
+        out = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.relu().mT @ q.relu()
+        return self.out((out[:, :, :-1] / (out[:, :, -1:] + 1e-2)).flatten(1, 2).mT)
+
+
+class LinearBySum(Block):
+    """In einsums, of features that are positive."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in self.qkv(x).chunk(3, -1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        total = 1 / torch.einsum("bnhd,bhd->bnh", q, k.sum(1))
+        return self.out(torch.einsum("bnhd,bhde,bnh->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v), total).flatten(2))
+
+
+class OfFeatures(Block):
+    """Features attend to each other, by what they are over all tokens (XCiT)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        weights = (F.normalize(q, dim=-2).mT @ F.normalize(k, dim=-2)).softmax(-1)
+        return self.out((v @ weights.mT).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("style", [Linear, LinearWithOnes, LinearBySum, OfFeatures])
+def test_attention_without_a_softmax_over_tokens(style: type[nn.Module]) -> None:
+    attention, mlp = check(style(), [PARTIAL, FRESH])
+    assert [(s.kind, s.tokens) for s in (attention, mlp)] == [("self_attention", TOKENS), ("mlp", TOKENS)]
+    assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
+
+
+class Causal(Block):
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_what_counts_its_queries_says_so() -> None:
+    attention, _ = check(Causal(), [PARTIAL])
+    why = "is causal by is_causal=True, not by a mask, and counts the queries (test_patterns.py:"
+    assert "queries" not in attention.actions
+    assert why in str(attention.reason)
+    assert why in no_queries(Causal())
