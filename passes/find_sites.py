@@ -145,7 +145,7 @@ def _queries(
     windows = [a for a in attentions if a.node in region and set(a.axis) < factors]
     if isinstance(found, Blocked) and windows:
         size = types.factors.size(windows[0].axis)
-        return Blocked(windows[0].node, f"attends within windows of {size} tokens, each by itself")
+        return Blocked(windows[0].node, f"attends within groups of {size} tokens")
     return found
 
 

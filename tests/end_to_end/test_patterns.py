@@ -475,9 +475,9 @@ class Chunks(Block):
 @pytest.mark.parametrize(
     ("style", "why"),
     [
-        (Windows, "attends within windows of 4 tokens, each by itself"),
-        (Moved, "attends within windows of 4 tokens, each by itself"),
-        (Chunks, "attends within windows of 4 tokens, each by itself"),
+        (Windows, "attends within groups of 4 tokens"),
+        (Moved, "attends within groups of 4 tokens"),
+        (Chunks, "attends within groups of 4 tokens"),
         (Padded, "rearranges the tokens"),
     ],
 )
