@@ -93,9 +93,10 @@ class RatioSchedule(Checked):
     step: tuple[Factor, Factor] = (1.0, 0.0)
     kinds: Mapping[Kind, Factor] = field(default_factory=dict)
 
-    def tokens(self, ratio: float, n: int, *, kind: str, depth: int, span: int, s: int, num_steps: int) -> int:
-        """K = floor(ratio · n) of one site at one step."""
-        layer = self.layer[0] + self.layer[1] * (depth / span if span else 0.0)
-        step = self.step[0] + self.step[1] * s / num_steps
-        share = ratio * layer * step * self.kinds.get(kind, 1.0)
+    def tokens(self, ratio: float, n: int, *, kind: str, layer: tuple[int, int], step: tuple[int, int]) -> int:
+        """K = floor(ratio · n) of one site at one step. ``layer``: l and span; ``step``: s and T."""
+        (depth, span), (s, num_steps) = layer, step
+        by_layer = self.layer[0] + self.layer[1] * (depth / span if span else 0.0)
+        by_step = self.step[0] + self.step[1] * s / num_steps
+        share = ratio * by_layer * by_step * self.kinds.get(kind, 1.0)
         return floor(min(max(share, 0.0), 1.0) * n)
