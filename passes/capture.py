@@ -205,6 +205,8 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    elif node.target in (aten.concat.default, aten.concatenate.default):
+        node.target = aten.cat.default
     elif node.target in _NEW:
         made = node.meta["val"]
         node.target, node.args = _NEW[node.target], node.args[1:]

@@ -88,6 +88,7 @@ def find_sites(
                 reason=str(proof) if isinstance(proof, Blocked) else None,
                 query_proof=queries if isinstance(queries, RowProof) else None,
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
+                fragment=fragment,
             )
         )
     return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))

@@ -154,3 +154,4 @@ class Site:
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack
+    fragment: bool = False  # whether its graph is one of several that a model was split into

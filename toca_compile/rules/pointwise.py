@@ -88,7 +88,8 @@ register(aten.clip.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
 register([aten.clamp_min.default, aten.clamp_max.default], _one(0.4), pointwise=True)(elementwise_axes)
 register(aten.threshold.default, _one(0.4, 0.2), pointwise=True)(elementwise_axes)
 register(aten.round.decimals, _one(decimals=1), pointwise=True)(elementwise_axes)
-register(aten.full_like.default, _one(3.0), pointwise=True)(elementwise_axes)
+register([aten.full_like.default, aten.fill.Scalar], _one(3.0), pointwise=True)(elementwise_axes)
+register(aten.fill.Tensor, _one(torch.tensor(2.0)))(elementwise_axes)
 register([aten.to.dtype], _one(torch.float64), pointwise=True)(elementwise_axes)
 
 WITH_SCALAR = [

@@ -207,7 +207,7 @@ def _laid(rng: Random) -> Args:
     return (parts, dim), {}
 
 
-@register(aten.cat.default, _laid)
+@register([aten.cat.default, aten.concat.default, aten.concatenate.default], _laid)
 def cat(call: Call) -> AxisSpec:
     """Lays operands end to end: that dimension of the result is the sum of theirs. What is empty adds nothing, and a
     single operand that is not is the result."""
@@ -250,6 +250,20 @@ def stack(call: Call) -> AxisSpec:
     return einsum(
         ",".join([" ".join(names)] * len(call.operands)) + "->" + " ".join(right), call.operands, call.results
     )
+
+
+def _crossed(rng: Random) -> Args:
+    vectors = [torch.randn(n) for n in sizes(rng, rng.randint(1, 3))]
+    return (vectors,), {"indexing": rng.choice(["ij", "xy"])}
+
+
+@register(aten.meshgrid.indexing, _crossed)
+@register(aten.meshgrid.default, lambda rng: ((_crossed(rng)[0][0],), {}))
+def meshgrid(call: Call) -> AxisSpec:
+    """Each vector along a dimension of its own; by ``xy`` the first two of them change places."""
+    names = _names(len(call.operands))
+    out = [*names[:2][::-1], *names[2:]] if call.arg(1, "indexing") == "xy" else names
+    return einsum(f"{','.join(names)} -> {','.join([' '.join(out)] * len(names))}", call.operands, call.results)
 
 
 def _cut(arg: Callable[[Random, int], Any]) -> Sample:
@@ -471,6 +485,8 @@ def _scaled(rng: Random) -> Args:
 @register(aten.pixel_shuffle.default, _shuffled)
 @register(aten.pixel_unshuffle.default, _unshuffled)
 @register(aten.avg_pool2d.default, _pooled)
+@register(aten.avg_pool3d.default, lambda rng: ((torch.randn(*sizes(rng, 2), 4, 4, 4), [2, 2, 2]), {}))
+@register(aten.max_pool2d.default, _pooled)
 @register(aten.upsample_nearest2d.vec, _scaled)
 def resample(call: Call) -> AxisSpec:
     """Pictures to pictures of another size: only the batch is sure to pass through."""
