@@ -35,10 +35,12 @@ def prove(
     """
     traces, walk = [], walk or Walk()
     for occurrence in tokens:
-        trace = follow(types, branch, occurrence, walk)
-        if isinstance(trace, Blocked):
-            return trace
-        traces.append(trace)
+        joined = types.factors.segments((types.type_of(branch.output)[occurrence.dim][occurrence.index],))
+        for factor in range(max(len(part) for part in joined) if len(joined) > 1 else 1):
+            trace = follow(types, branch, occurrence, walk, factor)
+            if isinstance(trace, Blocked):
+                return trace
+            traces.append(trace)
     nodes = list(traces[0])
     if branch.source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(branch.output, "does not need the tokens of its input")
@@ -52,6 +54,8 @@ def prove(
         windows=dict(walk.windows),
         cuts=frozenset(walk.cuts),
         joins=dict(walk.joins),
+        parts=dict(walk.parts),
+        unions=dict(walk.unions),
     )
     return _layout(types, branch, proof) or proof
 
@@ -159,7 +163,7 @@ def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None
             if not any(tokens):
                 continue
             pointwise = RULES[node.target].pointwise  # type: ignore[index]
-            together = _together(types, operand, tokens, batch) and node not in proof.windows
+            together = _together(types, operand, tokens, batch) and node not in {*proof.windows, *proof.parts}
             partly = None in tokens or not (together or _whole(types, operand, tokens))  # type: ignore[arg-type]
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")

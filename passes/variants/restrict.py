@@ -88,7 +88,9 @@ class Restriction:
 
     def _alike(self, other: "Restriction", node: fx.Node) -> bool:
         mine, theirs = self.proof, other.proof
-        return mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
+        alike = mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
+        where = ((proof.windows.get(node), proof.parts.get(node)) for proof in (mine, theirs))
+        return alike and len(set(where)) == 1
 
     def _piece(self, piece: Piece) -> fx.Node:
         """Some features of a linear layer on the rows, from their own rows of the weight."""
@@ -102,8 +104,12 @@ class Restriction:
             return self.rows[node.args[0]]  # type: ignore[index]
         if node in self.proof.joins:
             return self.rows[self.proof.joins[node]]
+        if node in self.proof.unions:
+            rows = [self.rows[operand] for operand, _ in self.proof.unions[node]]
+            starts = [start for _, (start, _) in self.proof.unions[node]]
+            return self.emit(toca.join_tokens.default, rows, self.index, starts, *place(self.proof, node))
         if node in self.proof.cuts:
-            # The rows are of that part already.
+            # The rows are of that part already, or stand for rows of it and of others.
             return self.rows[operand_nodes(node)[0]]
         if node.target is operator.getitem:
             part = self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
@@ -190,8 +196,13 @@ class Restriction:
         if reader in self.proof.windows:
             begin, size = self.proof.windows[reader]
             value = self.emit(aten.slice.Tensor, value, first, begin, begin + size)
+        index = self.index
+        if reader in self.proof.parts:
+            # What tokens of other parts get here is read by none (``unions``).
+            begin, size = self.proof.parts[reader]
+            index = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, index, begin), 0, size - 1)
         merged = (last - first + 1,) if last > first else ()
-        return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
+        return self.emit(toca.gather_tokens.default, value, index, first, batch_dim, *merged)
 
 
 def in_turn(operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:

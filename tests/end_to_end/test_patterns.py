@@ -201,8 +201,49 @@ class Apart(nn.Module):
 
 
 def test_streams_taken_apart_and_joined_again() -> None:
-    sites = check(Apart(), [PARTIAL])
+    sites = check(Apart(), [PARTIAL, FRESH, UPDATE])
     assert [(s.kind, s.tokens, "partial" in s.actions) for s in sites] == [("parallel", TOKENS + WORDS, True)] * 2
+    assert all("queries" in s.actions for s in sites)
+
+
+class Placed(Apart):
+    """Rotary positions, a table of frames and patches, for the picture's tokens alone; words of another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 6, TOKENS * 2).reshape(TOKENS, 2))
+        self.of_words, self.frames = nn.Linear(4, 4), nn.Parameter(torch.empty(4, 4, 1))
+
+    def placed(self, part: Tensor, words: int) -> Tensor:
+        first, second = part[:, :, :-words].chunk(2, -1)
+        turned = torch.cat([first * self.table.cos() - second * self.table.sin(), second * self.table.sin()], -1)
+        turned = turned.unflatten(2, (4, 4)) * self.frames
+        return torch.cat([turned.flatten(2, 3), self.of_words(part[:, :, -words:]).tanh()], 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both, words = torch.cat([x, y], 1), y.shape[1]
+        for _ in range(2):
+            z = self.norm(both)
+            q, k, v = (heads(part) for part in self.qkv(z).chunk(3, -1))
+            out = F.scaled_dot_product_attention(self.placed(q, words), self.placed(k, words), v)
+            both = both + self.out(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(self.mlp(z))], 2))
+        return both
+
+
+def test_positions_for_a_part_of_the_tokens() -> None:
+    sites = check(Placed(), [PARTIAL, FRESH, UPDATE])
+    assert all({"queries", "partial"} <= s.actions for s in sites)
+
+
+class Elsewhere(Placed):
+    """The words' queries are not of these tokens, but of the picture's."""
+
+    def placed(self, part: Tensor, words: int) -> Tensor:
+        return torch.cat([part[:, :, :-words], part[:, :, :words]], 2)
+
+
+def test_parts_that_are_cut_out_elsewhere_are_no_parts() -> None:
+    assert "joins tokens that it cuts out elsewhere (test_patterns.py:" in no_queries(Elsewhere())
 
 
 class Registers(Joint):

@@ -24,6 +24,20 @@ def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, span: int 
     return x.gather(dim, spread(index, x, dim, batch_dim))
 
 
+@op("join_tokens(Tensor[] rows, Tensor index, int[] starts, int dim, int batch_dim, int span=1) -> Tensor")
+def join_tokens(
+    rows: list[Tensor], index: Tensor, starts: list[int], dim: int, batch_dim: int, span: int = 1
+) -> Tensor:
+    """Of values ``rows``, each of all tokens ``index``, the one in whose part of the axis a token lies: the last that
+    starts (``starts``, ascending from 0) before it. Among rows the tokens are one dimension, whatever the ``span``."""
+    if batch_dim > dim:
+        batch_dim -= span - 1
+    joined = rows[0]
+    for value, start in zip(rows[1:], starts[1:], strict=True):
+        joined = torch.where(spread(index, value, dim, batch_dim) >= start, value, joined)
+    return joined
+
+
 @op("scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim, int span=1) -> Tensor(a!)")
 def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
     """Write ``rows`` to the places ``index`` of ``cache`` (contiguous), in place; returns ``cache``."""
