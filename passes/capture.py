@@ -40,6 +40,8 @@ _INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgrap
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior}
+
 # Of their operand they read the dtype and the device alone.
 _NEW = {
     aten.new_empty.default: aten.empty.memory_format,
@@ -76,9 +78,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
-        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        changed = [n for n in gm.graph.nodes if n.op == "placeholder"][mutated[0]]
+        at = next((f" ({source_line(n)})" for n in changed.users if _writes(n, changed)), "")
         raise UnsupportedGraphError(
-            f"the model changes its input {names[mutated[0]]!r} in place; a cached step would skip that. "
+            f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
         )
     for node in reversed(captured.graph.nodes):
@@ -94,6 +97,13 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured
+
+
+def _writes(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a call of Dynamo's graph changes its first argument, and that is ``value``."""
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = node.target is operator.setitem or node.target in _IN_PLACE or name.rstrip("_") != name
+    return in_place and node.args[:1] == (value,)
 
 
 @contextmanager
