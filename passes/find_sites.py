@@ -9,8 +9,10 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
@@ -55,7 +57,7 @@ def find_sites(
     sites: list[Site] = []
     for branch in branches:
         output = _before_tail(branch, static)
-        region = branch.region & ancestors([output], stop=[branch.source])
+        region = frozenset(ancestors([output], within=branch.region.__contains__))
         if not any(work_of(n) in _ARITHMETIC for n in region):
             continue
         choices = token_dims(types, output, value_of(output).shape, token_factors)
@@ -131,7 +133,7 @@ def _queries(
     ``batch``: the factors that number the site's samples; one selection serves both proofs."""
     if isinstance(proof, RowProof) and not proof.stale_inputs:
         return None
-    region = branch.region & ancestors([output], stop=[branch.source])
+    region = frozenset(ancestors([output], within=branch.region.__contains__))
     carried = batch_of(types, branch.source, output, region, tokens)
     if isinstance(proof, RowProof) and tuple(types.type_of(output)[o.dim][o.index] for o in carried) != batch:
         # What is held hides it from the first proof: keys, say, that are made across samples.
@@ -174,10 +176,15 @@ def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> lis
             if source is None:
                 continue
             chain[node] = residual
-            region = frozenset(n for n in nodes if above[end] & bit[n] and above[n] & bit[source] and n is not source)
+            # All that stands between the two: the region is convex, so that walks inside it need not leave it.
+            region = frozenset(ancestors([end], stop=[source], within=partial(_is_below, above, bit[source])))
             found.append(_Branch(source, end, node, region))
             break
     return found
+
+
+def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
+    return bool(above[node] & bit)
 
 
 def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[_Branch]:
@@ -207,10 +214,9 @@ def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
     Walks back from the end over pointwise ops and views. Wherever all paths meet in one value, that value is M's output
     if conditioning came in above it.
     """
-    order = {node: i for i, node in enumerate(branch.end.graph.nodes)}
     output, frontier, conditioned = branch.end, {branch.end}, False
     while frontier:
-        node = max(frontier, key=order.__getitem__)
+        node = max(frontier)  # the last of them in the graph
         if len(frontier) == 1 and conditioned:
             output, conditioned = node, False
         rule = RULES.get(node.target)  # type: ignore[call-overload]

@@ -79,11 +79,10 @@ class _Follow:
         self.factor = 0  # which of the factors of a part that was cut out is followed
 
     def run(self, output: fx.Node, start: FactorPos) -> Trace | Blocked:
-        order = {node: i for i, node in enumerate(output.graph.nodes)}
         reason = self.demand(output, start, None)
         pending = {output}
         while pending and reason is None:
-            node = max(pending, key=order.__getitem__)
+            node = max(pending)  # the last of them in the graph
             pending.discard(node)
             if node is self.source or node in self.held:
                 continue

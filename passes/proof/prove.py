@@ -86,7 +86,8 @@ def prove_queries(
         if None in places:
             return proof
         at = tuple(p for p in places if p is not None)
-        own = prove(types, source, node, region & ancestors([node]), at, batch_like(types, source, node, region, proof))
+        above = ancestors([node], within=region.__contains__)
+        own = prove(types, source, node, above, at, batch_like(types, source, node, above, proof))
         if isinstance(own, Blocked):
             return proof
         updates.append(own)
@@ -101,7 +102,7 @@ def batch_like(
     for d, dim in enumerate(types.type_of(node)):
         for occurrence in (FactorPos(d, i) for i in range(len(dim))):
             walk = Walk()
-            trace = follow(types, source, node, region & ancestors([node]), occurrence, walk=walk)
+            trace = follow(types, source, node, region, occurrence, walk=walk)
             if isinstance(trace, dict) and walk.straight and trace.get(source) in proof.batch[source]:
                 found[occurrence] = trace
     return found
