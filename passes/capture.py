@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
@@ -108,7 +108,8 @@ def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
             f"({source_line(begun)}): make what it makes (a block mask, say) outside of forward, or without it"
         ) from error
     finally:
-        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
+            pop_dynamic_layer_stack()
 
 
 class _Inlining(fx.Interpreter):

@@ -12,6 +12,7 @@ parallel block, keys and values. The gate stays outside, so it is always the cur
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -49,7 +50,7 @@ def rewrite(
     """
     try:
         builder = SegmentBuilder(segment, sites, forms, types, selector, dense=dense)
-        variant = _emitted(builder)
+        variant = replace(_emitted(builder), ranks=builder.ranks)
         verify_kept(variant, kept_slots(sites, forms))
     except (VerifyError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         told = ", ".join(f"{site.name} ({form})" for site, form in zip(sites, forms, strict=True))
