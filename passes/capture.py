@@ -40,6 +40,14 @@ _INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgrap
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
+# Of their operand they read the dtype and the device alone.
+_NEW = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_full.default: aten.full.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_zeros.default: aten.zeros.default,
+}
+
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
@@ -198,6 +206,12 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    elif node.target in (aten.concat.default, aten.concatenate.default):
+        node.target = aten.cat.default
+    elif node.target in _NEW:
+        made = node.meta["val"]
+        node.target, node.args = _NEW[node.target], node.args[1:]
+        node.kwargs = {"dtype": made.dtype, "device": made.device}
     elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
         _cast_operands(node)
 
