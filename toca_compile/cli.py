@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -160,18 +161,14 @@ def _version() -> str:
 def _demo(given: argparse.Namespace) -> None:
     from toca_compile.demo import fashion_dit, side_by_side
     from toca_compile.demo.sampling import load_sampling
+    from toca_compile.quality.settings import ComparisonSettings
 
+    names = (field.name for field in fields(ComparisonSettings))
+    settings = ComparisonSettings(**{name: getattr(given, name) for name in names})
     if given.model is None or (Path(given.model) / "config.json").exists():
-        fashion_dit.run(
-            model_path=Path(given.model) if given.model else None, out=given.out, steps=given.steps,
-            samples=given.samples, repeats=given.repeats, seed=given.seed, device=given.device, lowering=given.lowering,
-        )  # fmt: skip
+        fashion_dit.run(settings, Path(given.model) if given.model else None)
         return
-    sampling = load_sampling(given.model, given.device, given.prompt)
-    side_by_side.run(
-        sampling, out=given.out, steps=given.steps, samples=given.samples, repeats=given.repeats, seed=given.seed,
-        device=given.device, lowering=given.lowering,
-    )  # fmt: skip
+    side_by_side.run(load_sampling(given.model, given.device, given.prompt), settings)
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
-from toca_compile.policies.storage import checked_policy
+from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl

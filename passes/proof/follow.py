@@ -6,16 +6,30 @@ makes the walk one of that *window*, until it meets the concatenation that the w
 """
 
 import operator
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from toca_compile.ir.graph import operand_nodes, source_line
+from toca_compile.ir.graph import ancestors, operand_nodes, source_line
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, FactorPos
 
 Trace = dict[fx.Node, FactorPos]  # where one factor lies in each value of a branch
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is computed between two values: ``region`` holds the nodes after ``source`` up to and with ``output``. At
+    ``held`` values of it, which are taken from the last full step, a walk ends as at the source."""
+
+    source: fx.Node
+    output: fx.Node
+    region: frozenset[fx.Node]
+    held: tuple[fx.Node, ...] = ()
+
+    def to(self, node: fx.Node) -> "Branch":
+        """The part of it that makes one of its values; nothing is held there."""
+        return Branch(self.source, node, self.region & ancestors([node], stop=[self.source]))
 
 
 @dataclass(frozen=True)
@@ -55,37 +69,28 @@ class Walk:
         return not self.cuts and not self.joins
 
 
-def follow(
-    types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: AbstractSet[fx.Node],
-    start: FactorPos,
-    held: tuple[fx.Node, ...] = (),
-    walk: Walk | None = None,
-) -> Trace | Blocked:
-    """Where the factor at ``start`` of ``output`` lies in each value back to ``source`` (or a ``held`` value), or what
-    stops it. ``walk`` takes what else is met."""
-    return _Follow(types, source, region, held, walk or Walk()).run(output, start)
+def follow(types: AxisTypes, branch: Branch, start: FactorPos, walk: Walk | None = None) -> Trace | Blocked:
+    """Where the factor at ``start`` of the branch's output lies in each value back to its source (or a held value), or
+    what stops it. ``walk`` takes what else is met."""
+    return _Follow(types, branch, walk or Walk()).run(start)
 
 
 class _Follow:
-    def __init__(
-        self, types: AxisTypes, source: fx.Node, region: AbstractSet[fx.Node], held: tuple[fx.Node, ...], walk: Walk
-    ) -> None:  # fmt: skip
-        self.types, self.source, self.region, self.held, self.walk = types, source, region, held, walk
+    def __init__(self, types: AxisTypes, branch: Branch, walk: Walk) -> None:
+        self.types, self.branch, self.walk = types, branch, walk
         self.place: Trace = {}
         self.labels: dict[fx.Node, tuple[str, int]] = {}
         self.factor = 0  # which of the factors of a part that was cut out is followed
 
-    def run(self, output: fx.Node, start: FactorPos) -> Trace | Blocked:
+    def run(self, start: FactorPos) -> Trace | Blocked:
+        output = self.branch.output
         order = {node: i for i, node in enumerate(output.graph.nodes)}
         reason = self.demand(output, start, None)
         pending = {output}
         while pending and reason is None:
             node = max(pending, key=order.__getitem__)
             pending.discard(node)
-            if node is self.source or node in self.held:
+            if self._ends(node):
                 continue
             self.walk.visited.add(node)
             if node.target is operator.getitem:
@@ -101,7 +106,7 @@ class _Follow:
             if self.place.setdefault(node, at) != at or self._windowed(node, window):
                 return twice
             return self.demand(node.args[0], at, window, node.args[1])  # type: ignore[arg-type]
-        if node is self.source or node in self.held:
+        if self._ends(node):
             if window is not None:
                 return Blocked(node, "is needed along a part of its tokens")
             return None if self.place.setdefault(node, at) == at else twice
@@ -133,7 +138,7 @@ class _Follow:
             window, label = (begin, spec.sizes[label[0]]), (cut.source, 0)
             self.walk.cuts.add(node)
         for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
-            inside = operand in self.region or operand is self.source
+            inside = operand in self.branch.region or operand is self.branch.source
             within = window
             at = occurrence_of(self.types, node, dims, label)
             if label[0] in spec.concat:
@@ -176,6 +181,10 @@ class _Follow:
                 return at, (cut.start, spec.sizes[name]) if cut is not None else None
             begin += spec.sizes[name]
         return None
+
+    def _ends(self, node: fx.Node) -> bool:
+        """Whether the walk goes no further than this value."""
+        return node is self.branch.source or node in self.branch.held
 
     def _windowed(self, node: fx.Node, window: tuple[int, int] | None) -> bool:
         """Note the window in which a value is needed; whether it was needed in another."""
