@@ -94,8 +94,9 @@ register(WITH_SCALAR, _one(1.5), pointwise=True)(elementwise_axes)
 
 BINARY = [
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Tensor, aten.atan2.default,
-    aten.maximum.default, aten.minimum.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.eq.Tensor,
-    aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.floor_divide.default,
+    aten.maximum.default, aten.minimum.default, aten.max.other, aten.min.other, aten.remainder.Tensor,
+    aten.fmod.Tensor, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor,
+    aten.floor_divide.default,
 ]  # fmt: skip
 register(BINARY, _several(2), pointwise=True)(elementwise_axes)
 register([aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor],

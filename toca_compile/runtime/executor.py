@@ -80,6 +80,7 @@ class Executor:
         control: says which step a call is.
         variants: where the graphs come from.
         number: of this graph in its model.
+        flat: takes wrappers (quantised weights) among the inputs apart into the tensors that the program has for them.
     """
 
     def __init__(
@@ -89,9 +90,11 @@ class Executor:
         control: StepControl,
         variants: Variants,
         number: int,
+        flat: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
+        self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -144,6 +147,7 @@ class Executor:
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(self.parameter(inputs))
+        inputs = inputs if self._flat is None else tuple(self._flat(inputs))
         with self.control.lock:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
@@ -158,7 +162,9 @@ class Executor:
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
-        return inputs[self._state] if self._state is not None else None
+        if self._state is None:
+            return None
+        return inputs[self._state] if self._flat is None else self._flat(inputs)[self._state]
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
         """For each site, which tokens the last step computed: bool ``[batch, tokens]`` by site name."""
