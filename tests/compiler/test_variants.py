@@ -11,6 +11,7 @@ from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, TaylorSeer, ToCa, TocaError
 from toca_compile.compiler.variants import ProgramVariants
+from toca_compile.ir.program import Segment, Variant
 from toca_compile.lowerings import inductor
 
 
@@ -42,8 +43,14 @@ def test_no_step_compiles_after_it(policy: Any, monkeypatch: pytest.MonkeyPatch)
 def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimized(ToCa(8, 4, 0.3, "constant"))
     opt.compile(*inputs())
-    built, build = [], ProgramVariants.build
-    monkeypatch.setattr(ProgramVariants, "build", lambda *args: built.append(args[1].sites) or build(*args))
+    built: list[tuple[int, ...]] = []
+    build = ProgramVariants.build
+
+    def counted(self: ProgramVariants, segment: Segment, *args: Any) -> Variant:
+        built.append(segment.sites)
+        return build(self, segment, *args)
+
+    monkeypatch.setattr(ProgramVariants, "build", counted)
     opt.policy = ToCa(8, 4, 0.3, "constant", score="random")
     opt.compile(*inputs())
     assert built
