@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
@@ -22,6 +22,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
@@ -49,6 +50,7 @@ _NEW = {
     aten.new_ones.default: aten.ones.default,
     aten.new_zeros.default: aten.zeros.default,
 }
+_OWN = {"aten", "prim", "prims"}  # namespaces of torch's own ops
 
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
@@ -74,7 +76,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
                 mutated.append(i)
         return out
 
-    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
     with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
@@ -126,7 +128,25 @@ def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
             f"({source_line(begun)}): make what it makes (a block mask, say) outside of forward, or without it"
         ) from error
     finally:
-        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
+            pop_dynamic_layer_stack()
+
+
+class _Functional(FunctionalTensorMode):
+    """Makes ops functional. Composite ones of other libraries, and those on wrapper tensors, are spelled out: quantised
+    weights bring them, and of an op without a rule nothing can be proved. What is left with a wrapper is what it says
+    itself."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wrapper: Any = next((t for t in types if is_traceable_wrapper_subclass_type(t)), None)
+        foreign = func.namespace not in _OWN and func not in RULES
+        if (wrapper is not None or foreign) and func._can_decompose():
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        if wrapper is not None:
+            with self:
+                return wrapper.__torch_dispatch__(func, types, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Inlining(fx.Interpreter):

@@ -9,15 +9,16 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import common_module, operand_nodes, value_of
+from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
 from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
@@ -180,10 +181,15 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> li
             if source is None:
                 continue
             chain[node] = residual
-            region = frozenset(n for n in nodes if above[end] & bit[n] and above[n] & bit[source] and n is not source)
+            # All that stands between the two.
+            region = frozenset(ancestors([end], stop=[source], within=partial(_is_below, above, bit[source])))
             found.append(_Residual(Branch(source, end, region), node))
             break
     return found
+
+
+def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
+    return bool(above[node] & bit)
 
 
 def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
@@ -213,10 +219,9 @@ def _before_tail(branch: Branch, static: frozenset[fx.Node]) -> fx.Node:
     Walks back from the end over pointwise ops and views. Wherever all paths meet in one value, that value is M's output
     if conditioning came in above it.
     """
-    order = {node: i for i, node in enumerate(branch.output.graph.nodes)}
     output, frontier, conditioned = branch.output, {branch.output}, False
     while frontier:
-        node = max(frontier, key=order.__getitem__)
+        node = max(frontier)  # the last of them in the graph
         if len(frontier) == 1 and conditioned:
             output, conditioned = node, False
         rule = RULES.get(node.target)  # type: ignore[call-overload]

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "toca_compile"
 
 # Each layer may import itself (not a sibling) and those before it.
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "hooks", "progress"},
     {"ir", "ops"},
     {"rules", "policies", "runtime", "lowerings"},
     {"passes"},

@@ -13,6 +13,7 @@ from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
+from toca_compile.compiler.wrappers import flattener, unwrapped
 from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
 from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import input_name, source_line
@@ -122,6 +123,10 @@ class Session:
             NoSiteError: there is nothing to cache in it.
             TocaError: it cannot be compiled with caching; the message says why.
         """
+        flat = flattener(inputs)
+        if flat is not None:
+            graph, static_inputs = unwrapped(graph, static_inputs, inputs)
+            inputs = flat(inputs)
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
         with working("proving what may be cached"):
             layouts = self._layouts(static_inputs, inputs)
@@ -136,7 +141,7 @@ class Session:
             raise NoSiteError(f"no site was found: the graph {NO_SITE}")
         plan = self._plan(self.applied, self.seen, program)
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
-        executor = Executor(program, plan, self.control, variants, self.seen)
+        executor = Executor(program, plan, self.control, variants, self.seen, flat)
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)

@@ -33,7 +33,8 @@ class Branch:
 
     def to(self, node: fx.Node) -> "Branch":
         """The part of it that makes one of its values; nothing is held there."""
-        return Branch(self.source, node, self.region & ancestors([node], stop=[self.source]))
+        # The region is convex, so that the walk need not leave it.
+        return Branch(self.source, node, frozenset(ancestors([node], within=self.region.__contains__)))
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,10 @@ class _Follow:
 
     def run(self, start: FactorPos) -> Trace | Blocked:
         output = self.branch.output
-        order = {node: i for i, node in enumerate(output.graph.nodes)}
         reason = self.demand(output, start, None)
         pending = {output}
         while pending and reason is None:
-            node = max(pending, key=order.__getitem__)
+            node = max(pending)  # the last of them in the graph
             pending.discard(node)
             if self._ends(node):
                 continue

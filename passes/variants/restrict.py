@@ -17,7 +17,7 @@ from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.types import FactorPos, RowProof
 from toca_compile.passes.proof.prove import leaf_places, reads_whole, restored, span
 from toca_compile.passes.variants.emit import SegmentBuilder
-from toca_compile.passes.variants.narrow import Piece, pieces
+from toca_compile.passes.variants.narrow import by_linear, emit_pieces, pieces
 from toca_compile.rules.registry import RULES
 
 toca = torch.ops.toca
@@ -75,14 +75,14 @@ class Restriction:
             if node in self.rows:
                 continue
             self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.proof, node))
-        narrow = pieces(self.proof.rows, self.types)
-        whole = {piece.linear for piece in narrow.values()}
+        narrow = by_linear(pieces(self.proof.rows, self.types))
         for node in nodes:
             if node in self.rows:
                 continue
             if node in narrow:
-                self.rows[node] = self._piece(narrow[node])
-            elif node in self.proof.rows and not whole & {node, *node.all_input_nodes}:
+                x, *weights = operand_nodes(node)
+                self.rows |= emit_pieces(self.emit, self.rows[x], [self.values[w] for w in weights], narrow[node])
+            elif node in self.proof.rows and not narrow.keys() & set(node.all_input_nodes):
                 self.rows[node] = self._node(node)
         return {**self.gathered, **self.rows}
 
@@ -91,13 +91,6 @@ class Restriction:
         alike = mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
         where = ((proof.windows.get(node), proof.parts.get(node)) for proof in (mine, theirs))
         return alike and len(set(where)) == 1
-
-    def _piece(self, piece: Piece) -> fx.Node:
-        """Some features of a linear layer on the rows, from their own rows of the weight."""
-        x, *weights = operand_nodes(piece.linear)
-        ends = (piece.start, piece.start + piece.size)
-        cut = [self.emit(aten.slice.Tensor, self.values[w], 0, *ends) for w in weights]
-        return self.emit(aten.linear.default, self.rows[x], *cut)
 
     def _node(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem and node.args[0] in self.proof.cuts:

@@ -127,7 +127,7 @@ class Action(Family):
         """The numbers of its site's history in one step."""
         if keep.history is None:
             return {}
-        numbers = keep.history.numbers(past, step, past.made if self.dense else self.used)
+        numbers = keep.history.numbers(past, step, past.made if self.dense else min(self.used, past.made))
         if keep.by_token:  # each token has an age of its own; the number says whether the term is used
             numbers |= {(kind, i): int(number != 0) for (kind, i), number in numbers.items() if kind is Number.MOVE}
         return numbers

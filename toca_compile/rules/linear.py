@@ -44,10 +44,29 @@ def _product_and_bias(batch: bool) -> Sample:
     return sample
 
 
+def _integers(rng: Random) -> Args:
+    """A product of int8 matrices."""
+    i, k, j = sizes(rng, 3)
+    return tuple(torch.randint(-8, 8, at, dtype=torch.int8) for at in ((i, k), (k, j))), {}
+
+
 @register(aten.mm.default, _product(False), work=Work.CONTRACT)
+@register(aten._int_mm.default, _integers, work=Work.CONTRACT)
 def mm(call: Call) -> AxisSpec:
     """A matrix product."""
     return einsum("i k, k j -> i j", call.operands, call.results)
+
+
+def _int8_weight(rng: Random) -> Args:
+    """Rows, an int8 weight and a scale for each of its outputs."""
+    i, k, j = sizes(rng, 3)
+    return (torch.randn(i, k), torch.randint(-8, 8, (j, k), dtype=torch.int8), torch.rand(j)), {}
+
+
+@register(aten._weight_int8pack_mm.default, _int8_weight, work=Work.CONTRACT)
+def scaled_mm(call: Call) -> AxisSpec:
+    """A product with an int8 weight whose outputs have a scale each."""
+    return einsum("i k, j k, j -> i j", call.operands, call.results)
 
 
 @register(aten.outer.default, lambda rng: (tuple(torch.randn(n) for n in sizes(rng, 2)), {}))
