@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line
+from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
@@ -40,8 +40,6 @@ _INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgrap
 
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior}
 
 # Of their operand they read the dtype and the device alone.
 _NEW = {
@@ -81,7 +79,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
         changed = [n for n in gm.graph.nodes if n.op == "placeholder"][mutated[0]]
-        at = next((f" ({source_line(n)})" for n in changed.users if _writes(n, changed)), "")
+        at = next((f" ({source_line(n)})" for n in changed.users if writes(n, changed)), "")
         raise UnsupportedGraphError(
             f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
@@ -99,13 +97,6 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured
-
-
-def _writes(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a call of Dynamo's graph changes its first argument, and that is ``value``."""
-    name = str(getattr(node.target, "__name__", node.target))
-    in_place = node.target is operator.setitem or node.target in _IN_PLACE or name.rstrip("_") != name
-    return in_place and node.args[:1] == (value,)
 
 
 @contextmanager
