@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
@@ -41,6 +41,13 @@ _INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgrap
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
+# Of their operand they read the dtype and the device alone.
+_NEW = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_full.default: aten.full.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_zeros.default: aten.zeros.default,
+}
 _OWN = {"aten", "prim", "prims"}  # namespaces of torch's own ops
 
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -117,7 +124,8 @@ def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
             f"({source_line(begun)}): make what it makes (a block mask, say) outside of forward, or without it"
         ) from error
     finally:
-        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
+            pop_dynamic_layer_stack()
 
 
 class _Functional(FunctionalTensorMode):
@@ -225,6 +233,12 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    elif node.target in (aten.concat.default, aten.concatenate.default):
+        node.target = aten.cat.default
+    elif node.target in _NEW:
+        made = node.meta["val"]
+        node.target, node.args = _NEW[node.target], node.args[1:]
+        node.kwargs = {"dtype": made.dtype, "device": made.device}
     elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
         _cast_operands(node)
 

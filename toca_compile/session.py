@@ -62,6 +62,7 @@ class Session:
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.patch: tuple[int, int] | None = None  # into which the model says that it cuts latents
+        self.programs: list[Program] = []  # of all graphs, those in which nothing is cached too
         self.seen = 0  # graphs that Dynamo handed over
         self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
@@ -134,6 +135,7 @@ class Session:
             program = manager.run(
                 Program(graph, static_inputs, tuple(inputs), self.grid, fragment=self.broken, layouts=layouts)
             )
+        self.programs.append(program)
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
@@ -170,6 +172,7 @@ class Session:
         numbers = {e.number for e in executors}
         kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
+        self.programs = [e.program for e in self.executors]
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
 

@@ -399,7 +399,8 @@ class Queries(Selecting):
 
     def misfit(self, sites: Sequence[Site], blocks: int) -> str | None:
         able = [site for site in sites if site.attention]
-        if not able or any(site.query_proof is not None or not site.no_queries for site in able):
+        # What one graph of a model cannot do, another may: there it is done, and here the user is told.
+        if not able or any(site.fragment or site.query_proof or not site.no_queries for site in able):
             return None
         return f"{able[0].name} cannot be computed for some queries alone: {able[0].no_queries}"
 

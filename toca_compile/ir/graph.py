@@ -1,7 +1,7 @@
 """Questions that passes ask of FX graphs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ def operand_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """``roots`` and all nodes that they depend on, not going past ``stop`` (which is not included)."""
+def ancestors(
+    roots: Iterable[fx.Node], stop: Iterable[fx.Node] = (), within: Callable[[fx.Node], Any] | None = None
+) -> set[fx.Node]:
+    """``roots`` and all nodes that they depend on, not going past ``stop`` nor out of ``within`` (neither included)."""
     halt, seen, todo = set(stop), set(), list(roots)
     while todo:
         node = todo.pop()
-        if node not in seen and node not in halt:
+        if node not in seen and node not in halt and (within is None or within(node)):
             seen.add(node)
             todo.extend(node.all_input_nodes)
     return seen
