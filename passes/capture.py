@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,6 +84,12 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
         )
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(captured, str(node.target), None), FakeTensor):
+            raise UnsupportedGraphError(
+                "the model makes a tensor in a way that tracing does not see "
+                f"({source_line(next(iter(node.users), node))}): make it outside of forward, or by an op of torch"
+            )
     for node in reversed(captured.graph.nodes):
         if node.target in _NO_VALUE and not node.users:
             captured.graph.erase_node(node)
@@ -179,6 +185,8 @@ class _Inlining(fx.Interpreter):
         return found if self.dtype is None else pytree.tree_map(cast, found)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.Tensor and isinstance(args[0], torch.Tensor):  # Dynamo's word for one without its subclass
+            return args[0].detach()
         if target in _INNER:
             return _Inlining(args[0], self.casting).run(*args[_INNER[target] :])
         return super().call_function(target, args, kwargs)
@@ -287,7 +295,7 @@ def _name_what_goes(squeeze: fx.Node, shape: Sequence[int]) -> None:
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             sizes, strides = [int(s) for s in value.shape], [int(s) for s in value.stride()]
             with mode:
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)

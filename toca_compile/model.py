@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import logging
 import threading
 import types
 import weakref
@@ -30,6 +31,7 @@ from toca_compile.errors import (
     NoSiteError,
     PolicyError,
     TocaError,
+    no_rules,
 )
 from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
@@ -39,6 +41,8 @@ from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
 from toca_compile.session import Session, patch_of
+
+log = logging.getLogger(__name__)
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
 _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
@@ -216,7 +220,7 @@ class Calls:
         name = type(model).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
-            hooks = why_no_site(self._hooked[1])
+            hooks = why_no_site(self._hooked[1]) or no_rules(why.unknown)
             error: TocaError = NoSiteError(
                 f"no site was found in {name} for inputs like these{f'. {hooks}' if hooks else f': it {NO_SITE}'} "
                 f"(strict=False runs it uncached) {session.split(session.graphs)}".rstrip()
@@ -440,9 +444,17 @@ def wrap(model: nn.Module, session: Session) -> OptimizedModel:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of our wrappers and those of ``torch.compile``."""
+    """The model inside of our wrappers and those of ``torch.compile``; of what that compiled, nothing is used."""
+    compiled = False
     while isinstance(model, OptimizedModule):
+        compiled |= not isinstance(model, OptimizedModel)
         model = model._orig_mod
+    if compiled or model._compiled_call_impl is not None:
+        log.info(
+            "%s was compiled by torch.compile before: caching compiles the model itself, and that is left aside until "
+            "restore(…)",
+            type(model).__name__,
+        )
     return model
 
 

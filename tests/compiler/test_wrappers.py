@@ -127,3 +127,52 @@ def test_backend_toca_takes_them_too() -> None:
             if not i:
                 assert torch.equal(out, model(noise(), torch.full((2,), t), torch.arange(2)))
     assert [r.kind.value[0] for r in toca_compile.controls(compiled).steps] == ["f", "r", "r"]
+
+
+class Tagged(nn.Parameter):
+    """Bytes with a tag that every result of an op on them has, too, as diffusers' ``GGUFParameter``."""
+
+    tag: str
+
+    def __new__(cls, data: Tensor, tag: str = "") -> "Tagged":
+        self = torch.Tensor._make_subclass(cls, data, False)
+        self.tag = tag
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return cls(result, args[0].tag) if isinstance(result, Tensor) and args else result
+
+    def as_tensor(self) -> Tensor:
+        return torch.Tensor._make_subclass(torch.Tensor, self, False)
+
+
+class Stored(nn.Module):
+    """A linear layer whose weight is stored as bytes: a half-precision scale, then 8-bit integers, row by row."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        scale = layer.weight.detach().abs().amax(1, keepdim=True).half() / 100
+        integers = (layer.weight.detach() / scale).round().clamp(-127, 127).to(torch.int8)
+        self.weight = Tagged(torch.cat([scale.view(torch.uint8), integers.view(torch.uint8)], 1), "q8")
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight.tag == "q8"
+        scale, integers = torch.split(self.weight.as_tensor(), [2, self.weight.shape[1] - 2], 1)
+        weight = scale.view(torch.float16).float() * integers.view(torch.int8)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_weights_of_a_subclass_that_is_no_wrapper() -> None:
+    model = randomize(PlainDiT())
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, Stored(layer))
+    inputs = [(noise() + 0.1 * i, torch.full((2,), t), torch.arange(2)) for i, t in enumerate(TIMES[:5])]
+    opt = same_as_dense(model, [Fora(8, 4), POLICY], inputs, lambda opt: None)
+    with torch.no_grad():
+        assert type(opt(*inputs[0])) is Tensor
+    assert "no rule" not in str(toca_compile.explain(opt))

@@ -3,12 +3,14 @@ says itself what an op on it does with those. The graph is given the plain ones,
 that what is captured of it is arithmetic on plain tensors.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -55,17 +57,56 @@ class Wrapper:
         return self.cls.__tensor_unflatten__(inner, self.context, self.size, self.stride)
 
 
-def flattener(inputs: Sequence[Any]) -> Callable[[Sequence[Any]], list[Any]] | None:
-    """What takes the wrappers among a graph's inputs apart; None where there are none."""
-    wrappers = [Wrapper.of(value) for value in inputs]
-    if not any(wrappers):
-        return None
+class _Plain:
+    """A tensor of a subclass as one of none: what its ``__torch_function__`` does is in the graph already. It is
+    the same object as long as the tensor is the same memory, since inputs are known again by that."""
 
-    def flat(values: Sequence[Any]) -> list[Any]:
-        pairs = zip(values, wrappers, strict=True)
-        return [plain for v, wrapper in pairs for plain in ([v] if wrapper is None else wrapper.flat(v))]
+    def __init__(self) -> None:
+        self.of: Any = lambda: None
+        self.plain = torch.empty(0)
 
-    return flat
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.of() is not value or self.plain.data_ptr() != value.data_ptr():
+                self.of, self.plain = weakref.ref(value), value.as_subclass(torch.Tensor)
+        return self.plain
+
+
+def _is_subclass(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or type(value) is torch.Tensor:
+        return False
+    # Parameters and buffers are tensors as any other.
+    return type(value).__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+class Flattener:
+    """Takes the wrappers among a graph's inputs apart, and other subclasses off.
+
+    Args:
+        inputs: of the graph, as it is traced.
+        owned: which are parameters or buffers of the model.
+    """
+
+    def __init__(self, inputs: Sequence[Any], owned: Sequence[bool]) -> None:
+        wrappers = [Wrapper.of(value) for value in inputs]
+        self._parts: list[Callable[[Any], Any] | None] = [
+            wrapper.flat if wrapper is not None else _Plain() if _is_subclass(value) else None
+            for wrapper, value in zip(wrappers, inputs, strict=True)
+        ]
+        self._first = next((i for i, own in enumerate(owned) if own), None)
+        self.needed = any(self._parts)
+
+    def __call__(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The plain tensors of a call."""
+        found: list[Any] = []
+        for value, part in zip(values, self._parts, strict=True):
+            inner = value if part is None else part(value)
+            found += inner if isinstance(inner, list) else [inner]
+        return tuple(found)
+
+    def parameter(self, values: Sequence[Any]) -> Any:
+        """The first of the model's parameters, as the model has it."""
+        return None if self._first is None else values[self._first]
 
 
 def unwrapped(

@@ -51,6 +51,18 @@ class Variants(Protocol):
         ...
 
 
+class Flat(Protocol):
+    """What takes wrappers among a graph's inputs apart (``compiler/wrappers.py``)."""
+
+    def __call__(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The plain tensors of a call."""
+        ...
+
+    def parameter(self, values: Sequence[Any]) -> Any:
+        """The first of the model's parameters, as the model has it."""
+        ...
+
+
 @dataclass(frozen=True)
 class _BoundCall:
     """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them."""
@@ -90,7 +102,7 @@ class Executor:
         control: StepControl,
         variants: Variants,
         number: int,
-        flat: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+        flat: Flat | None = None,
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
@@ -147,7 +159,7 @@ class Executor:
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(self.parameter(inputs))
-        inputs = inputs if self._flat is None else tuple(self._flat(inputs))
+        inputs = inputs if self._flat is None else self._flat(inputs)
         with self.control.lock:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
@@ -162,9 +174,9 @@ class Executor:
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
-        if self._state is None:
-            return None
-        return inputs[self._state] if self._flat is None else self._flat(inputs)[self._state]
+        if self._flat is not None:
+            return self._flat.parameter(inputs)
+        return inputs[self._state] if self._state is not None else None
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
         """For each site, which tokens the last step computed: bool ``[batch, tokens]`` by site name."""
