@@ -9,20 +9,21 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import common_module, operand_nodes, value_of
+from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
 from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, row_factors, token_dims
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -47,11 +48,13 @@ def find_sites(
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
     token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
-    if fragment and not token_factors:
+    found = _residuals(graph, types, token_factors)
+    if not found and (fragment or attentions):  # or what the queries run over is padded, and in no stream
         token_factors = row_factors(graph, types)
+        found = _residuals(graph, types, token_factors)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
-    for residual in _choose(_residuals(graph, types, token_factors), attentions):
+    for residual in _choose(found, attentions):
         branch = residual.branch.to(_before_tail(residual.branch, static))
         output, region = branch.output, branch.region
         if not any(work_of(n) in _ARITHMETIC for n in region):
@@ -63,9 +66,10 @@ def find_sites(
         tried = []
         for tokens in choices:
             proof, batch = _prove(types, branch, tokens, inside)
-            tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch)))
+            tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch, inside)))
         able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
-        tokens, proof, batch, queries = [*able, tried[0]][0]
+        whole = [t for t in tried if fill_dims(types, output, t[0])]
+        tokens, proof, batch, queries = [*able, *whole, *tried][0]
         factors = _factors(types, output, tokens)
         if factors not in axes:
             axes[factors] = axis_of(graph, types, factors, len(axes), grid)
@@ -85,6 +89,7 @@ def find_sites(
                 reason=str(proof) if isinstance(proof, Blocked) else None,
                 query_proof=queries if isinstance(queries, RowProof) else None,
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
+                fragment=fragment,
             )
         )
     return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))
@@ -114,7 +119,12 @@ def _prove(
 
 
 def _queries(
-    types: AxisTypes, branch: Branch, tokens: tuple[FactorPos, ...], proof: RowProof | Blocked, batch: Product
+    types: AxisTypes,
+    branch: Branch,
+    tokens: tuple[FactorPos, ...],
+    proof: RowProof | Blocked,
+    batch: Product,
+    inside: tuple[Attention, ...],
 ) -> RowProof | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens.
     ``batch``: the factors that number the site's samples; one selection serves both proofs."""
@@ -124,7 +134,12 @@ def _queries(
     if isinstance(proof, RowProof) and _factors(types, branch.output, carried) != batch:
         # What is held hides it from the first proof: keys, say, that are made across samples.
         return Blocked(proof.stale_inputs[0], "mixes samples that the rest of the branch keeps apart")
-    return prove_queries(types, branch, tokens, carried)
+    found = prove_queries(types, branch, tokens, carried)
+    windows = [a for a in inside if set(a.axis) < set(_factors(types, branch.output, tokens))]
+    if isinstance(found, Blocked) and windows:
+        size = types.factors.size(windows[0].axis)
+        return Blocked(windows[0].node, f"attends within groups of {size} tokens")
+    return found
 
 
 def _factors(types: AxisTypes, node: fx.Node, places: Iterable[FactorPos]) -> Product:
@@ -166,10 +181,15 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> li
             if source is None:
                 continue
             chain[node] = residual
-            region = frozenset(n for n in nodes if above[end] & bit[n] and above[n] & bit[source] and n is not source)
+            # All that stands between the two.
+            region = frozenset(ancestors([end], stop=[source], within=partial(_is_below, above, bit[source])))
             found.append(_Residual(Branch(source, end, region), node))
             break
     return found
+
+
+def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
+    return bool(above[node] & bit)
 
 
 def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
@@ -199,10 +219,9 @@ def _before_tail(branch: Branch, static: frozenset[fx.Node]) -> fx.Node:
     Walks back from the end over pointwise ops and views. Wherever all paths meet in one value, that value is M's output
     if conditioning came in above it.
     """
-    order = {node: i for i, node in enumerate(branch.output.graph.nodes)}
     output, frontier, conditioned = branch.output, {branch.output}, False
     while frontier:
-        node = max(frontier, key=order.__getitem__)
+        node = max(frontier)  # the last of them in the graph
         if len(frontier) == 1 and conditioned:
             output, conditioned = node, False
         rule = RULES.get(node.target)  # type: ignore[call-overload]
@@ -234,7 +253,13 @@ def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object
         return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
-    if all(not set(a.key_axis) & set(factors) for a in inside):
-        keys = {f for a in inside for f in types.factors.atoms(a.key_axis)}
-        return "joint_attention" if keys & set(factors) else "cross_attention"
-    return "self_attention"
+    if any(set(a.key_axis) & set(factors) for a in inside):
+        return "self_attention"
+    if any(types.factors.atoms(a.key_axis) & set(factors) for a in inside):
+        return "joint_attention"
+    # What queries and keys both run over, and no stream does, are its tokens laid out anew (padded windows).
+    return "self_attention" if isinstance(proof, Blocked) and _all_self(inside) else "cross_attention"
+
+
+def _all_self(inside: tuple[Attention, ...]) -> bool:
+    return all(a.axis == a.key_axis for a in inside)

@@ -83,12 +83,11 @@ def _constants(
         own = frozenset({node}) if node in varying else frozenset()
         reads[node] = own.union(*(reads[i] for i in node.all_input_nodes))
     after_sites = {s.add for s in sites}
-    roots = [s.source for s in sites if not ancestors([s.source]) & after_sites]
+    below = _closed(after_sites, graph)
+    roots = [s.source for s in sites if s.source not in below]
     moving = set(clock).union(*(reads[r] for r in roots)) if roots else set(clock)
     # What a site computes is the site's, though it may follow from the text alone (learned queries that read it).
-    cached = {n for s in sites for n in s.region} | after_sites
-    for node in graph.nodes:
-        cached |= {node} if not cached.isdisjoint(node.all_input_nodes) else set()
+    cached = _closed({n for s in sites for n in s.region} | after_sites, graph)
     constant = {n for n in graph.nodes if n.op == "call_function" and reads[n] and not reads[n] & moving} - cached
     # Only what a branch reads is worth it, and only where a contraction is saved.
     branches = {n for s in sites for n in s.region}
@@ -99,6 +98,15 @@ def _constants(
         if any(work_of(n) is Work.CONTRACT for n in above):
             chosen |= above
     return chosen
+
+
+def _closed(nodes: AbstractSet[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+    """``nodes`` and all that depend on them."""
+    found = set(nodes)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _pairs(a: Segment, b: Segment, chosen: AbstractSet[fx.Node]) -> dict[fx.Node, fx.Node] | None:

@@ -145,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--policy", metavar="NAME|FILE", help=f"whose variants to print: {_POLICY}; by default a short "
                         "run of ToCa")  # fmt: skip
     passes.set_defaults(run=_passes)
+    rules = command("rules", "the ops that have an axis rule, or which of them a model uses and which it lacks", always,
+                    f"With MODEL, it is called once, with small example inputs. {looking}")  # fmt: skip
+    rules.add_argument("model", metavar="MODEL", nargs="?", help="as for explain")
+    rules.set_defaults(run=_rules)
     presets = command("presets", "the policies that --policy knows by name", always)
     presets.set_defaults(run=_presets)
     return parser
@@ -255,6 +259,24 @@ def _passes(given: argparse.Namespace) -> None:
     if given.stage is not None and given.stage not in texts:
         raise TocaError(f"no pass or variant {given.stage!r}; there are {', '.join(texts)}")
     print(texts[given.stage] if given.stage is not None else "\n\n".join(f"{n}\n\n{t}" for n, t in texts.items()))
+
+
+def _rules(given: argparse.Namespace) -> None:
+    import torch
+
+    from toca_compile.api import explain, optimize
+    from toca_compile.demo.load_model import load
+    from toca_compile.policies import FullCompute
+    from toca_compile.report.rules import list_rules
+
+    if given.model is None:
+        print(list_rules())
+        return
+    model, (args, kwargs) = load(given.model)
+    opt = optimize(model, FullCompute(), lowering="eager", strict=False)
+    with torch.no_grad():
+        opt(*args, **kwargs)
+    print(explain(opt).rules())
 
 
 def _presets(given: argparse.Namespace) -> None:

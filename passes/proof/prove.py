@@ -35,10 +35,12 @@ def prove(
     """
     traces, walk = [], walk or Walk()
     for occurrence in tokens:
-        trace = follow(types, branch, occurrence, walk)
-        if isinstance(trace, Blocked):
-            return trace
-        traces.append(trace)
+        joined = types.factors.segments((types.type_of(branch.output)[occurrence.dim][occurrence.index],))
+        for factor in range(max(len(part) for part in joined) if len(joined) > 1 else 1):
+            trace = follow(types, branch, occurrence, walk, factor)
+            if isinstance(trace, Blocked):
+                return trace
+            traces.append(trace)
     nodes = list(traces[0])
     if branch.source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(branch.output, "does not need the tokens of its input")
@@ -52,6 +54,8 @@ def prove(
         windows=dict(walk.windows),
         cuts=frozenset(walk.cuts),
         joins=dict(walk.joins),
+        parts=dict(walk.parts),
+        unions=dict(walk.unions),
     )
     return _layout(types, branch, proof) or proof
 
@@ -135,22 +139,22 @@ def span(places: Sequence[FactorPos | None]) -> tuple[int, int]:
 def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None:
     """What in a proven restriction cannot be gathered or scattered as rows.
 
-    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows, so the op
-    must not care how many dimensions there are.
+    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows. An op that
+    counts dimensions gets the others back, of size 1: each row is then a place in the first.
     """
     for node, places in proof.tokens.items():
         first, last = span(places)
         if last > first and not _whole(types, node, places):
             return Blocked(node, "spreads the tokens over several dimensions")
         ends = node in (branch.source, branch.output) or node in proof.stale_inputs
-        if ends and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
+        together = _together(types, node, places, proof.batch[node])
+        if ends and not together and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
             return Blocked(node, "has tokens or samples in one dimension with something else")
         if ends and len({p.dim for p in proof.batch[node]}) > 1:
             return Blocked(node, "has samples in several dimensions")
     for node in proof.rows:
         spec = types.specs.get(node)
-        spread = _spread(proof, node) or any(_spread(proof, o) for o in operand_nodes(node) if o in proof.tokens)
-        if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
+        if spec is not None and restored(types, node, proof) is None:
             return Blocked(node, "spreads the tokens over several dimensions")
         for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands if spec else (), strict=False)):
             if operand in proof.tokens:
@@ -159,7 +163,8 @@ def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None
             if not any(tokens):
                 continue
             pointwise = RULES[node.target].pointwise  # type: ignore[index]
-            partly = None in tokens or not _whole(types, operand, tokens)  # type: ignore[arg-type]
+            together = _together(types, operand, tokens, batch) and node not in {*proof.windows, *proof.parts}
+            partly = None in tokens or not (together or _whole(types, operand, tokens))  # type: ignore[arg-type]
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
             shared = proof.batch[node] and not any(batch)
@@ -169,7 +174,7 @@ def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
-            if not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
+            if not together and not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
                 return Blocked(node, "reads a value with samples in one dimension with something else")
     return None
 
@@ -179,10 +184,34 @@ def _spread(proof: RowProof, node: fx.Node) -> bool:
     return last > first
 
 
+def restored(types: AxisTypes, node: fx.Node, proof: RowProof) -> frozenset[int] | None:
+    """Which operands an op that counts dimensions reads by rows of tokens that are spread: they need their dimensions
+    back. None where that cannot be: the op spreads tokens itself, or not all that it reads by rows are spread alike."""
+    operands = operand_nodes(node)
+    spread = any(_spread(proof, operand) for operand in operands)
+    if RULES[node.target].any_rank or not (spread or _spread(proof, node)):  # type: ignore[index]
+        return frozenset()
+    rows = [i for i, whole in enumerate(reads_whole(types, node, proof)) if not whole]
+    spans = [span(proof.tokens.get(operands[i], ())) for i in rows]
+    wide = {last - first for first, last in spans}
+    return frozenset(rows) if spread and len(wide) == 1 and min(wide) > 0 else None
+
+
 def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]) -> bool:
     """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
     there = [p for p in places if p is not None]
     return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
+
+
+def _together(
+    types: AxisTypes, node: fx.Node, tokens: Sequence[FactorPos | None], batch: Sequence[FactorPos | None]
+) -> bool:
+    """Whether samples and tokens fill one dimension, sample by sample."""
+    places = [*batch, *tokens]
+    if not any(batch) or None in places or len({p.dim for p in places if p is not None}) > 1:
+        return False
+    first, _ = span(places)
+    return places == [FactorPos(first, i) for i in range(len(types.type_of(node)[first]))]
 
 
 def _whole(types: AxisTypes, node: fx.Node, places: tuple[FactorPos, ...]) -> bool:

@@ -91,7 +91,14 @@ class SegmentBuilder(Builder):
     ) -> None:
         super().__init__(segment.inputs)
         self.segment, self.sites, self.forms = segment, sites, forms
-        self.types, self.selector, self.dense = types, selector, dense
+        self.types, self._selector, self.dense = types, selector, dense
+        self.ranks = False  # whether anybody asked for the selector
+
+    @property
+    def selector(self) -> Selector:
+        """How tokens are selected, which only some emissions need to know."""
+        self.ranks = True
+        return self._selector
 
     def copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:
         """The model's own op."""

@@ -41,6 +41,26 @@ def test_no_step_compiles_after_it(policy: Any, monkeypatch: pytest.MonkeyPatch)
     assert opt.compile(*inputs()) == 0
 
 
+def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = optimized(ToCa(8, 4, 0.3, "constant"))
+    opt.compile(*inputs())
+    built: list[tuple[int, ...]] = []
+    build = ProgramVariants.build
+
+    def counted(self: ProgramVariants, segment: Segment, *args: Any) -> Variant:
+        built.append(segment.sites)
+        return build(self, segment, *args)
+
+    monkeypatch.setattr(ProgramVariants, "build", counted)
+    opt.policy = ToCa(8, 4, 0.3, "constant", score="random")
+    opt.compile(*inputs())
+    assert built
+    assert all(built)  # nothing of what stands between the blocks
+    expected = sample(opt, 8, inputs()[0])
+    torch._dynamo.reset()
+    assert torch.equal(sample(optimized(opt.policy), 8, inputs()[0]), expected)
+
+
 def test_a_run_that_is_under_way_goes_on() -> None:
     expected = sample(optimized(Fora(8, 4)), 8, inputs()[0])
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch import fx
 from toca_compile.compiler import numeric_check
 from toca_compile.compiler.trace import show
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import value_of
+from toca_compile.ir.graph import CAPTURED_AS, value_of
 from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import Form, Program, Segment, StandIn, Stream, Variant
@@ -40,6 +40,7 @@ class ProgramVariants:
     def __init__(self, program: Program, lower: Lowering, *, dense: bool) -> None:
         self.program, self.lower, self.dense = program, lower, dense
         self.checked: Checked = {}
+        self._unranked: dict[tuple[int | Segment, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
         """A segment's variant as a callable, which of the segment's inputs it takes, and its slots.
@@ -49,12 +50,17 @@ class ProgramVariants:
             VerifyError: it is not what it stands for.
             LoweringError: the machine cannot compile.
         """
+        if (segment.kind, forms) in self._unranked:
+            return self._unranked[segment.kind, forms]
         variant = self.build(segment, forms, plan)
         name = variant_name(segment.kind, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
         examples = [_example(segment.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(segment), forms, plan.selector) for slot in variant.slots]
-        return self.lower(variant, examples), variant.values, variant.slots
+        graph = self.lower(variant, examples), variant.values, variant.slots
+        if not variant.ranks:
+            self._unranked[segment.kind, forms] = graph
+        return graph
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """The rewritten graph of a segment, checked against what it stands for."""
@@ -110,8 +116,15 @@ class ProgramVariants:
         examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(exemplar), forms, selector) for slot in variant.slots]
         modes = {t.fake_mode for t in tensors(examples) if isinstance(t, torch._subclasses.FakeTensor)}
+        originals = {n.meta[CAPTURED_AS]: n for n in exemplar.nodes}
         with modes.pop() if modes else torch.no_grad():
-            _Propagate(variant.module).run(*examples)
+            given = iter(examples)
+            for node in variant.module.graph.nodes:
+                if node.op == "placeholder":
+                    node.meta["val"] = next(given)
+                elif node.op == "call_function" and not _as_captured(node, originals.get(node.meta.get(CAPTURED_AS))):
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+                    node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _example(node: fx.Node) -> Any:
@@ -121,8 +134,18 @@ def _example(node: fx.Node) -> Any:
     return value if given or not isinstance(value, torch.Tensor) else value.new_empty(value.shape)
 
 
-class _Propagate(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["val"] = value
-        return value
+def _as_captured(node: fx.Node, original: fx.Node | None) -> bool:
+    """Whether a copy of a node of the captured graph still has the value that it was captured with: none of its
+    operands has another type. Most of a variant is that, and a fake call is the dearest part of building it."""
+    if original is None or "val" not in node.meta:
+        return False
+    ours, theirs = node.all_input_nodes, original.all_input_nodes
+    return len(ours) == len(theirs) and all(_alike(value_of(a), value_of(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())

@@ -35,6 +35,8 @@ class Call:
 
 def tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors among the leaves of ``tree``, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

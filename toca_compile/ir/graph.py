@@ -1,7 +1,8 @@
 """Questions that passes ask of FX graphs."""
 
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import fx
 from toca_compile.ir.calls import tensors
 
 _TORCH = f"{Path(torch.__file__).parent}/"
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+}  # fmt: skip
 CAPTURED_AS = "toca_name"  # in a node's meta: its name in the captured graph, which copies of it keep
 
 
@@ -32,12 +36,14 @@ def operand_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def ancestors(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """``roots`` and all nodes that they depend on, not going past ``stop`` (which is not included)."""
+def ancestors(
+    roots: Iterable[fx.Node], stop: Iterable[fx.Node] = (), within: Callable[[fx.Node], Any] | None = None
+) -> set[fx.Node]:
+    """``roots`` and all nodes that they depend on, not going past ``stop`` nor out of ``within`` (neither included)."""
     halt, seen, todo = set(stop), set(), list(roots)
     while todo:
         node = todo.pop()
-        if node not in seen and node not in halt:
+        if node not in seen and node not in halt and (within is None or within(node)):
             seen.add(node)
             todo.extend(node.all_input_nodes)
     return seen
@@ -47,6 +53,14 @@ def outer_inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     """What ``nodes``, in order, read from outside, each once."""
     body = dict.fromkeys(nodes)
     return tuple(dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in body))
+
+
+def writes(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a call of Dynamo's graph changes its first argument, and that is ``value``."""
+    name = str(getattr(node.target, "__name__", node.target))
+    of_python = getattr(node.target, "__module__", "") == "_operator"  # where and_ is a name like any other
+    in_place = node.target in _IN_PLACE or (not of_python and name.endswith("_"))
+    return in_place and node.args[:1] == (value,)
 
 
 def source_line(node: fx.Node) -> str:

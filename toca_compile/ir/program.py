@@ -199,8 +199,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Variant:
-    """A rewritten graph: its first inputs are the segment's inputs numbered ``values``, then ``slots``."""
+    """A rewritten graph: its first inputs are the segment's inputs numbered ``values``, then ``slots``. ``ranks``:
+    how the plan selects tokens has a part in it."""
 
     module: fx.GraphModule
     values: tuple[int, ...]
     slots: tuple[Slot, ...]
+    ranks: bool = False

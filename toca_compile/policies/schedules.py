@@ -13,9 +13,10 @@ def periodic_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int,
     return tuple(i for i in range(num_steps) if i < warmup or i % interval == 0)
 
 
-def counted_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
-    """The first ``warmup`` steps, then one full step after every interval − 1 others: for 3 and 4, 0 1 2 6 10 …"""
-    return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1) % interval == 0)
+def counted_steps(num_steps: int, interval: int, warmup: int = 1, sooner: int = 0) -> tuple[int, ...]:
+    """The first ``warmup`` steps, then one full step after every interval − 1 others: for 4 and 3, 0 1 2 6 10 …; the
+    first of these ``sooner`` by so many: by 2, 0 1 2 4 8 …"""
+    return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1 + sooner) % interval == 0)
 
 
 def spread_steps(num_steps: int, interval: int, bend: float = 1.0, warmup: int = 1) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ look-up and one list of arguments on top of the compiled variant.
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
 from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
+from toca_compile.runtime.carry_over import carry_over
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
@@ -43,6 +44,18 @@ class Variants(Protocol):
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
         """A segment's variant, built, verified and lowered."""
+        ...
+
+
+class Flat(Protocol):
+    """What takes wrappers among a graph's inputs apart (``compiler/wrappers.py``)."""
+
+    def __call__(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The plain tensors of a call."""
+        ...
+
+    def parameter(self, values: Sequence[Any]) -> Any:
+        """The first of the model's parameters, as the model has it."""
         ...
 
 
@@ -85,6 +98,7 @@ class Executor:
         control: says which step a call is.
         variants: where the graphs come from.
         number: of this graph in its model.
+        flat: takes wrappers (quantised weights) among the inputs apart into the tensors that the program has for them.
     """
 
     def __init__(
@@ -94,9 +108,11 @@ class Executor:
         control: StepControl,
         variants: Variants,
         number: int,
+        flat: Flat | None = None,
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
+        self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -150,6 +166,7 @@ class Executor:
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(self.parameter(inputs))
+        inputs = inputs if self._flat is None else self._flat(inputs)
         with self.control.lock:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
@@ -164,6 +181,8 @@ class Executor:
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
+        if self._flat is not None:
+            return self._flat.parameter(inputs)
         return inputs[self._state] if self._state is not None else None
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
@@ -213,14 +232,11 @@ class Executor:
         return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
-        now, schedule = self._now, self._now.schedule
+        now = self._now
+        if run.step and len(now.schedule.rows) > 1:
+            now = self._going_on(now, run, key)
+        schedule = now.schedule
         index = min(run.step, len(schedule.rows) - 1)
-        if index and (run.last.get(key) != run.step - 1 or run.schedules.get(key) is not schedule):
-            # This graph did not run in the step before (another model shares the run, or a branch of the model was
-            # skipped), or by another plan, so its caches are not what the plan thinks: compute everything.
-            log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
-            index = 0
-            run.forget(key)
         run.last[key], run.schedules[key] = run.step, schedule
         self._last = (weakref.ref(run), key, index, schedule)
         self._record(run, key, schedule, schedule.rows[index])
@@ -257,6 +273,25 @@ class Executor:
             return False
         (change,) = step.run([self._bind(probe, now, run, key)])
         return not bool(change > skip.threshold)
+
+    def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
+        """The plan as a step follows it that is not the run's first: it goes with what the graph has of the step
+        before, or with what another graph hands over, or computes everything."""
+        schedule, before = now.schedule, run.schedules.get(key)
+        if before is not None and run.last[key] == run.step - 1 and before.plan is schedule.plan:
+            return now if before is schedule else replace(now, schedule=before)
+        carried = carry_over(run, key, schedule)
+        if carried is not None:
+            return replace(now, schedule=carried)
+        if before is not None:
+            # It did not run in the step before (another model shares the run, or a branch of the model was skipped),
+            # or by another plan, so its caches are not what the plan thinks.
+            log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
+        else:
+            log.info("another graph of the model goes on with the run: it computes all of step %d", run.step)
+        run.forget(key)
+        start = run.step if schedule.plan.endless else min(run.step, len(schedule.rows) - 1)
+        return replace(now, schedule=Schedule(self.program, schedule.planned, start))
 
     def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
         """Put back what the constant segments computed before from the same inputs; how many segments that spares."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from toca_compile.ir.actions import Action, Compute, Keep, SkipBlocks
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import Numbers, Past
-from toca_compile.ir.plan import Plan, scored_sites
+from toca_compile.ir.plan import Plan, StepPlan, scored_sites
 from toca_compile.ir.program import BlockRange, Form, GraphPlan, Program, Segment, Stream
 from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import Site, StepKind
@@ -39,6 +39,10 @@ Calls = tuple[SegmentCall, ...]
 class Schedule:
     """What each step of a plan does in a graph.
 
+    Args:
+        start: the first step that the graph takes part in. Whatever the plan says, that one computes everything, and
+            forecasts grow from it.
+
     Attributes:
         rows: of each step, what each site does as planned.
         unskipped: the same, if the step computes what it could skip.
@@ -52,8 +56,9 @@ class Schedule:
         probe: what tells at run time whether a step skips what it may.
     """
 
-    def __init__(self, program: Program, planned: GraphPlan) -> None:
-        self.program, self.plan, self.range = program, planned.plan, planned.range
+    def __init__(self, program: Program, planned: GraphPlan, start: int = 0) -> None:
+        self.program, self.planned, self.start = program, planned, start
+        self.plan, self.range = planned.plan, planned.range
         plan, found = planned.plan, planned.range
         self.owners: tuple[Site | Stream, ...] = (*program.sites, *(found.owners if found is not None else ()))
         self.segments, self.skips = _with_stand_ins(program.segments, found)
@@ -61,12 +66,16 @@ class Schedule:
         if found is not None:
             self.keeps += [Keep(plan.skip.memory if stream != found.change else None) for stream in found.owners]
         self._full, self._skip = Compute(), SkipBlocks()
+        steps = list(plan.steps)
+        if start:
+            steps += [steps[-1]] * (start + 2 - len(steps) if plan.endless else 0)
+            steps[start] = StepPlan(StepKind.FULL, (self._full,) * len(program.sites))
         # Rows that say the same are one object, and so is a row that skips nothing with its unskipped form.
         same: dict[tuple[int, ...], Row] = {}
-        self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in plan.steps]
+        self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in steps]
         whole = {id(row): self.computed(row) for row in same.values()}
         self.unskipped = [whole[id(row)] for row in self.rows]
-        self._scored = scored_sites(plan, program.sites)
+        self._scored = scored_sites(replace(plan, steps=tuple(steps)), program.sites)
         self._pasts = list(self._histories())
         self._told: dict[int, tuple[frozenset[StepKind], dict[str, int]]] = {}
         self._forms: dict[tuple[int, int, bool], Form] = {}
@@ -88,7 +97,7 @@ class Schedule:
     @property
     def steps(self) -> int | None:
         """How many there are; None: any number."""
-        return None if self.plan.endless else len(self.rows)
+        return None if self.plan.endless else len(self.plan.steps)
 
     @property
     def kinds(self) -> dict[int | Segment, Segment]:
@@ -184,7 +193,7 @@ class Schedule:
         pasts: tuple[Past, ...] = (Past(),) * len(self.program.sites)
         for step, row in enumerate(self.rows):
             yield pasts
-            if any(action.dense for action in row):
+            if step >= self.start and any(action.dense for action in row):
                 # Sites with one schedule share one past.
                 new: dict[tuple[int, int], Past] = {}
                 pasts = tuple(
@@ -206,7 +215,8 @@ def _with_stand_ins(segments: tuple[Segment, ...], found: BlockRange | None) -> 
 def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[int, int], Past]) -> Past:
     key = (id(past), id(action))
     if key not in known:
-        known[key] = Past((*past.full, step)[-kept:], past.times + 1, action.made)
+        made = min(action.made, past.made + 1 if past.times else 0)  # fewer than planned where steps were missed
+        known[key] = Past((*past.full, step)[-kept:], past.times + 1, made)
     return known[key]
 
 
