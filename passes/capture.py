@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line
+from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
@@ -76,9 +76,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
-        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        changed = [n for n in gm.graph.nodes if n.op == "placeholder"][mutated[0]]
+        at = next((f" ({source_line(n)})" for n in changed.users if writes(n, changed)), "")
         raise UnsupportedGraphError(
-            f"the model changes its input {names[mutated[0]]!r} in place; a cached step would skip that. "
+            f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
         )
     for node in captured.graph.find_nodes(op="get_attr"):

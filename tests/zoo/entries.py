@@ -491,7 +491,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | ROPE | dict(in_channels=4, out_channels=4, num_layers=2, context_in_dim=12),
         dict(hidden_states=x(1, 16, 4), **TEXT, timestep=t(1, top=0.9), img_shapes=[[(1, 4, 4)]],
             img_mask=torch.tensor([[False] * 5 + [True] * 4])),
-        refused="torch.compile split it into . graphs",
+        "2 partial, 2 queries",
     ),
     "QwenImageTransformer2DModel": Entry(
         HEADS | ROPE | dict(in_channels=4, out_channels=1, num_layers=2, joint_attention_dim=12),
