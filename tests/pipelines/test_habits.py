@@ -278,3 +278,7 @@ def test_under_autocast(name: str) -> None:
             assert torch.equal(run(pipe, call, 6), first)
             assert pipe.transformer.cache_bytes == 0
     assert not torch.equal(first, plain)
+    # Also where the stream is cast for each addition.
+    assert {"FLUX": "parallel", "SD3": "joint_attention", "Wan": "self_attention"}[name] in {
+        site.kind for site in toca_compile.explain(pipe).sites
+    }
