@@ -42,8 +42,14 @@ def test_no_step_compiles_after_it(policy: Any, monkeypatch: pytest.MonkeyPatch)
 def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimized(ToCa(8, 4, 0.3, "constant"))
     opt.compile(*inputs())
-    built, build = [], ProgramVariants.build
-    monkeypatch.setattr(ProgramVariants, "build", lambda *args: built.append(args[1].sites) or build(*args))
+    built: list[tuple[int, ...]] = []
+    build = ProgramVariants.build
+
+    def watched(self: ProgramVariants, segment: Any, *args: Any) -> Any:
+        built.append(segment.sites)
+        return build(self, segment, *args)
+
+    monkeypatch.setattr(ProgramVariants, "build", watched)
     opt.policy = ToCa(8, 4, 0.3, "constant", score="random")
     opt.compile(*inputs())
     assert built
