@@ -45,6 +45,9 @@ def arguments(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = t
     }
 
 
+_SPREADS: list[float] = []  # of what was timed in this process: half of the middle half's width, over the median
+
+
 def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[Any, float]:
     """Median seconds of each call, all called in turn ``repeats`` times."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
@@ -55,6 +58,10 @@ def interleaved(calls: Mapping[Any, Callable[[], Any]], repeats: int, device: st
             call()
             sync(device)
             times[name].append(time.perf_counter() - start)
+    for seconds in times.values():
+        if len(seconds) > 2:
+            low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+            _SPREADS.append((high - low) / 2 / middle)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -90,13 +97,15 @@ def _cell(value: Any) -> str:
 
 
 def save(name: str, device: str, sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write ``results/name.json`` and ``.md``, keeping other sections from the same hardware, and print the latter."""
+    """Write ``results/name.json`` and ``.md``, keeping other sections from the same hardware, and print the latter. The
+    JSON also says how far repeats of one call lay apart (``noise``), which ``compare.py`` asks."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    noise = max([before.pop("noise", 0.0), *([statistics.median(_SPREADS)] if _SPREADS else [])])
     if before.pop("hardware", None) == hardware(device):
         sections = {**before, **sections}
-    path.write_text(json.dumps({"hardware": hardware(device), **sections}, indent=1) + "\n")
+    path.write_text(json.dumps({"hardware": hardware(device), "noise": noise, **sections}, indent=1) + "\n")
     text = f"# {name}\n\nMeasured on: {hardware(device)}.\n"
     for title, rows in sections.items():
         text += f"\n## {title}\n\n{table(rows)}\n"

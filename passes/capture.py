@@ -16,16 +16,17 @@ import torch
 from torch import fx
 from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
-from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line
+from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
@@ -39,6 +40,15 @@ _INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgrap
 
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+
+# Of their operand they read the dtype and the device alone.
+_NEW = {
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_full.default: aten.full.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_zeros.default: aten.zeros.default,
+}
+_OWN = {"aten", "prim", "prims"}  # namespaces of torch's own ops
 
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
@@ -64,15 +74,22 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
                 mutated.append(i)
         return out
 
-    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
     with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     if mutated:
-        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        changed = [n for n in gm.graph.nodes if n.op == "placeholder"][mutated[0]]
+        at = next((f" ({source_line(n)})" for n in changed.users if writes(n, changed)), "")
         raise UnsupportedGraphError(
-            f"the model changes its input {names[mutated[0]]!r} in place; a cached step would skip that. "
+            f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
         )
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(captured, str(node.target), None), FakeTensor):
+            raise UnsupportedGraphError(
+                "the model makes a tensor in a way that tracing does not see "
+                f"({source_line(next(iter(node.users), node))}): make it outside of forward, or by an op of torch"
+            )
     for node in reversed(captured.graph.nodes):
         if node.target in _NO_VALUE and not node.users:
             captured.graph.erase_node(node)
@@ -110,6 +127,23 @@ def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
     finally:
         while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
             pop_dynamic_layer_stack()
+
+
+class _Functional(FunctionalTensorMode):
+    """Makes ops functional. Composite ones of other libraries, and those on wrapper tensors, are spelled out: quantised
+    weights bring them, and of an op without a rule nothing can be proved. What is left with a wrapper is what it says
+    itself."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wrapper: Any = next((t for t in types if is_traceable_wrapper_subclass_type(t)), None)
+        foreign = func.namespace not in _OWN and func not in RULES
+        if (wrapper is not None or foreign) and func._can_decompose():
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        if wrapper is not None:
+            with self:
+                return wrapper.__torch_dispatch__(func, types, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Inlining(fx.Interpreter):
@@ -151,6 +185,8 @@ class _Inlining(fx.Interpreter):
         return found if self.dtype is None else pytree.tree_map(cast, found)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.Tensor and isinstance(args[0], torch.Tensor):  # Dynamo's word for one without its subclass
+            return args[0].detach()
         if target in _INNER:
             return _Inlining(args[0], self.casting).run(*args[_INNER[target] :])
         return super().call_function(target, args, kwargs)
@@ -198,6 +234,12 @@ def _canonical(node: fx.Node) -> None:
             node.replace_all_uses_with(source)
         else:
             node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    elif node.target in (aten.concat.default, aten.concatenate.default):
+        node.target = aten.cat.default
+    elif node.target in _NEW:
+        made = node.meta["val"]
+        node.target, node.args = _NEW[node.target], node.args[1:]
+        node.kwargs = {"dtype": made.dtype, "device": made.device}
     elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
         _cast_operands(node)
 
@@ -253,7 +295,7 @@ def _name_what_goes(squeeze: fx.Node, shape: Sequence[int]) -> None:
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             sizes, strides = [int(s) for s in value.shape], [int(s) for s in value.stride()]
             with mode:
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)

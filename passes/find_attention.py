@@ -1,7 +1,8 @@
 """FindAttention: where queries read keys.
 
-Two forms: the fused op, and a softmax whose normalised dimension is then contracted with the values (matmul–softmax–
-matmul, einsum, bmm), with only shape and pointwise ops between. The index space that the queries run over is a token
+Three forms: the fused op; a softmax whose normalised dimension is then contracted with the values (matmul–softmax–
+matmul, einsum, bmm), with only shape and pointwise ops between; and linear attention, which contracts keys with values
+over their rows first, and then what that makes with the queries. The index space that the queries run over is a token
 axis. Nothing else in a graph says what a token is.
 """
 
@@ -14,6 +15,7 @@ from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.types import Attention, AxisTypes
 from toca_compile.passes.proof.follow import label_at, occurrence_of
+from toca_compile.passes.proof.tokens import row_factors
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -30,7 +32,12 @@ def find_attention(graph: fx.Graph, types: AxisTypes) -> tuple[Attention, ...]:
             found.append(_fused(node, types))
         elif rule.work is Work.SOFTMAX:
             found.extend(_written_out(node, types))
-    return tuple(a for a in found if a.axis)
+    linear = _linear(graph, types, {a.node for a in found})
+    over_rows = {a.node for a in linear}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    # A softmax over what keys and values make of each other runs over features.
+    found = [a for a in found if a.node not in over_rows] + linear
+    return tuple(sorted((a for a in found if a.axis), key=lambda a: order[a.node]))
 
 
 def _fused(node: fx.Node, types: AxisTypes) -> Attention:
@@ -92,3 +99,41 @@ def _product(softmax: fx.Node, product: fx.Node, position: int, over: Product, t
             axis += types.label(product, label)
     value = operand_nodes(product)[other]
     return Attention(product, axis, keys, lead, (), map=softmax, value=value)
+
+
+def _linear(graph: fx.Graph, types: AxisTypes, products: set[fx.Node]) -> list[Attention]:
+    """Attentions that contract the rows of two values and then the result with a third value's features. Rows are what
+    linear layers take one by one; ``products`` are contractions of weights by a softmax."""
+    rows, found = row_factors(graph, types), []
+    for node in graph.nodes:
+        spec = types.specs.get(node)
+        if spec is None or work_of(node) is not Work.CONTRACT or node in products or len(spec.operands) < 2:
+            continue
+        gone = set.intersection(*({x for dim in dims for x in dim} for dims in spec.operands[:2]))
+        keys = tuple(f for x in sorted(gone) if not _in_results(spec.results[0], x) for f in types.label(node, x))
+        if keys and set(keys) <= rows:
+            found += [Attention(use, axis, keys, lead, ()) for use, axis, lead in _readers(node, types, rows)]
+    return found
+
+
+def _readers(product: fx.Node, types: AxisTypes, rows: set[int]) -> list[tuple[fx.Node, Product, Product]]:
+    """The contractions in which something's rows read a product of keys and values: those rows, and what both have."""
+    found, todo, seen = [], [product], {product}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            use = types.specs.get(user)
+            if use is None and user.target is not operator.getitem:
+                continue
+            if use is None or work_of(user) is not Work.CONTRACT:
+                todo += [user] if user not in seen else []
+                seen.add(user)
+                continue
+            read = [i for i, operand in enumerate(operand_nodes(user)) if operand is node]
+            own = {x for i in read for dim in use.operands[i] for x in dim}
+            made = [x for dim in use.results[0] for x in dim]
+            axis = tuple(f for x in made if x not in own for f in types.label(user, x) if f in rows)
+            lead = tuple(f for x in made if x in own for f in types.label(user, x) if f in rows)
+            if axis:
+                found.append((user, axis, lead))
+    return found

@@ -35,6 +35,8 @@ def _with_scorers(site: Site, sites: tuple[Site, ...], types: AxisTypes) -> Site
         # A map that the site does not make itself (weights that are learned, say) is out of its graph's reach.
         if attention.map is not None and attention.map not in other.region:
             continue
+        if attention.map is None and not attention.operands:  # a linear one has no map
+            continue
         place = _place(types, attention.key_axis, site)
         if place is not None:
             keys[other.index] = ScoreSource(other.index, place or None)

@@ -9,7 +9,7 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +21,9 @@ from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
 from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
-from toca_compile.passes.proof.follow import Blocked
+from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, row_factors, token_dims
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -31,11 +31,9 @@ _ARITHMETIC = {Work.CONTRACT, Work.ATTENTION}
 
 
 @dataclass(frozen=True)
-class _Branch:
-    source: fx.Node
-    end: fx.Node
+class _Residual:
+    branch: Branch
     add: fx.Node
-    region: frozenset[fx.Node]
 
 
 def find_sites(
@@ -50,14 +48,15 @@ def find_sites(
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
     token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
-    if fragment and not token_factors:
+    found = _residuals(graph, types, token_factors)
+    if not found and (fragment or attentions):  # or what the queries run over is padded, and in no stream
         token_factors = row_factors(graph, types)
-    branches = _choose(_branches(graph, types, token_factors), attentions)
+        found = _residuals(graph, types, token_factors)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
-    for branch in branches:
-        output = _before_tail(branch, static)
-        region = frozenset(ancestors([output], within=branch.region.__contains__))
+    for residual in _choose(found, attentions):
+        branch = residual.branch.to(_before_tail(residual.branch, static))
+        output, region = branch.output, branch.region
         if not any(work_of(n) in _ARITHMETIC for n in region):
             continue
         choices = token_dims(types, output, value_of(output).shape, token_factors)
@@ -65,12 +64,13 @@ def find_sites(
             continue
         inside = tuple(a for a in attentions if a.node in region)
         tried = []
-        for choice in choices:
-            tokens, proof, batch = _prove(types, branch.source, output, region, choice, inside)
-            tried.append((tokens, proof, batch, _queries(types, branch, output, tokens, proof, batch)))
+        for tokens in choices:
+            proof, batch = _prove(types, branch, tokens, inside)
+            tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch, inside)))
         able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
-        tokens, proof, batch, queries = [*able, tried[0]][0]
-        factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
+        whole = [t for t in tried if fill_dims(types, output, t[0])]
+        tokens, proof, batch, queries = [*able, *whole, *tried][0]
+        factors = _factors(types, output, tokens)
         if factors not in axes:
             axes[factors] = axis_of(graph, types, factors, len(axes), grid)
         sites.append(
@@ -82,74 +82,79 @@ def find_sites(
                 batch=batch,
                 source=branch.source,
                 output=output,
-                add=branch.add,
+                add=residual.add,
                 region=region,
                 attention=inside,
                 row_proof=None if isinstance(proof, Blocked) else proof,
                 reason=str(proof) if isinstance(proof, Blocked) else None,
                 query_proof=queries if isinstance(queries, RowProof) else None,
                 no_queries=str(queries) if isinstance(queries, Blocked) else None,
+                fragment=fragment,
             )
         )
     return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))
 
 
 def _prove(
-    types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: frozenset[fx.Node],
-    tokens: tuple[FactorPos, ...],
-    inside: tuple[Attention, ...],
-) -> tuple[tuple[FactorPos, ...], RowProof | Blocked, Product]:
+    types: AxisTypes, branch: Branch, tokens: tuple[FactorPos, ...], inside: tuple[Attention, ...]
+) -> tuple[RowProof | Blocked, Product]:
     """The proof for one choice of tokens, and the factors that number samples.
 
     A branch through attention beside arithmetic of its own (a parallel block) is token-wise if what the attention
     yields is held from the last full step.
     """
-    factors = {types.type_of(output)[t.dim][t.index] for t in tokens}
+    factors = set(_factors(types, branch.output, tokens))
     mixing = [a.node for a in inside if factors & types.factors.atoms(a.key_axis)]
     first: tuple[RowProof | Blocked, Product] | None = None
     for held in ((), tuple(mixing)) if mixing else ((),):
-        batch = batch_of(types, source, output, region, tokens, held)
-        proof = prove(types, source, output, region, tokens, batch, held)
-        numbers = tuple(types.type_of(output)[o.dim][o.index] for o in batch)
-        if isinstance(proof, RowProof) and (not held or _computes(proof, source, output, region)):
-            return tokens, proof, numbers
+        within = replace(branch, held=held)
+        batch = batch_of(types, within, tokens)
+        proof = prove(types, within, tokens, batch)
+        numbers = _factors(types, branch.output, batch)
+        if isinstance(proof, RowProof) and (not held or _computes(proof, branch)):
+            return proof, numbers
         first = first or (proof, numbers)
     assert first is not None
-    return tokens, *first
+    return first
 
 
 def _queries(
     types: AxisTypes,
-    branch: _Branch,
-    output: fx.Node,
+    branch: Branch,
     tokens: tuple[FactorPos, ...],
     proof: RowProof | Blocked,
     batch: Product,
+    inside: tuple[Attention, ...],
 ) -> RowProof | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens.
     ``batch``: the factors that number the site's samples; one selection serves both proofs."""
     if isinstance(proof, RowProof) and not proof.stale_inputs:
         return None
-    region = frozenset(ancestors([output], within=branch.region.__contains__))
-    carried = batch_of(types, branch.source, output, region, tokens)
-    if isinstance(proof, RowProof) and tuple(types.type_of(output)[o.dim][o.index] for o in carried) != batch:
+    carried = batch_of(types, branch, tokens)
+    if isinstance(proof, RowProof) and _factors(types, branch.output, carried) != batch:
         # What is held hides it from the first proof: keys, say, that are made across samples.
         return Blocked(proof.stale_inputs[0], "mixes samples that the rest of the branch keeps apart")
-    return prove_queries(types, branch.source, output, region, tokens, carried)
+    found = prove_queries(types, branch, tokens, carried)
+    windows = [a for a in inside if set(a.axis) < set(_factors(types, branch.output, tokens))]
+    if isinstance(found, Blocked) and windows:
+        size = types.factors.size(windows[0].axis)
+        return Blocked(windows[0].node, f"attends within groups of {size} tokens")
+    return found
 
 
-def _computes(proof: RowProof, source: fx.Node, output: fx.Node, region: frozenset[fx.Node]) -> bool:
+def _factors(types: AxisTypes, node: fx.Node, places: Iterable[FactorPos]) -> Product:
+    return tuple(types.type_of(node)[at.dim][at.index] for at in places)
+
+
+def _computes(proof: RowProof, branch: Branch) -> bool:
     """Whether a partial step does arithmetic on the input, and what follows from held values is needed here alone."""
-    own = _users_within(source, proof.rows)
-    after = {n for node in proof.stale_inputs for n in (node, *_users_within(node, region))} - {output}
-    apart = all(user in region for node in after for user in node.users)
+    own = _users_within(branch.source, proof.rows)
+    after = {n for node in proof.stale_inputs for n in (node, *_users_within(node, branch.region))} - {branch.output}
+    apart = all(user in branch.region for node in after for user in node.users)
     return apart and any(work_of(n) in _ARITHMETIC for n in own)
 
 
-def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Branch]:
+def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Residual]:
     nodes = list(graph.nodes)
     bit = {node: 1 << i for i, node in enumerate(nodes)}
     above: dict[fx.Node, int] = {}  # all ancestors and the node itself, as a bit set
@@ -176,9 +181,9 @@ def _branches(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> lis
             if source is None:
                 continue
             chain[node] = residual
-            # All that stands between the two: the region is convex, so that walks inside it need not leave it.
+            # All that stands between the two.
             region = frozenset(ancestors([end], stop=[source], within=partial(_is_below, above, bit[source])))
-            found.append(_Branch(source, end, node, region))
+            found.append(_Residual(Branch(source, end, region), node))
             break
     return found
 
@@ -187,34 +192,34 @@ def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
     return bool(above[node] & bit)
 
 
-def _choose(branches: list[_Branch], attentions: tuple[Attention, ...]) -> list[_Branch]:
+def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
     """Of nested candidates, the sites (case 3)."""
-    branches = [b for b in branches if any(work_of(n) in _ARITHMETIC for n in b.region)]
-    attends = {b.add: any(a.node in b.region for a in attentions) for b in branches}
-    kept: list[_Branch] = []
-    for branch in sorted(branches, key=lambda b: len(b.region)):
-        inner = [k for k in kept if k.add in branch.region]
+    residuals = [r for r in residuals if any(work_of(n) in _ARITHMETIC for n in r.branch.region)]
+    attends = {r.add: any(a.node in r.branch.region for a in attentions) for r in residuals}
+    kept: list[_Residual] = []
+    for residual in sorted(residuals, key=lambda r: len(r.branch.region)):
+        inner = [k for k in kept if k.add in residual.branch.region]
         attentive = [k for k in inner if attends[k.add]]
-        if len(attentive) > 1 or (attentive and (len(inner) > 1 or not _more_work(branch, attentive[0]))):
+        if len(attentive) > 1 or (attentive and (len(inner) > 1 or not _more_work(residual, attentive[0]))):
             continue
-        kept = [k for k in kept if k not in inner] + [branch]
-    order = {branch.add: i for i, branch in enumerate(branches)}
-    return sorted(kept, key=lambda b: order[b.add])
+        kept = [k for k in kept if k not in inner] + [residual]
+    order = {residual.add: i for i, residual in enumerate(residuals)}
+    return sorted(kept, key=lambda r: order[r.add])
 
 
-def _more_work(outer: _Branch, inner: _Branch) -> bool:
+def _more_work(outer: _Residual, inner: _Residual) -> bool:
     """Whether ``outer`` does arithmetic on what ``inner`` adds: a branch through attention and MLP both, whose first
     addition is no step of the residual stream."""
-    return any(work_of(n) in _ARITHMETIC for n in _users_within(inner.add, outer.region))
+    return any(work_of(n) in _ARITHMETIC for n in _users_within(inner.add, outer.branch.region))
 
 
-def _before_tail(branch: _Branch, static: frozenset[fx.Node]) -> fx.Node:
+def _before_tail(branch: Branch, static: frozenset[fx.Node]) -> fx.Node:
     """M's output: below everything pointwise at the branch's end that brings in the current conditioning.
 
     Walks back from the end over pointwise ops and views. Wherever all paths meet in one value, that value is M's output
     if conditioning came in above it.
     """
-    output, frontier, conditioned = branch.end, {branch.end}, False
+    output, frontier, conditioned = branch.output, {branch.output}, False
     while frontier:
         node = max(frontier)  # the last of them in the graph
         if len(frontier) == 1 and conditioned:
@@ -248,7 +253,13 @@ def _kind(inside: tuple[Attention, ...], factors: tuple[int, ...], proof: object
         return "parallel"
     if not inside:
         return "mixer" if isinstance(proof, Blocked) else "mlp"
-    if all(not set(a.key_axis) & set(factors) for a in inside):
-        keys = {f for a in inside for f in types.factors.atoms(a.key_axis)}
-        return "joint_attention" if keys & set(factors) else "cross_attention"
-    return "self_attention"
+    if any(set(a.key_axis) & set(factors) for a in inside):
+        return "self_attention"
+    if any(types.factors.atoms(a.key_axis) & set(factors) for a in inside):
+        return "joint_attention"
+    # What queries and keys both run over, and no stream does, are its tokens laid out anew (padded windows).
+    return "self_attention" if isinstance(proof, Blocked) and _all_self(inside) else "cross_attention"
+
+
+def _all_self(inside: tuple[Attention, ...]) -> bool:
+    return all(a.axis == a.key_axis for a in inside)

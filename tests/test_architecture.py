@@ -11,7 +11,7 @@ PACKAGE = ROOT / "toca_compile"
 
 # Each layer may import itself (not a sibling) and those before it.
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "hooks", "progress"},
     {"ir", "ops"},
     {"rules", "policies", "runtime", "lowerings"},
     {"passes"},
@@ -32,6 +32,8 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 def part(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
+    if relative.name == "__main__.py":  # a command, which nothing imports
+        return "cli"
     return relative.parts[0].removesuffix(".py")
 
 
@@ -77,6 +79,20 @@ def test_importing_passes_by_its_folder_is_refused() -> None:
     source = (ROOT / "passes" / "__init__.py").read_text()
     with pytest.raises(ImportError, match=r"toca_compile\.passes"):
         exec(compile(source, "passes", "exec"), {"__name__": "passes"})
+
+
+def test_functions_take_at_most_six_parameters() -> None:
+    """More that travel together are a dataclass. The parameters of a kernel are its op's schema."""
+    for path in (*FILES, *(ROOT / "passes").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", ())]
+            given = node.args
+            every = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
+            taken = [a.arg for a in every if a is not None and a.arg not in ("self", "cls")]
+            kernel = path.parent == PACKAGE / "ops" and any(d.startswith("op(") for d in decorators)
+            assert kernel or len(taken) <= 6, f"{path}:{node.lineno} takes {', '.join(taken)}"
 
 
 # A test goes through public calls. Whether the session itself is freed, only a reference to it can tell.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.pair import Pair
 from tests.sampling import noise, sample
 from toca_compile.cli import _Help, _parser, main
 from toca_compile.policies import PRESETS, ready_made
+from toca_compile.rules.registry import RULES
 
 FAST = ["--steps", "4", "--lowering", "eager"]
 
@@ -89,6 +91,64 @@ def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.err == ""
     assert main(["explain", "tests.test_cli_commands:with_inputs", "--policy", "FORA N=2", "--steps", "4"]) == 0
     assert "schedule  FRFR" in capsys.readouterr().out
+
+
+class Erased(nn.Module):
+    """An MLP with an op of no rule, beside an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.nn.functional.scaled_dot_product_attention(*(self.up(x)[:, None],) * 3)[:, 0]
+        return x + self.down(torch.renorm(self.up(x), 2, 0, 1.0))
+
+
+def without_a_rule() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch._dynamo.reset()
+    return randomize(Erased()), (torch.randn(2, 16, 8),)
+
+
+def test_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rules"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0] == f"{len(RULES)} ops have rules, in toca_compile/rules/"
+    files = {line.strip() for line in listed if line.endswith(".py")}
+    assert files == {"attention.py", "indexing.py", "linear.py", "norm.py", "pointwise.py", "shape.py"}
+    ops = [line.split()[0] for line in listed if line.startswith("    ")]
+    assert sorted(ops) == sorted(map(str, RULES))
+    linear = next(line for line in listed if line.startswith("    aten.linear.default "))
+    assert " linear " in linear
+    assert linear.endswith("mixes the features of each row, nothing else.") or linear.endswith(" …")
+    assert max(map(len, listed)) <= 120
+
+
+def test_rules_that_a_model_uses_and_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rules", "tests.test_cli_commands:without_a_rule"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    missing = [line for line in lines if "has no rule" in line]
+    (renorm,) = missing
+    assert renorm.startswith("  aten.renorm.default has no rule: 1 call, first at test_cli_commands.py:")
+    assert renorm.endswith("; stops site1")
+    used = {line.split()[0]: line for line in lines if line.startswith("    ")}
+    assert "aten.renorm.default" not in used
+    assert used["aten.linear.default"].endswith(" 3 calls")
+    assert lines[0].startswith("1 graph, ")
+    assert lines[0].endswith(" follow a rule, 1 do not")
+
+
+def test_rules_of_a_model_that_has_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rules", "tests.test_cli_commands:with_inputs"]) == 0
+    printed = capsys.readouterr().out
+    assert "follow a rule, 0 do not" in printed
+    assert "without a rule" not in printed
+
+
+def test_rules_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "toca_compile.rules", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: toca-compile rules" in done.stdout
 
 
 @pytest.mark.parametrize("factory", ["pair", "pair_and_call", "with_sampler"])

@@ -8,7 +8,7 @@ import pytest
 
 import toca_compile
 from toca_compile import policies
-from toca_compile.policies.storage import checked_policy
+from toca_compile.policies.given import checked_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -159,6 +159,30 @@ def test_an_op_without_a_rule_makes_its_site_reuse_only() -> None:
     )
 
 
+@torch.library.custom_op("toca_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """Of another library."""
+    return 2 * x
+
+
+doubled.register_fake(torch.empty_like)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return doubled(super().forward(x))
+
+
+def test_an_op_without_a_rule_is_named_where_it_hides_all_sites() -> None:
+    model = randomize(PlainDiT())
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Doubled
+    with torch.no_grad(), pytest.raises(NoSiteError, match=r"toca_tests\.doubled\.default") as error:
+        call(toca_compile.optimize(model, POLICY, lowering="eager"))
+    assert "right module" not in str(error.value)
+
+
 def test_explain_before_a_call() -> None:
     assert "call the model once" in str(toca_compile.explain(toca_compile.optimize(PlainDiT(), POLICY)))
     with pytest.raises(TocaError, match="optimised by toca_compile"):

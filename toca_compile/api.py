@@ -5,6 +5,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from toca_compile.backend import compiled_session
 from toca_compile.diffusers import attach, detach, is_pipeline, optimized_components, transformers_of
 from toca_compile.errors import TocaError
 from toca_compile.in_place import convert, handle_of, revert, tidy
@@ -173,12 +174,13 @@ def summary(model: Any) -> Summary:
 def _subjects(model: Any, wanted: str) -> dict[str, Subject]:
     """The optimised models behind an object, by the names of a pipeline's components."""
     if is_pipeline(model):
-        parts: dict[str, Any] = dict(optimized_components(model))
+        parts: dict[str, Any] = dict(transformers_of(model))
     else:
-        handle = handle_of(model)
-        parts = {"": model if handle is None else handle}  # no `or`: torch's wrapper has a length that may raise
+        parts = {"": model}
     found = {}
-    for name, part in parts.items():
+    for name, component in parts.items():
+        handle = handle_of(component)
+        part: Any = component if handle is None else handle  # no `or`: torch's wrapper has a length that may raise
         session = _session_of(part)
         if session is not None:
             inner = part._model if isinstance(part, Handle) else getattr(part, "_orig_mod", part)
@@ -198,7 +200,7 @@ def _session_of(part: Any) -> Session | None:
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
     session: Session | None = getattr(callback, "_toca_session", lambda: None)()
-    return session
+    return compiled_session(part) if session is None else session
 
 
 __all__ = [

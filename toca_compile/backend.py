@@ -120,6 +120,14 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
 _BY_PARAMETER = WeakTensorKeyDictionary()
 
 
+def compiled_session(model: Any) -> Session | None:
+    """The session of a model's own ``model.compile(backend="toca")``, after its first call."""
+    if getattr(model, "_compiled_call_impl", None) is None:
+        return None
+    sessions = [s for p in model.parameters() for s in _BY_PARAMETER.get(p, ())]
+    return sessions[-1] if sessions else None
+
+
 class _Graph:
     """What Dynamo is given for one graph: it refers to the executor weakly, once a parameter of the model holds the
     session (``starting``) in its place."""
@@ -197,6 +205,7 @@ def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...
 __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
+    "compiled_session",
     "dynamo_context",
     "dynamo_limits",
     "remove_from_cache",

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--policy", metavar="NAME|FILE", help=f"whose variants to print: {_POLICY}; by default a short "
                         "run of ToCa")  # fmt: skip
     passes.set_defaults(run=_passes)
+    rules = command("rules", "the ops that have an axis rule, or which of them a model uses and which it lacks", always,
+                    f"With MODEL, it is called once, with small example inputs. {looking}")  # fmt: skip
+    rules.add_argument("model", metavar="MODEL", nargs="?", help="as for explain")
+    rules.set_defaults(run=_rules)
     presets = command("presets", "the policies that --policy knows by name", always)
     presets.set_defaults(run=_presets)
     return parser
@@ -160,18 +165,14 @@ def _version() -> str:
 def _demo(given: argparse.Namespace) -> None:
     from toca_compile.demo import fashion_dit, side_by_side
     from toca_compile.demo.sampling import load_sampling
+    from toca_compile.quality.settings import ComparisonSettings
 
+    names = (field.name for field in fields(ComparisonSettings))
+    settings = ComparisonSettings(**{name: getattr(given, name) for name in names})
     if given.model is None or (Path(given.model) / "config.json").exists():
-        fashion_dit.run(
-            model_path=Path(given.model) if given.model else None, out=given.out, steps=given.steps,
-            samples=given.samples, repeats=given.repeats, seed=given.seed, device=given.device, lowering=given.lowering,
-        )  # fmt: skip
+        fashion_dit.run(settings, Path(given.model) if given.model else None)
         return
-    sampling = load_sampling(given.model, given.device, given.prompt)
-    side_by_side.run(
-        sampling, out=given.out, steps=given.steps, samples=given.samples, repeats=given.repeats, seed=given.seed,
-        device=given.device, lowering=given.lowering,
-    )  # fmt: skip
+    side_by_side.run(load_sampling(given.model, given.device, given.prompt), settings)
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -258,6 +259,24 @@ def _passes(given: argparse.Namespace) -> None:
     if given.stage is not None and given.stage not in texts:
         raise TocaError(f"no pass or variant {given.stage!r}; there are {', '.join(texts)}")
     print(texts[given.stage] if given.stage is not None else "\n\n".join(f"{n}\n\n{t}" for n, t in texts.items()))
+
+
+def _rules(given: argparse.Namespace) -> None:
+    import torch
+
+    from toca_compile.api import explain, optimize
+    from toca_compile.demo.load_model import load
+    from toca_compile.policies import FullCompute
+    from toca_compile.report.rules import list_rules
+
+    if given.model is None:
+        print(list_rules())
+        return
+    model, (args, kwargs) = load(given.model)
+    opt = optimize(model, FullCompute(), lowering="eager", strict=False)
+    with torch.no_grad():
+        opt(*args, **kwargs)
+    print(explain(opt).rules())
 
 
 def _presets(given: argparse.Namespace) -> None:

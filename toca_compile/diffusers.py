@@ -21,7 +21,7 @@ from toca_compile.errors import PolicyError
 from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.model import AROUND_CALL, Handle
+from toca_compile.model import AROUND_CALL, Controls, Handle
 
 log = logging.getLogger(__name__)
 
@@ -211,9 +211,8 @@ class _Run:
                 log.warning("the scheduler does not step between model calls: all count as steps of one run")
             yield
         else:
-            with self.model.cache_context(
-                named or (f"pass {number + 1}" if number else "default"), step_index=self.index
-            ):  # fmt: skip
+            name = named or (f"pass {number + 1}" if number else "default")
+            with Controls.cache_context(self.model, name, step_index=self.index):  # ours alone: the model has its own
                 yield
 
     def _policy(self) -> Policy:

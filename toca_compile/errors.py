@@ -1,5 +1,7 @@
 """The errors that leave this package. Each names the cause and the remedy."""
 
+from collections.abc import Sequence
+
 
 class TocaError(Exception):
     """Base of every error raised by toca_compile."""
@@ -10,7 +12,9 @@ class PolicyError(TocaError, ValueError):
 
 
 class NoSiteError(TocaError):
-    """The model has no residual branch on a token axis: nothing could be cached."""
+    """The model has no residual branch on a token axis: nothing could be cached. ``unknown``: ops without a rule."""
+
+    unknown: tuple[str, ...] = ()
 
 
 class InferenceModeError(TocaError, RuntimeError):
@@ -45,6 +49,14 @@ NO_SITE = (
     "has no residual branch on the axis of an attention's queries, so there is nothing to cache. toca_compile is for "
     "diffusion transformers; is this the right module?"
 )
+
+
+def no_rules(ops: Sequence[str]) -> str:
+    """What to say of ops of which nothing is known; nothing where there are none."""
+    if not ops:
+        return ""
+    named = ", ".join(ops[:4]) + (f" and {len(ops) - 4} more" if len(ops) > 4 else "")
+    return f"Nothing is known of what {named} do to the tokens: register a rule for each (toca_compile.rules)"
 
 
 def cannot_write(error: OSError) -> LoweringError:

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import inspect
+import logging
 import threading
 import types
 import weakref
@@ -29,7 +31,9 @@ from toca_compile.errors import (
     NoSiteError,
     PolicyError,
     TocaError,
+    no_rules,
 )
+from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.progress import working
@@ -37,6 +41,8 @@ from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
 from toca_compile.runtime.step_control import StepRecord
 from toca_compile.session import Session, patch_of
+
+log = logging.getLogger(__name__)
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
 _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
@@ -81,6 +87,7 @@ class Calls:
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any]] = (-1, [])
+        self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
         self.context = dynamo_context(session)
@@ -140,7 +147,7 @@ class Calls:
         new = not entry.executors and not entry.uncached
         told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
         try:
-            with told:
+            with told, self._hooked[2]():
                 return entry.call(model, args, kwargs)
         finally:
             if session.seen != before:
@@ -152,6 +159,7 @@ class Calls:
         """Forget what was compiled, and every run."""
         while self._entries:
             self._forget(self._entries.popitem()[1])
+        self._hook_lists, self._hooked = (-1, []), ((), [], Traceable(()))
         self.session.control.reset()
         Calls.alive.discard(self)
 
@@ -161,16 +169,31 @@ class Calls:
             # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
             self.session.forget(entry.executors)
 
-    def _hooks(self, model: nn.Module) -> tuple[int, ...]:
-        """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones."""
+    def _hooks(self, model: nn.Module) -> tuple[Any, ...]:
+        """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones. Those that
+        stand around a forward are told by their classes, since some are put there anew at each call of a pipeline."""
         seen, listed = self._hook_lists
         if seen != self.session.seen:
-            listed = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+            listed = [(weakref.ref(m), m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
             self._hook_lists = (self.session.seen, listed)
-        return tuple(key for hooks in listed if hooks for key in hooks)
+        keys = tuple(key for _, pre, post in listed if pre or post for key in (*pre, *post))
+        around = any("forward" in vars(m()) for m, _, _ in listed)
+        found = hooked(model) if around else []
+        names = tuple(name for one in found for name in (one.path, *one.names))
+        if names != self._hooked[0]:
+            self._hooked = (names, found, Traceable(found))
+        return (*keys, *names)
 
     def _new_entry(self, model: nn.Module) -> _Entry:
         call, code, policy = _plain_call(model), _entry.__code__.replace(), self.session.policy
+        why = why_untraced(type(model).__name__, self._hooked[1])
+        if why is not None:
+            if self.session.strict:
+                raise TocaError(f"{why} (strict=False runs it uncached)")
+            self.session.warn_once(f"{why}. The model runs uncached.")
+            return _Entry(
+                lambda _, args, kwargs: call(model, *args, **kwargs), code, policy, uncached={why: TocaError(why)}
+            )
         if _has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
             inner = self.context(types.MethodType(call, model))
@@ -197,9 +220,10 @@ class Calls:
         name = type(model).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
+            hooks = why_no_site(self._hooked[1]) or no_rules(why.unknown)
             error: TocaError = NoSiteError(
-                f"no site was found in {name} for inputs like these: it {NO_SITE} (strict=False runs it uncached) "
-                f"{session.split(session.graphs)}".rstrip()
+                f"no site was found in {name} for inputs like these{f'. {hooks}' if hooks else f': it {NO_SITE}'} "
+                f"(strict=False runs it uncached) {session.split(session.graphs)}".rstrip()
             )
         elif why is not None and session.strict:
             raise why
@@ -325,6 +349,16 @@ class Handle(Controls):
             with around():
                 return self._toca.run(self._step, self._model, args, kwargs)
 
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **told: Any) -> Iterator[None]:
+        """As ``Controls.cache_context``, and the model's own by that name, if it has one: diffusers' caches ask for
+        it."""
+        own = inspect.getattr_static(type(self._model), "cache_context", None)
+        own = getattr(own, "before", own)  # that which ours stands in for
+        context = contextlib.nullcontext() if own is None else own.__get__(self._model)(name, **told)
+        with context, super().cache_context(name, **told):
+            yield
+
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         return self._toca.dispatch(self._model, args, kwargs)
 
@@ -349,7 +383,7 @@ class Handle(Controls):
         session, own = self._session, "(compile)"
         with session.control.lock, torch.no_grad():
             try:
-                with self.cache_context(own, step_index=0):
+                with Controls.cache_context(self, own, step_index=0):
                     self(*args, **kwargs)
             finally:
                 session.control.undo(own)
@@ -410,9 +444,17 @@ def wrap(model: nn.Module, session: Session) -> OptimizedModel:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of our wrappers and those of ``torch.compile``."""
+    """The model inside of our wrappers and those of ``torch.compile``; of what that compiled, nothing is used."""
+    compiled = False
     while isinstance(model, OptimizedModule):
+        compiled |= not isinstance(model, OptimizedModel)
         model = model._orig_mod
+    if compiled or model._compiled_call_impl is not None:
+        log.info(
+            "%s was compiled by torch.compile before: caching compiles the model itself, and that is left aside until "
+            "restore(…)",
+            type(model).__name__,
+        )
     return model
 
 

@@ -1,6 +1,7 @@
 """Session: what belongs to one optimised model."""
 
 import logging
+import operator
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.compiler.variants import ProgramVariants
-from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError
+from toca_compile.compiler.wrappers import Flattener, unwrapped
+from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError, no_rules
 from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
@@ -22,8 +24,9 @@ from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
 from toca_compile.passes.proof.block_range import find_range
 from toca_compile.passes.variants.measure_scores import check_score
-from toca_compile.policies.storage import checked_policy
+from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
+from toca_compile.rules.registry import RULES
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.step_control import StepControl
 
@@ -59,6 +62,7 @@ class Session:
         self.managers: list[PassManager] = []
         self.bounded = False  # an OptimizedModel says where calls begin and end
         self.patch: tuple[int, int] | None = None  # into which the model says that it cuts latents
+        self.programs: list[Program] = []  # of all graphs, those in which nothing is cached too
         self.seen = 0  # graphs that Dynamo handed over
         self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
@@ -121,20 +125,31 @@ class Session:
             NoSiteError: there is nothing to cache in it.
             TocaError: it cannot be compiled with caching; the message says why.
         """
+        flat = Flattener(inputs, static_inputs)
+        if flat.needed:
+            graph, static_inputs = unwrapped(graph, static_inputs, inputs)
+            inputs = flat(inputs)
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
         with working("proving what may be cached"):
             layouts = self._layouts(static_inputs, inputs)
             program = manager.run(
                 Program(graph, static_inputs, tuple(inputs), self.grid, fragment=self.broken, layouts=layouts)
             )
+        self.programs.append(program)
         for node in program.module.graph.nodes:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not program.sites:
-            raise NoSiteError(f"no site was found: the graph {NO_SITE}")
+            calls = (
+                n for n in program.module.graph.nodes if n.op == "call_function" and n.target is not operator.getitem
+            )
+            unknown = tuple(dict.fromkeys(str(n.target) for n in calls if n.target not in RULES))
+            error = NoSiteError(f"no site was found: the graph {NO_SITE} {no_rules(unknown)}".rstrip())
+            error.unknown = unknown
+            raise error
         plan = self._plan(self.applied, self.seen, program)
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
-        executor = Executor(program, plan, self.control, variants, self.seen)
+        executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
@@ -157,6 +172,7 @@ class Session:
         numbers = {e.number for e in executors}
         kept = [(e, m) for e, m in zip(self.executors, self.managers, strict=True) if e.number not in numbers]
         self.executors, self.managers = [e for e, _ in kept], [m for _, m in kept]
+        self.programs = [e.program for e in self.executors]
         self._plans = [(p, {n: plan for n, plan in plans.items() if n not in numbers}) for p, plans in self._plans]
         self.control.forget_graphs(numbers)
 

@@ -10,75 +10,69 @@ for all tokens, and the rest for the selected ones.
 """
 
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, operand_nodes
+from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
-from toca_compile.passes.proof.follow import Blocked, Trace, Walk, follow, label_at, occurrence_of
+from toca_compile.passes.proof.follow import Blocked, Branch, Trace, Walk, follow, label_at, occurrence_of
 from toca_compile.rules.registry import RULES, Work
 
 
 def prove(
     types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: AbstractSet[fx.Node],
+    branch: Branch,
     tokens: tuple[FactorPos, ...],
     batch: Mapping[FactorPos, Trace],
-    held: tuple[fx.Node, ...] = (),
     walk: Walk | None = None,
 ) -> RowProof | Blocked:
-    """The proof that ``output`` may be restricted along ``tokens``, or the op that forbids it.
+    """The proof that the branch may be restricted along ``tokens`` of its output, or the op that forbids it.
 
-    ``region`` holds the nodes after ``source`` up to and with ``output``; ``batch`` traces the factors carried all
-    the way beside the tokens (``batch_of``), so that the selection may differ from sample to sample; at ``held``
-    values the walk ends. ``walk``: as in ``follow``.
+    ``batch`` traces the factors carried all the way beside the tokens (``batch_of``), so that the selection may differ
+    from sample to sample. ``walk``: as in ``follow``.
     """
     traces, walk = [], walk or Walk()
     for occurrence in tokens:
-        trace = follow(types, source, output, region, occurrence, held, walk)
-        if isinstance(trace, Blocked):
-            return trace
-        traces.append(trace)
+        joined = types.factors.segments((types.type_of(branch.output)[occurrence.dim][occurrence.index],))
+        for factor in range(max(len(part) for part in joined) if len(joined) > 1 else 1):
+            trace = follow(types, branch, occurrence, walk, factor)
+            if isinstance(trace, Blocked):
+                return trace
+            traces.append(trace)
     nodes = list(traces[0])
-    if source not in nodes or any(n not in t for t in traces for n in nodes):
-        return Blocked(output, "does not need the tokens of its input")
+    if branch.source not in nodes or any(n not in t for t in traces for n in nodes):
+        return Blocked(branch.output, "does not need the tokens of its input")
     proof = RowProof(
         # In a concatenation the factors of a part are one.
         tokens={n: tuple(dict.fromkeys(t[n] for t in traces)) for n in nodes},
         batch={n: tuple(t[n] for t in batch.values()) for n in nodes},
         rows=frozenset(walk.visited),
-        stale_inputs=held,
-        dense_inputs=tuple(n for n in walk.whole or () if n is not source),
+        stale_inputs=branch.held,
+        dense_inputs=tuple(n for n in walk.whole or () if n is not branch.source),
         windows=dict(walk.windows),
         cuts=frozenset(walk.cuts),
         joins=dict(walk.joins),
+        parts=dict(walk.parts),
+        unions=dict(walk.unions),
     )
-    return _layout(types, source, output, proof) or proof
+    return _layout(types, branch, proof) or proof
 
 
 def prove_queries(
-    types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: AbstractSet[fx.Node],
-    tokens: tuple[FactorPos, ...],
-    batch: Mapping[FactorPos, Trace],
+    types: AxisTypes, branch: Branch, tokens: tuple[FactorPos, ...], batch: Mapping[FactorPos, Trace]
 ) -> RowProof | Blocked:
-    """The proof that ``output`` may be restricted along ``tokens`` if what the branch reads whole (keys and values) is
-    there for all of them. Where those are token-wise too, it says how (``RowProof.updates``)."""
+    """The proof that the branch may be restricted along ``tokens`` if what it reads whole (keys and values) is there
+    for all of them. Where those are token-wise too, it says how (``RowProof.updates``)."""
     whole: dict[fx.Node, None] = {}
-    proof = prove(types, source, output, region, tokens, batch, walk=Walk(whole))
+    proof = prove(types, branch, tokens, batch, Walk(whole))
     if isinstance(proof, Blocked):
         return proof
     for reader in proof.rows:
         if set(operand_nodes(reader)) & set(whole) and reader not in proof.tokens:
             return Blocked(reader, "reads one value both by its rows and whole")
-    factors = tuple(types.type_of(output)[t.dim][t.index] for t in tokens)
+    factors = tuple(types.type_of(branch.output)[t.dim][t.index] for t in tokens)
     updates = []
     for node in proof.dense_inputs:
         dims = types.type_of(node)
@@ -86,43 +80,28 @@ def prove_queries(
         if None in places:
             return proof
         at = tuple(p for p in places if p is not None)
-        above = ancestors([node], within=region.__contains__)
-        own = prove(types, source, node, above, at, batch_like(types, source, node, above, proof))
+        part = branch.to(node)
+        own = prove(types, part, at, batch_like(types, part, proof))
         if isinstance(own, Blocked):
             return proof
         updates.append(own)
     return replace(proof, updates=tuple(updates))
 
 
-def batch_like(
-    types: AxisTypes, source: fx.Node, node: fx.Node, region: AbstractSet[fx.Node], proof: RowProof
-) -> dict[FactorPos, Trace]:
-    """The traces of a value's factors that are the proof's batch at the input."""
-    found = {}
-    for d, dim in enumerate(types.type_of(node)):
-        for occurrence in (FactorPos(d, i) for i in range(len(dim))):
-            walk = Walk()
-            trace = follow(types, source, node, region, occurrence, walk=walk)
-            if isinstance(trace, dict) and walk.straight and trace.get(source) in proof.batch[source]:
-                found[occurrence] = trace
-    return found
+def batch_like(types: AxisTypes, branch: Branch, proof: RowProof) -> dict[FactorPos, Trace]:
+    """The factors of the branch's output that are the proof's batch at their common source, with their traces."""
+    batch = proof.batch[branch.source]
+    return {at: trace for at, trace in batch_of(types, branch, ()).items() if trace.get(branch.source) in batch}
 
 
-def batch_of(
-    types: AxisTypes,
-    source: fx.Node,
-    output: fx.Node,
-    region: AbstractSet[fx.Node],
-    tokens: tuple[FactorPos, ...],
-    held: tuple[fx.Node, ...] = (),
-) -> dict[FactorPos, Trace]:
-    """The factors of ``output`` beside the tokens that every op back to ``source`` carries, with their traces: they
-    number samples."""
+def batch_of(types: AxisTypes, branch: Branch, tokens: tuple[FactorPos, ...]) -> dict[FactorPos, Trace]:
+    """The factors of the branch's output beside the tokens that every op back to its source carries, with their traces:
+    they number samples."""
     found = {}
-    for d, dim in enumerate(types.type_of(output)):
+    for d, dim in enumerate(types.type_of(branch.output)):
         for occurrence in (FactorPos(d, i) for i in range(len(dim))):
             walk = Walk()
-            trace = None if occurrence in tokens else follow(types, source, output, region, occurrence, held, walk)
+            trace = None if occurrence in tokens else follow(types, branch, occurrence, walk)
             if isinstance(trace, dict) and walk.straight:
                 found[occurrence] = trace
     return found
@@ -157,25 +136,25 @@ def span(places: Sequence[FactorPos | None]) -> tuple[int, int]:
     return (min(dims), max(dims)) if dims else (-1, -1)
 
 
-def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof) -> Blocked | None:
+def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None:
     """What in a proven restriction cannot be gathered or scattered as rows.
 
-    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows, so the op
-    must not care how many dimensions there are.
+    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows. An op that
+    counts dimensions gets the others back, of size 1: each row is then a place in the first.
     """
     for node, places in proof.tokens.items():
         first, last = span(places)
         if last > first and not _whole(types, node, places):
             return Blocked(node, "spreads the tokens over several dimensions")
-        ends = node in (source, output) or node in proof.stale_inputs
-        if ends and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
+        ends = node in (branch.source, branch.output) or node in proof.stale_inputs
+        together = _together(types, node, places, proof.batch[node])
+        if ends and not together and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
             return Blocked(node, "has tokens or samples in one dimension with something else")
         if ends and len({p.dim for p in proof.batch[node]}) > 1:
             return Blocked(node, "has samples in several dimensions")
     for node in proof.rows:
         spec = types.specs.get(node)
-        spread = _spread(proof, node) or any(_spread(proof, o) for o in operand_nodes(node) if o in proof.tokens)
-        if spec is not None and spread and not RULES[node.target].any_rank:  # type: ignore[index]
+        if spec is not None and restored(types, node, proof) is None:
             return Blocked(node, "spreads the tokens over several dimensions")
         for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands if spec else (), strict=False)):
             if operand in proof.tokens:
@@ -184,7 +163,8 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
             if not any(tokens):
                 continue
             pointwise = RULES[node.target].pointwise  # type: ignore[index]
-            partly = None in tokens or not _whole(types, operand, tokens)  # type: ignore[arg-type]
+            together = _together(types, operand, tokens, batch) and node not in {*proof.windows, *proof.parts}
+            partly = None in tokens or not (together or _whole(types, operand, tokens))  # type: ignore[arg-type]
             if partly and not (pointwise and _aligned(types, operand, tokens)):
                 return Blocked(node, "reads a value that varies along part of the token axis only")
             shared = proof.batch[node] and not any(batch)
@@ -194,7 +174,7 @@ def _layout(types: AxisTypes, source: fx.Node, output: fx.Node, proof: RowProof)
                 return Blocked(node, "reads a table of tokens that all samples share")
             if None in batch and any(batch):
                 return Blocked(node, "reads a value that varies along part of the batch only")
-            if not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
+            if not together and not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
                 return Blocked(node, "reads a value with samples in one dimension with something else")
     return None
 
@@ -204,10 +184,34 @@ def _spread(proof: RowProof, node: fx.Node) -> bool:
     return last > first
 
 
+def restored(types: AxisTypes, node: fx.Node, proof: RowProof) -> frozenset[int] | None:
+    """Which operands an op that counts dimensions reads by rows of tokens that are spread: they need their dimensions
+    back. None where that cannot be: the op spreads tokens itself, or not all that it reads by rows are spread alike."""
+    operands = operand_nodes(node)
+    spread = any(_spread(proof, operand) for operand in operands)
+    if RULES[node.target].any_rank or not (spread or _spread(proof, node)):  # type: ignore[index]
+        return frozenset()
+    rows = [i for i, whole in enumerate(reads_whole(types, node, proof)) if not whole]
+    spans = [span(proof.tokens.get(operands[i], ())) for i in rows]
+    wide = {last - first for first, last in spans}
+    return frozenset(rows) if spread and len(wide) == 1 and min(wide) > 0 else None
+
+
 def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]) -> bool:
     """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
     there = [p for p in places if p is not None]
     return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
+
+
+def _together(
+    types: AxisTypes, node: fx.Node, tokens: Sequence[FactorPos | None], batch: Sequence[FactorPos | None]
+) -> bool:
+    """Whether samples and tokens fill one dimension, sample by sample."""
+    places = [*batch, *tokens]
+    if not any(batch) or None in places or len({p.dim for p in places if p is not None}) > 1:
+        return False
+    first, _ = span(places)
+    return places == [FactorPos(first, i) for i in range(len(types.type_of(node)[first]))]
 
 
 def _whole(types: AxisTypes, node: fx.Node, places: tuple[FactorPos, ...]) -> bool:

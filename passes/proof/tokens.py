@@ -14,14 +14,21 @@ from toca_compile.rules.registry import RULES, Work, work_of
 
 
 def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
-    """What the rows of linear layers run over beside samples, which lie in the first dimension."""
+    """What the rows of layers with weights run over beside samples, which lie in the first dimension."""
     rows: set[int] = set()
     others: set[int] = set()
     for node in graph.nodes:
-        if work_of(node) is Work.CONTRACT and RULES[node.target].trailing:
+        spec = types.specs.get(node)
+        if spec is None or work_of(node) is not Work.CONTRACT or len(spec.operands) < 2:
+            continue
+        weight = operand_nodes(node)[1]
+        if RULES[node.target].trailing or weight.op in ("placeholder", "get_attr"):
             dims = types.type_of(operand_nodes(node)[0])
-            rows |= {f for dim in dims[1:-1] for f in dim}
-            others |= {f for dim in (dims[0], dims[-1]) for f in dim}
+            for dim, labels in zip(dims[1:], spec.operands[0][1:], strict=True):
+                carried = {f for x in labels if x in spec.carried for f in types.label(node, x)}
+                rows |= carried
+                others |= set(dim) - carried
+            others |= set(dims[0])
     return rows - others
 
 
@@ -31,17 +38,32 @@ def token_dims(
     """Where the tokens may lie in a branch's output, best choice first.
 
     Tokens in neighbouring dimensions that hold nothing else (frames and patches) are one axis, if the branch allows it.
-    Else the largest dimension that holds nothing else is selected from, and the others number samples.
+    Else the largest dimension that holds nothing else is selected from, and the others number samples. Last, all that
+    the dimensions hold which have tokens: an attention's queries may run over windows of them, or a sample's alone.
     """
     dims = types.type_of(output)
     by_dim = {d: tuple(FactorPos(d, i) for i, f in enumerate(dim) if f in token_factors) for d, dim in enumerate(dims)}
     whole = [d for d, places in by_dim.items() if places and len(places) == len(dims[d])]
-    run: list[int] = []
-    for d in whole:
-        run = [*run, d] if run and d == run[-1] + 1 else run if len(run) > 1 else [d]
     single = max((p for p in by_dim.values() if p), key=lambda p: (p[0].dim in whole, shape[p[0].dim]), default=())
+    run, wide = _run(whole), _run([d for d, places in by_dim.items() if places])
     choices = [tuple(o for d in run for o in by_dim[d])] if len(run) > 1 else []
-    return choices + ([single] if single else [])
+    choices += [single] if single else []
+    for those in (wide, [single[0].dim] if single else []):
+        choices.append(tuple(FactorPos(d, i) for d in those for i in range(len(dims[d]))))
+    return list(dict.fromkeys(choice for choice in choices if choice))
+
+
+def fill_dims(types: AxisTypes, output: fx.Node, tokens: Sequence[FactorPos]) -> bool:
+    """Whether the tokens are all that their dimensions hold."""
+    return all(FactorPos(t.dim, i) in tokens for t in tokens for i in range(len(types.type_of(output)[t.dim])))
+
+
+def _run(dims: Sequence[int]) -> list[int]:
+    """The first neighbouring dimensions, or the last dimension where none are."""
+    run: list[int] = []
+    for d in dims:
+        run = [*run, d] if run and d == run[-1] + 1 else run if len(run) > 1 else [d]
+    return run
 
 
 def axis_of(

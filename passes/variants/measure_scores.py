@@ -56,7 +56,8 @@ def measure(
     if name in OF_ATTENTION:
         return OF_ATTENTION[name](builder.call, builder.env, site, builder.selector, builder.types)
     missed = builder.call(aten.sub.Tensor, builder.env[site.output], expected())
-    return builder.call(toca.token_norm.default, missed, *places(site))
+    norms = builder.call(toca.token_norm.default, missed, *places(site))
+    return builder.call(aten.reshape.default, norms, [builder.types.factors.size(site.batch), site.axis.size])
 
 
 def measure_rows(

@@ -1,23 +1,30 @@
 """Narrow: a slice of a linear layer's output needs only its own rows of the weight.
 
-Some models make queries, keys, values and the MLP's input with one linear layer and cut its output up. Where a partial
-step needs some of the pieces only, each is computed by itself::
+Some models make queries, keys, values and the MLP's input with one linear layer and cut its output up, and nearly all
+make shifts, scales and gates of their conditioning so. Where a step needs some of the pieces only, those are computed;
+what lies side by side in one product::
 
-    y = linear(x, W, b)                                     mlp = linear(x, W[9:21], b[9:21])
-    q, k, v, mlp = split(y, [3, 3, 3, 12], −1)       →
+    y = linear(x, W, b)                                     y = linear(x, W[3:9], b[3:9])
+    q, k, v, mlp = split(y, [3, 3, 3, 12], −1)       →      k, v = y[…, :3], y[…, 3:]
 """
 
 import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import fx
 
-from toca_compile.ir.types import AxisTypes
+from toca_compile.ir.graph import CAPTURED_AS
+from toca_compile.ir.program import Form, Segment
+from toca_compile.ir.types import AxisTypes, Site
+from toca_compile.passes.variants.needed import needed_nodes
 
 aten = torch.ops.aten
+_TOLD = (CAPTURED_AS, "stack_trace", "nn_module_stack")
 
 
 @dataclass(frozen=True)
@@ -29,17 +36,82 @@ class Piece:
     size: int
 
 
-def pieces(rows: AbstractSet[fx.Node], types: AxisTypes) -> dict[fx.Node, Piece]:
-    """The values among ``rows`` that are pieces of a linear layer of which ``rows`` does not need all."""
+def pieces(
+    rows: AbstractSet[fx.Node], types: AxisTypes, whole: AbstractSet[fx.Node] = frozenset()
+) -> dict[fx.Node, Piece]:
+    """The values among ``rows`` that are pieces of a linear layer of which ``rows`` does not need all. ``whole``: what
+    is asked for whole elsewhere."""
     found: dict[fx.Node, Piece] = {}
     for node in rows:
-        if node.target is not aten.linear.default or node not in types.specs:
+        if node.target is not aten.linear.default or node not in types.specs or node in whole:
             continue
-        cuts = [_cut(node, user, rows, types) for user in node.users if user in rows]
+        users = [user for user in node.users if user in rows]
+        cuts = [_cut(node, user, rows, types) for user in users]
         own = {value: piece for cut in cuts for value, piece in (cut or {}).items()}
-        if None not in cuts and sum(p.size for p in own.values()) < node.meta["val"].shape[-1]:
+        if None in cuts or whole & {*users, *own}:
+            continue
+        if sum(p.size for p in own.values()) < node.meta["val"].shape[-1]:
             found |= own
     return found
+
+
+def narrowed(
+    segment: Segment, sites: Sequence[Site], forms: Sequence[Form], types: AxisTypes, kept: Iterable[fx.Node] = ()
+) -> dict[fx.Node, Piece]:
+    """The pieces of linear layers that a variant computes for all tokens and needs not all of. ``kept``: values that
+    later steps take from the cache, as they are."""
+    needed = needed_nodes(segment, sites, forms)
+    does = [(site, form.action) for site, form in zip(sites, forms, strict=True)]
+    read = {i for site, action in does for n in action.rows(site) for i in n.all_input_nodes}
+    own = {site.output for site in sites}.union(kept, *(action.stale(site) for site, action in does))
+    # What is read of a layer as a whole; a slice of it that is read is still a slice.
+    cut_up = {n for n in read.union(segment.outputs) if n.target is aten.linear.default or not _is_tensor(n)}
+    return pieces(needed, types, own | cut_up)
+
+
+def emit_pieces(
+    emit: Callable[..., fx.Node], x: fx.Node, weights: Sequence[fx.Node], own: Mapping[fx.Node, Piece]
+) -> dict[fx.Node, fx.Node]:
+    """The pieces ``own`` of one linear layer of ``x``: a product for each run of them without a gap."""
+    made: dict[fx.Node, fx.Node] = {}
+    for run in _runs(own):
+        start, end = run[0][1].start, run[-1][1].start + run[-1][1].size
+        y = emit(aten.linear.default, x, *(emit(aten.slice.Tensor, w, 0, start, end) for w in weights))
+        _say(y, run[0][1].linear)
+        for value, piece in run:
+            at = piece.start - start
+            made[value] = y if len(run) == 1 else _say(emit(aten.slice.Tensor, y, -1, at, at + piece.size), value)
+    return made
+
+
+def _say(made: fx.Node, of: fx.Node) -> fx.Node:
+    """Let a new node tell what it was made of."""
+    made.meta.update((key, of.meta[key]) for key in _TOLD if key in of.meta)
+    return made
+
+
+def by_linear(narrow: Mapping[fx.Node, Piece]) -> dict[fx.Node, dict[fx.Node, Piece]]:
+    """The pieces of each linear layer."""
+    found: dict[fx.Node, dict[fx.Node, Piece]] = {}
+    for value, piece in narrow.items():
+        found.setdefault(piece.linear, {})[value] = piece
+    return found
+
+
+def _runs(own: Mapping[fx.Node, Piece]) -> Iterable[list[tuple[fx.Node, Piece]]]:
+    """Pieces in order, as runs in which each begins where the one before it ends."""
+    ordered = sorted(own.items(), key=lambda item: item[1].start)
+    gaps: list[int] = []
+    end = 0
+    for _, piece in ordered:
+        gaps.append((gaps[-1] if gaps else 0) + (piece.start != end))
+        end = piece.start + piece.size
+    for _, run in groupby(zip(gaps, ordered, strict=True), key=lambda item: item[0]):
+        yield [item for _, item in run]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _cut(linear: fx.Node, user: fx.Node, rows: AbstractSet[fx.Node], types: AxisTypes) -> dict[fx.Node, Piece] | None:

@@ -15,9 +15,9 @@ from torch import fx
 
 from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.types import FactorPos, RowProof
-from toca_compile.passes.proof.prove import leaf_places, reads_whole, span
+from toca_compile.passes.proof.prove import leaf_places, reads_whole, restored, span
 from toca_compile.passes.variants.emit import SegmentBuilder
-from toca_compile.passes.variants.narrow import Piece, pieces
+from toca_compile.passes.variants.narrow import by_linear, emit_pieces, pieces
 from toca_compile.rules.registry import RULES
 
 toca = torch.ops.toca
@@ -58,6 +58,7 @@ class Restriction:
         self.whole = whole or {}
         self.rows: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}  # values from outside
+        self.restored: set[fx.Node] = set()  # ops that were given the dimensions in which tokens are spread
 
     def run(
         self,
@@ -74,44 +75,46 @@ class Restriction:
             if node in self.rows:
                 continue
             self.rows[node] = self.emit(toca.gather_tokens.default, value, self.index, *place(self.proof, node))
-        narrow = pieces(self.proof.rows, self.types)
-        whole = {piece.linear for piece in narrow.values()}
+        narrow = by_linear(pieces(self.proof.rows, self.types))
         for node in nodes:
             if node in self.rows:
                 continue
             if node in narrow:
-                self.rows[node] = self._piece(narrow[node])
-            elif node in self.proof.rows and not whole & {node, *node.all_input_nodes}:
+                x, *weights = operand_nodes(node)
+                self.rows |= emit_pieces(self.emit, self.rows[x], [self.values[w] for w in weights], narrow[node])
+            elif node in self.proof.rows and not narrow.keys() & set(node.all_input_nodes):
                 self.rows[node] = self._node(node)
         return {**self.gathered, **self.rows}
 
     def _alike(self, other: "Restriction", node: fx.Node) -> bool:
         mine, theirs = self.proof, other.proof
-        return mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
-
-    def _piece(self, piece: Piece) -> fx.Node:
-        """Some features of a linear layer on the rows, from their own rows of the weight."""
-        x, *weights = operand_nodes(piece.linear)
-        ends = (piece.start, piece.start + piece.size)
-        cut = [self.emit(aten.slice.Tensor, self.values[w], 0, *ends) for w in weights]
-        return self.emit(aten.linear.default, self.rows[x], *cut)
+        alike = mine.tokens[node] == theirs.tokens.get(node) and mine.batch[node] == theirs.batch.get(node)
+        where = ((proof.windows.get(node), proof.parts.get(node)) for proof in (mine, theirs))
+        return alike and len(set(where)) == 1
 
     def _node(self, node: fx.Node) -> fx.Node:
         if node.target is operator.getitem and node.args[0] in self.proof.cuts:
             return self.rows[node.args[0]]  # type: ignore[index]
         if node in self.proof.joins:
             return self.rows[self.proof.joins[node]]
+        if node in self.proof.unions:
+            rows = [self.rows[operand] for operand, _ in self.proof.unions[node]]
+            starts = [start for _, (start, _) in self.proof.unions[node]]
+            return self.emit(toca.join_tokens.default, rows, self.index, starts, *place(self.proof, node))
         if node in self.proof.cuts:
-            # The rows are of that part already.
+            # The rows are of that part already, or stand for rows of it and of others.
             return self.rows[operand_nodes(node)[0]]
         if node.target is operator.getitem:
-            return self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
+            part = self.emit(node.target, self.rows[node.args[0]], node.args[1])  # type: ignore[index]
+            return self._merged(node, part) if node.args[0] in self.restored else part
         spec = self.types.specs[node]
         whole = reads_whole(self.types, node, self.proof)
+        back = restored(self.types, node, self.proof)
+        assert back is not None
         operands: list[fx.Node] = []
-        for operand, dims, all_of_it in zip(operand_nodes(node), spec.operands, whole, strict=True):
+        for i, (operand, dims, all_of_it) in enumerate(zip(operand_nodes(node), spec.operands, whole, strict=True)):
             if operand in self.rows and not all_of_it:
-                operands.append(self.rows[operand])
+                operands.append(self._apart(operand) if i in back else self.rows[operand])
                 continue
             tokens, batch = leaf_places(self.types, node, self.proof, dims)
             operands.append(self._leaf(operand, node, tokens, batch))
@@ -123,7 +126,24 @@ class Restriction:
         copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
             copy.args = (*copy.args[:size_arg], shape, *copy.args[size_arg + 1 :])
-        return copy
+        if not back:
+            return copy
+        self.restored.add(node)
+        return self._merged(node, copy)
+
+    def _apart(self, operand: fx.Node) -> fx.Node:
+        """Rows of tokens that are spread over several dimensions with all of them: rows in the first, the others 1."""
+        first, last = span(self.proof.tokens[operand])
+        value = self.rows[operand]
+        for dim in range(first + 1, last + 1):
+            value = self.emit(aten.unsqueeze.default, value, dim)
+        return value
+
+    def _merged(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """And with one again, in the value of ``node`` (of several results, in each)."""
+        first, last = span(self.proof.tokens.get(node, ()))
+        single = isinstance(value_of(node), torch.Tensor)
+        return self.emit(aten.flatten.using_ints, value, first, last) if single and last > first else value
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""
@@ -169,8 +189,13 @@ class Restriction:
         if reader in self.proof.windows:
             begin, size = self.proof.windows[reader]
             value = self.emit(aten.slice.Tensor, value, first, begin, begin + size)
+        index = self.index
+        if reader in self.proof.parts:
+            # What tokens of other parts get here is read by none (``unions``).
+            begin, size = self.proof.parts[reader]
+            index = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, index, begin), 0, size - 1)
         merged = (last - first + 1,) if last > first else ()
-        return self.emit(toca.gather_tokens.default, value, self.index, first, batch_dim, *merged)
+        return self.emit(toca.gather_tokens.default, value, index, first, batch_dim, *merged)
 
 
 def in_turn(operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from toca_compile.errors import PassError, VerifyError
+from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Form, Segment, Variant
 from toca_compile.ir.state import Slot, State
@@ -25,6 +26,7 @@ from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.ir.verify import verify_kept
 from toca_compile.passes.variants.compute import EMISSIONS
 from toca_compile.passes.variants.emit import SegmentBuilder
+from toca_compile.passes.variants.narrow import by_linear, emit_pieces, narrowed
 from toca_compile.passes.variants.needed import kept_slots, needed_nodes
 
 toca = torch.ops.toca
@@ -62,8 +64,15 @@ def _emitted(builder: SegmentBuilder) -> Variant:
     stale = {n: Slot(State.STALE_INPUT, i, j) for i, s, form in sites for j, n in enumerate(form.action.stale(s))}
     kept = [(node, slot) for i, site, form in sites for node, slot in _kept_inside(i, site, form)]
     needed = needed_nodes(builder.segment, builder.sites, builder.forms, dense=builder.dense)
+    narrow = {} if builder.dense else by_linear(
+        narrowed(builder.segment, builder.sites, builder.forms, builder.types, [node for node, _ in kept])
+    )  # fmt: skip
     for node in builder.segment.nodes:
-        if node not in needed:
+        if node not in needed or node in builder.env or narrow.keys() & set(node.all_input_nodes):
+            continue
+        if node in narrow:
+            x, *weights = (builder.env[n] for n in operand_nodes(node))
+            builder.env |= emit_pieces(builder.call, x, weights, narrow[node])
             continue
         if node in stale:
             slot = stale[node]

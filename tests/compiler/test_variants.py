@@ -11,6 +11,7 @@ from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, TaylorSeer, ToCa, TocaError
 from toca_compile.compiler.variants import ProgramVariants
+from toca_compile.ir.program import Segment, Variant
 from toca_compile.lowerings import inductor
 
 
@@ -45,11 +46,11 @@ def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.Mo
     built: list[tuple[int, ...]] = []
     build = ProgramVariants.build
 
-    def watched(self: ProgramVariants, segment: Any, *args: Any) -> Any:
+    def counted(self: ProgramVariants, segment: Segment, *args: Any) -> Variant:
         built.append(segment.sites)
         return build(self, segment, *args)
 
-    monkeypatch.setattr(ProgramVariants, "build", watched)
+    monkeypatch.setattr(ProgramVariants, "build", counted)
     opt.policy = ToCa(8, 4, 0.3, "constant", score="random")
     opt.compile(*inputs())
     assert built

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.models import PlainDiT, randomize
-from toca_compile import Fora, FullCompute, NoSiteError, ToCa
+from toca_compile import Composition, Fora, FullCompute, NoSiteError, ToCa
+from toca_compile.policies import Every, Queries, Rule, Share
 
 STEPS = 4
 TOCA = ToCa(STEPS, 4, 0.5, schedule="constant", bonus=0.0)
@@ -203,3 +204,31 @@ def test_a_fragment_that_writes_to_its_input_runs_as_it_is(caplog: pytest.LogCap
     nothing = toca_compile.optimize(randomize(Emptied(depth=0)), FullCompute(), lowering="eager")
     with pytest.raises(NoSiteError, match="into 3 graphs"):
         nothing(*picture(0))
+
+
+class CausalFirst(Asking):
+    """The attention of the first graph counts its queries; that of the second does not."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        q = k = v = self.blocks[0].norm1(h)
+        h = h + self.blocks[0].proj(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        if h.sum().item() > 1e30:
+            h = 2 * h
+        return self.finish(self.blocks[1](h, c), c)
+
+
+@torch.no_grad()
+def test_what_one_graph_cannot_do_another_does(caplog: pytest.LogCaptureFixture) -> None:
+    net = randomize(CausalFirst(depth=2))
+    policy = Composition(3, Every(3), (Rule(Queries("fresh")),), how_many=Share(0.5))
+    opt = toca_compile.optimize(net, policy, lowering="eager")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(opt(*picture(0)), net(*picture(0)))
+    assert "in this graph no site can" in caplog.text
+    assert "is causal by is_causal=True" in caplog.text
+    for _ in range(2):
+        torch.testing.assert_close(opt(*picture(0)), net(*picture(0)))
+    sites = toca_compile.explain(opt).sites
+    assert ["queries" in s.actions for s in sites if s.kind == "self_attention"] == [False, True]
+    assert [0 < mask.float().mean() < 1 for mask in opt.fresh_tokens().values()].count(True) == 1

@@ -80,8 +80,7 @@ def test_tokens_of_pixart() -> None:
 
     def tokens(kind: str, s: int) -> tuple[int, ...]:
         return tuple(
-            policy.ratios.tokens(policy.fresh_ratio, 256, kind=kind, depth=d, span=27, s=s, num_steps=20)
-            for d in (0, 13, 27)
+            policy.ratios.tokens(policy.fresh_ratio, 256, kind=kind, layer=(d, 27), step=(s, 20)) for d in (0, 13, 27)
         )
 
     for s, mlp, cross in (

@@ -201,8 +201,49 @@ class Apart(nn.Module):
 
 
 def test_streams_taken_apart_and_joined_again() -> None:
-    sites = check(Apart(), [PARTIAL])
+    sites = check(Apart(), [PARTIAL, FRESH, UPDATE])
     assert [(s.kind, s.tokens, "partial" in s.actions) for s in sites] == [("parallel", TOKENS + WORDS, True)] * 2
+    assert all("queries" in s.actions for s in sites)
+
+
+class Placed(Apart):
+    """Rotary positions, a table of frames and patches, for the picture's tokens alone; words of another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 6, TOKENS * 2).reshape(TOKENS, 2))
+        self.of_words, self.frames = nn.Linear(4, 4), nn.Parameter(torch.empty(4, 4, 1))
+
+    def placed(self, part: Tensor, words: int) -> Tensor:
+        first, second = part[:, :, :-words].chunk(2, -1)
+        turned = torch.cat([first * self.table.cos() - second * self.table.sin(), second * self.table.sin()], -1)
+        turned = turned.unflatten(2, (4, 4)) * self.frames
+        return torch.cat([turned.flatten(2, 3), self.of_words(part[:, :, -words:]).tanh()], 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both, words = torch.cat([x, y], 1), y.shape[1]
+        for _ in range(2):
+            z = self.norm(both)
+            q, k, v = (heads(part) for part in self.qkv(z).chunk(3, -1))
+            out = F.scaled_dot_product_attention(self.placed(q, words), self.placed(k, words), v)
+            both = both + self.out(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(self.mlp(z))], 2))
+        return both
+
+
+def test_positions_for_a_part_of_the_tokens() -> None:
+    sites = check(Placed(), [PARTIAL, FRESH, UPDATE])
+    assert all({"queries", "partial"} <= s.actions for s in sites)
+
+
+class Elsewhere(Placed):
+    """The words' queries are not of these tokens, but of the picture's."""
+
+    def placed(self, part: Tensor, words: int) -> Tensor:
+        return torch.cat([part[:, :, :-words], part[:, :, :words]], 2)
+
+
+def test_parts_that_are_cut_out_elsewhere_are_no_parts() -> None:
+    assert "joins tokens that it cuts out elsewhere (test_patterns.py:" in no_queries(Elsewhere())
 
 
 class Registers(Joint):
@@ -278,3 +319,316 @@ def test_a_policy_that_can_do_something_says_nothing(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         opt(*inputs(0))
     assert "no site can" not in caplog.text
+
+
+class Block(nn.Module):
+    """Self-attention, and then a branch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attend(self.norm(x))
+        return x + self.mlp(self.norm2(x))
+
+
+EXPERTS = 4
+
+
+class Routed(Block):
+    """An MLP of experts, of which each token takes two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS)
+        self.ups, self.downs = (nn.Parameter(torch.empty(EXPERTS, *size)) for size in ((WIDTH, 16), (16, WIDTH)))
+
+    def experts(self, x: Tensor, i: int) -> Tensor:
+        return F.gelu(x @ self.ups[i]) @ self.downs[i]
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate(x).softmax(-1).topk(2, -1)
+
+
+class AllWeighted(Routed):
+    """All experts see all tokens; what was not chosen weighs nothing."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.chosen(x)
+        weights = x.new_zeros(*x.shape[:2], EXPERTS).scatter(-1, which, weights)
+        return torch.stack([weights[..., i : i + 1] * self.experts(x, i) for i in range(EXPERTS)]).sum(0)
+
+
+class OneHot(Routed):
+    """Weights by one-hot vectors; all experts in one product."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.chosen(x)
+        weights = (F.one_hot(which, EXPERTS) * weights[..., None]).sum(-2)
+        inner = F.gelu(torch.einsum("bnd,edh->bneh", x, self.ups))
+        return torch.einsum("bneh,ehd,bne->bnd", inner, self.downs, weights)
+
+
+class LeftOut(Routed):
+    """What was not chosen is written over before the softmax."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        scores = self.gate(x)
+        scores[scores < scores.topk(2, -1).values[..., -1:]] = -torch.inf
+        weights = scores.softmax(-1)
+        return sum((weights[..., i : i + 1] * self.experts(x, i) for i in range(EXPERTS)), torch.zeros_like(x))
+
+
+class OwnWeights(Routed):
+    """Each token's experts are taken out of the weights, all samples in one row, each token as often as it has
+    experts."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        weights, which = self.chosen(rows)
+        often, flat = rows.repeat_interleave(2, 0), which.flatten()
+        made = torch.bmm(F.gelu(torch.bmm(often[:, None], self.ups[flat])), self.downs[flat])
+        return (made.reshape(-1, 2, WIDTH) * weights[..., None]).sum(1).reshape(x.shape)
+
+
+class Repeated(Routed):
+    """As many copies of the tokens as there are experts, one after the other, of which each token takes its own."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        weights, which = self.chosen(x)
+        copies = x.repeat(1, EXPERTS, 1).reshape(b, EXPERTS, n, WIDTH)
+        made = torch.stack([self.experts(copies[:, i], i) for i in range(EXPERTS)], 2)
+        return (made.take_along_dim(which[..., None], 2) * weights[..., None]).sum(2)
+
+
+class Pixels(Block):
+    """Convolutions of single pixels on a picture, and one slope for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Conv2d(WIDTH, 16, 1), nn.PReLU(), nn.Conv2d(16, WIDTH, 1)  # type: ignore[assignment]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, picture = self.act(self.up(x.transpose(1, 2).unflatten(2, (4, 4)))).chunk(2, 1)
+        return self.down(torch.cat([gate, picture.sigmoid()], 1)).flatten(2).transpose(1, 2)
+
+
+class AllPixels(nn.Module):
+    """A picture ``[batch, channels, height, width]`` all the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(WIDTH, 3 * WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.up, self.down = nn.Conv2d(WIDTH, 16, 1, groups=2), nn.Conv2d(16, WIDTH, 1, bias=False)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), (WIDTH,)).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.transpose(1, 2).unflatten(2, (4, 4))
+        q, k, v = (heads(part.flatten(2).transpose(1, 2)) for part in self.qkv(self.norm(x)).chunk(3, 1))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+        x = x + self.out(out.unflatten(2, (4, 4)))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("style", [AllWeighted, OneHot, LeftOut, OwnWeights, Repeated, Pixels, AllPixels])
+def test_what_depends_on_each_token_alone(style: type[nn.Module]) -> None:
+    sites = check(style(), [PARTIAL, FRESH])
+    assert [sorted(s.actions & {"partial", "queries"}) for s in sites] == [["queries"], ["partial"]]
+
+
+class InTurn(Routed):
+    """Tokens in the order of their experts."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, WIDTH)
+        which = self.chosen(rows)[1]
+        order = which.flatten().argsort()
+        made = torch.bmm(rows[order // 2][:, None], self.ups[which.flatten()[order]]) @ self.downs[0]
+        return torch.zeros_like(rows).index_add(0, order // 2, made[:, 0]).reshape(x.shape)
+
+
+class Choosing(Routed):
+    """Each expert takes four tokens."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        weights, which = self.gate(x).softmax(-1).transpose(1, 2).topk(4, -1)
+        which = which.flatten(1)[..., None].expand(-1, -1, WIDTH)
+        inner = F.gelu(torch.einsum("becd,edh->bech", x.gather(1, which).unflatten(1, (EXPERTS, 4)), self.ups))
+        made = torch.einsum("bech,ehd->becd", inner, self.downs) * weights[..., None]
+        return torch.zeros_like(x).scatter_add(1, which, made.flatten(1, 2))
+
+
+@pytest.mark.parametrize(("style", "op"), [(InTurn, "index_add"), (Choosing, "scatter_add")])
+def test_tokens_that_experts_put_in_order_are_reused(style: type[nn.Module], op: str) -> None:
+    _, site = check(style(), [FRESH])
+    assert "partial" not in site.actions
+    assert site.reason is not None
+    assert f"aten.{op}.default mixes the tokens (test_patterns.py:" in site.reason
+
+
+class Windows(Block):
+    """Tokens of a picture attend within windows of two by two (Swin), which are moved or padded first."""
+
+    how = ""
+
+    def attend(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(1, (4, 4))
+        if self.how == "moved":
+            rows = rows.roll((-1, -1), (1, 2))
+        if self.how == "padded":
+            rows = F.pad(rows, (0, 0, 0, 2, 0, 2))
+        size = rows.shape[1] // 2
+        apart = rows.unflatten(2, (2, size)).unflatten(1, (2, size)).transpose(2, 3)
+        out = super().attend(apart.flatten(3, 4).flatten(0, 2)).reshape(apart.shape)
+        rows = out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.how == "moved":
+            rows = rows.roll((1, 1), (1, 2))
+        return rows[:, :4, :4].flatten(1, 2)
+
+
+class Moved(Windows):
+    how = "moved"
+
+
+class Padded(Windows):
+    how = "padded"
+
+
+class Chunks(Block):
+    """Tokens attend within four of their neighbours in a row."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return super().attend(x.reshape(-1, 4, WIDTH)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("style", "why"),
+    [
+        (Windows, "attends within groups of 4 tokens"),
+        (Moved, "attends within groups of 4 tokens"),
+        (Chunks, "attends within groups of 4 tokens"),
+        (Padded, "rearranges the tokens"),
+    ],
+)
+def test_attention_within_windows_is_reused_and_the_rest_is_partial(style: type[nn.Module], why: str) -> None:
+    attention, mlp = check(style(), [PARTIAL])
+    assert [(s.kind, s.tokens) for s in (attention, mlp)] == [("self_attention", TOKENS), ("mlp", TOKENS)]
+    assert ("partial" in mlp.actions, "queries" in attention.actions) == (True, False)
+    assert why in no_queries(style())
+
+
+@torch.no_grad()
+def no_queries(model: nn.Module) -> str:
+    """Why the first site takes none, as a policy is told that asks for them."""
+    opt = toca_compile.optimize(model.eval(), some(Queries("fresh")), lowering="eager")
+    with pytest.raises(toca_compile.PolicyError) as raised:
+        opt(*inputs(0))
+    return str(raised.value)
+
+
+class InOneRow(Block):
+    """Samples and tokens in one dimension of a stream ``[(batch tokens), width]``."""
+
+    turned = False
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = (x.transpose(0, 1) if self.turned else x).flatten(0, 1)
+        return super().forward(rows, y)
+
+    def attend(self, x: Tensor) -> Tensor:
+        if self.turned:
+            return super().attend(x.unflatten(0, (TOKENS, -1)).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+        return super().attend(x.unflatten(0, (-1, TOKENS))).flatten(0, 1)
+
+
+class TokensFirst(InOneRow):
+    turned = True
+
+
+def test_samples_and_tokens_in_one_dimension() -> None:
+    sites = check(InOneRow(), [PARTIAL, FRESH, UPDATE, some_by("error"), some_by("attention")])
+    assert [(sorted(s.actions & {"partial", "queries"}), s.tokens) for s in sites] == [
+        (["queries"], TOKENS),
+        (["partial"], TOKENS),
+    ]
+
+
+def some_by(score: str) -> Composition:
+    """Half of the tokens, by a score; the others are forecast, each from its own past."""
+    rules = (Rule(Queries("fresh", order=1), kinds=("self_attention",)), Rule(Partial(order=1)))
+    return Composition(STEPS, Every(3), rules, which=Selector(score), how_many=Share(0.5))
+
+
+def test_tokens_before_samples_in_one_dimension_are_selected_among_all_samples() -> None:
+    _, mlp = check(TokensFirst(), [PARTIAL])
+    assert ("partial" in mlp.actions, mlp.tokens) == (True, 2 * TOKENS)
+
+
+class Linear(Block):
+    """Keys are contracted with values first, without a softmax (Sana's, in matmuls)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        q, k = q.relu(), k.relu()
+        return self.out((q @ (k.mT @ v) / (q @ k.sum(-2)[..., None] + 1e-2)).transpose(1, 2).flatten(2))
+
+
+class LinearWithOnes(Block):
+    """Features before tokens; the sum of the weights is one more feature of the values (Sana's)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part).mT for part in self.qkv(x).chunk(3, -1))
+        out = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.relu().mT @ q.relu()
+        return self.out((out[:, :, :-1] / (out[:, :, -1:] + 1e-2)).flatten(1, 2).mT)
+
+
+class LinearBySum(Block):
+    """In einsums, of features that are positive."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in self.qkv(x).chunk(3, -1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        total = 1 / torch.einsum("bnhd,bhd->bnh", q, k.sum(1))
+        return self.out(torch.einsum("bnhd,bhde,bnh->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v), total).flatten(2))
+
+
+class OfFeatures(Block):
+    """Features attend to each other, by what they are over all tokens (XCiT)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        weights = (F.normalize(q, dim=-2).mT @ F.normalize(k, dim=-2)).softmax(-1)
+        return self.out((v @ weights.mT).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("style", [Linear, LinearWithOnes, LinearBySum, OfFeatures])
+def test_attention_without_a_softmax_over_tokens(style: type[nn.Module]) -> None:
+    attention, mlp = check(style(), [PARTIAL, FRESH])
+    assert [(s.kind, s.tokens) for s in (attention, mlp)] == [("self_attention", TOKENS), ("mlp", TOKENS)]
+    assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
+
+
+class Causal(Block):
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_what_counts_its_queries_says_so() -> None:
+    attention, _ = check(Causal(), [PARTIAL])
+    why = "is causal by is_causal=True, not by a mask, and counts the queries (test_patterns.py:"
+    assert "queries" not in attention.actions
+    assert why in str(attention.reason)
+    assert why in no_queries(Causal())

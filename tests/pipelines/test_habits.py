@@ -13,7 +13,7 @@ import toca_compile
 from tests.models import randomize
 from tests.pipelines import build, run
 from tests.pipelines.builders import flux_pipe, kinds, made, words
-from toca_compile import Fora, FullCompute
+from toca_compile import Fora, FullCompute, TaylorSeer
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -287,3 +287,23 @@ def test_a_copy_of_the_scheduler_has_the_schedulers_own_methods() -> None:
     assert other[0].step_index == 3
     assert pipe.scheduler.step_index == 3
     assert kinds(pipe) == [["fff"]]
+
+
+@pytest.mark.parametrize("name", ["FLUX", "SD3", "Wan"])
+def test_under_autocast(name: str) -> None:
+    """The first latents are float32, and all later ones bfloat16 where the scheduler goes by what the model says: two
+    graphs, and yet one run."""
+    pipe, call = made(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(pipe, call, 6)
+        toca_compile.optimize(pipe, FullCompute(), lowering="eager")
+        assert torch.equal(run(pipe, call, 6), plain)
+        for policy, planned in ((Fora(50, 3), "frrfrr"), (TaylorSeer(50, 3, 2), "frrftt")):
+            pipe.transformer.policy = policy
+            first = run(pipe, call, 6)
+            assert set(kinds(pipe)[0]) == {planned}
+            context = pipe.transformer.steps[0].context
+            assert [r.index for r in pipe.transformer.steps if r.context == context] == list(range(6))
+            assert torch.equal(run(pipe, call, 6), first)
+            assert pipe.transformer.cache_bytes == 0
+    assert not torch.equal(first, plain)

@@ -68,9 +68,7 @@ def test_the_interval_function(steps: int, n: int) -> None:
 
 def tokens_at(name: str, depth: int, s: int) -> int:
     policy = preset(name)
-    return policy.ratios.tokens(
-        policy.fresh_ratio, 256, kind="mlp", depth=depth, span=27, s=s, num_steps=policy.num_steps
-    )
+    return policy.ratios.tokens(policy.fresh_ratio, 256, kind="mlp", layer=(depth, 27), step=(s, policy.num_steps))
 
 
 def test_tokens_of_both_presets() -> None:

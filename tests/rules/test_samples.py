@@ -195,6 +195,35 @@ def _windows_by_rows(call: Call) -> AxisSpec:
     return einsum("... h w -> ... h w", call.operands, call.results)
 
 
+def _indices_in_place(call: Call) -> AxisSpec:
+    """The dimensions of indices stand where the first of those is that they index, neighbours or not."""
+    (x, *indices), picks = call.operands, call.args[1]
+    named = [d for d, t in enumerate(picks) if t is not None]
+    rank = max(map(len, indices))
+    left = " ".join(f"x{d}" if d in named else f"d{d}" for d in range(len(x)))
+    rows = [" ".join(f"r{i}" for i in range(rank - len(t), rank)) for t in indices]
+    out = [*(f"d{d}" for d in range(named[0])), *(f"r{i}" for i in range(rank))]
+    out += [f"d{d}" for d in range(named[0], len(x)) if d not in named]
+    return einsum(f"{left}, {', '.join(rows)} -> {' '.join(out)}", call.operands, call.results)
+
+
+def _source_by_place(call: Call) -> AxisSpec:
+    """That a source has more than the index along a dimension is nothing to what is scattered."""
+    spec = RULES[aten.scatter.src].axes(call)
+    (x, index, _), dim = call.operands, normal_dims(call.args[1], len(call.operands[0]))[0]
+    same = {i for i, (a, b) in enumerate(zip(x, index, strict=True)) if a == b and i != dim}
+    names = [
+        " ".join(f"d{i}" if i in same and letter != "s" else f"{letter}{i}" for i in range(len(x))) for letter in "xis"
+    ]
+    out = " ".join(f"d{i}" if i in same else f"x{i}!" for i in range(len(x)))
+    return einsum(f"{','.join(names)} -> {out}", call.operands, [x]) if same else spec
+
+
+def _tiles_minor(call: Call) -> AxisSpec:
+    spec = RULES[aten.repeat.default].axes(call)
+    return replace(spec, results=tuple(tuple(dim[::-1] for dim in dims) for dims in spec.results))
+
+
 def _k_as_dim(call: Call) -> AxisSpec:
     return RULES[aten.sort.default].axes(Call(call.args[:2], {}, call.result))
 
@@ -214,6 +243,12 @@ WRONG: dict[str, tuple[torch._ops.OpOverload, Callable[[Call], AxisSpec]]] = {
     "slopes along the last dimension": (aten.prelu.default, _like_the_operand),
     "a diagonal": (aten.einsum.default, _first_place),
     "an index that has less": (aten.gather.default, _gathered),
+    "indices that are no neighbours": (aten.index.Tensor, _indices_in_place),
+    "elements written by index": (aten.scatter.src, _unmixed(aten.scatter.src)),
+    "rows added by index": (aten.index_add.default, _unmixed(aten.index_add.default)),
+    "elements put by index": (aten.index_put.default, _unmixed(aten.index_put.default)),
+    "a source that has more than the index": (aten.scatter_add.default, _source_by_place),
+    "tiles as the minor factor": (aten.repeat.default, _tiles_minor),
     "a start counted from the end": (aten.narrow.default, _negative_start),
     "a step": (aten.slice.Tensor, _no_step),
     "segments in another order": (aten.cat.default, _backwards),
@@ -246,6 +281,10 @@ def test_a_wrong_rule_is_caught(what: str) -> None:
 
 NOT_COVERED: dict[str, tuple[torch._ops.OpOverload, Args]] = {
     "one sample without a batch": (aten.conv1d.default, ((torch.ones(3, 5), torch.ones(2, 3, 1)), {})),
+    "elements picked by a mask": (aten.index.Tensor, ((torch.ones(3), [torch.ones(3) > 0]), {})),
+    "a value for each element that is true": (
+        aten.index_put.default, ((torch.ones(3), [torch.ones(3) > 0], torch.ones(3)), {})),
+    "as many classes as there are": (aten.one_hot.default, ((torch.arange(3),), {})),
     "a scalar index": (aten.index_select.default, ((torch.ones(3, 2), 0, torch.tensor(1)), {})),
     "dropout that drops": (aten.dropout.default, ((torch.ones(3), 0.5, True), {})),
     "nothing, seen as other nothing": (aten.view.default, ((torch.ones(2, 0, 6), [4, 0, 3]), {})),
@@ -257,6 +296,17 @@ def test_a_rule_says_where_it_says_nothing(what: str) -> None:
     op, (args, kwargs) = NOT_COVERED[what]
     with pytest.raises(RuleError):
         RULES[op].spec(Call(args, kwargs, op(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("bad", [dict(stride=2), dict(padding=1), dict(weight=(2, 2, 2, 1))])
+def test_a_convolution_of_single_positions_alone_carries_them(bad: dict[str, Any]) -> None:
+    def carried(weight: tuple[int, ...] = (2, 2, 1, 1), stride: int = 1, padding: int = 0) -> frozenset[str]:
+        args = (torch.ones(3, 2, 5, 4), torch.ones(weight), None, [stride] * 2, [padding] * 2)
+        op = aten.conv2d.default
+        return RULES[op].spec(Call(args, {}, op(*args))).carried
+
+    assert carried() >= {"b", "s0", "s1"}
+    assert carried(**bad) <= {"b", "o"}
 
 
 def test_attention_that_drops_weights_carries_nothing() -> None:

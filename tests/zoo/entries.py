@@ -47,7 +47,7 @@ class Entry:
     """One configuration of a class.
 
     ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached;
-    ``unskipped``, ``unqueried``: of why blocks cannot be skipped, and why one of several graphs takes no queries.
+    ``unskipped``: of why blocks cannot be skipped.
     """
 
     config: Mapping[str, Any]
@@ -55,7 +55,6 @@ class Entry:
     sites: str = ""
     refused: str = ""
     unskipped: str = ""
-    unqueried: str = ""
 
     def at(self, step: int) -> dict[str, Any]:
         """What the model is called with at a step."""
@@ -296,7 +295,7 @@ ENTRIES: dict[str, Entry] = {
             indices_latents_clean=torch.ones(1), latents_history_2x=c(1, 4, 2, 4, 6),
             indices_latents_history_2x=torch.ones(2), latents_history_4x=c(1, 4, 4, 4, 6),
             indices_latents_history_4x=torch.ones(4)),
-        "4 partial, 3 queries", unqueried="aten.cat.default rearranges the tokens",
+        "4 partial, 3 queries",
     ),
     "HunyuanVideoTransformer3DModel": Entry(
         HUNYUAN | dict(guidance_embeds=True),
@@ -375,6 +374,13 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_states=x(1, 4, 3, 8, 8), timestep=t(1), **TEXT),
         "4 partial, 1 queries",
     ),
+    "LatteTransformer3DModel/pair": Entry(
+        HEADS | dict(sample_size=8, num_layers=1, patch_size=2, caption_channels=12, in_channels=4,
+            cross_attention_dim=16, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, video_length=3),
+        dict(hidden_states=x(2, 4, 3, 8, 8), timestep=t(2), encoder_hidden_states=c(2, 5, 12)),
+        "3 partial, 2 queries",
+    ),
     "LongCatAudioDiTTransformer": Entry(
         dict(dit_dim=16, dit_depth=1, dit_heads=2, dit_text_dim=12, latent_dim=4, text_conv=False),
         dict(hidden_states=x(1, 16, 4), **TEXT, encoder_attention_mask=MASK.bool(),
@@ -421,7 +427,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(in_channels=4, condition_dim=12, num_layers=1, ff_inner_dim=24, rotary_dim=4,
             fourier_embedding_dim=8),
         dict(hidden_states=x(1, 4, 16), encoder_hidden_states=c(1, 16, 12), timestep=t(1, top=0.9)),
-        "1 partial, 1 queries, 2 reuse",
+        "3 partial, 1 queries",
     ),
     "MochiTransformer3DModel": Entry(
         HEADS | dict(num_layers=1, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4,
@@ -485,7 +491,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | ROPE | dict(in_channels=4, out_channels=4, num_layers=2, context_in_dim=12),
         dict(hidden_states=x(1, 16, 4), **TEXT, timestep=t(1, top=0.9), img_shapes=[[(1, 4, 4)]],
             img_mask=torch.tensor([[False] * 5 + [True] * 4])),
-        refused="torch.compile split it into . graphs",
+        "2 partial, 2 queries",
     ),
     "QwenImageTransformer2DModel": Entry(
         HEADS | ROPE | dict(in_channels=4, out_channels=1, num_layers=2, joint_attention_dim=12),
@@ -545,14 +551,14 @@ ENTRIES: dict[str, Entry] = {
         dict(io_channels=4, embed_dim=16, depth=1, num_heads=2, cond_token_dim=12, global_cond_dim=6,
             local_add_cond_dim=5, timestep_features_dim=8, ff_mult=2.0, num_memory_tokens=3),
         dict(hidden_states=x(1, 4, 16), **TEXT, timestep=t(1, top=0.9), global_hidden_states=c(1, 6)),
-        "2 partial, 1 queries, 2 reuse",
+        "4 partial, 1 queries",
     ),
     "StableAudioDiTModel": Entry(
         HEADS | dict(sample_size=16, in_channels=4, out_channels=4, num_layers=1, num_key_value_attention_heads=1,
             cross_attention_dim=8, time_proj_dim=8, global_states_input_dim=6, cross_attention_input_dim=12),
         dict(hidden_states=x(1, 4, 16), **TEXT, timestep=t(1, top=0.9), global_hidden_states=c(1, 1, 6),
             rotary_embedding=(c(17, 4), c(17, 4))),
-        "2 partial, 1 queries, 2 reuse",
+        "4 partial, 1 queries",
     ),
     "T5FilmDecoder": Entry(
         dict(input_dims=6, targets_length=16, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24),

@@ -9,7 +9,7 @@ Two counting rules:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -22,7 +22,7 @@ from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
 from toca_compile.ir.program import Form, Program, Segment
 from toca_compile.ir.types import FactorPos, Site
 from toca_compile.passes.proof.follow import label_at
-from toca_compile.passes.variants.narrow import pieces
+from toca_compile.passes.variants.narrow import Piece, by_linear, narrowed, pieces
 from toca_compile.passes.variants.needed import needed_nodes
 from toca_compile.rules.registry import RULES, Work
 
@@ -110,14 +110,10 @@ class CostModel:
     def _rows(self, site: Site, action: Action) -> sympy.Expr:
         """What a step computes of a branch for selected tokens: of a linear layer, the features that it needs."""
         rows = action.rows(site)
-        needed: Counter[fx.Node] = Counter()
-        for piece in pieces(rows, self.types).values():
-            needed[piece.linear] += piece.size
-        total = sympy.Integer(0)
-        for node in rows:
-            share = sympy.Rational(needed[node], value_of(node).shape[-1]) if node in needed else 1
-            total += share * self._node(node, self._places(node, site, action))
-        return total
+        share = _shares(pieces(rows, self.types))
+        return sum(
+            (share.get(n, 1) * self._node(n, self._places(n, site, action)) for n in rows), sympy.Integer(0)
+        )  # fmt: skip
 
     def _places(self, node: fx.Node, site: Site, action: Action) -> Places:
         """Where the tokens lie in the result of an op that is computed for some of them."""
@@ -141,9 +137,14 @@ class CostModel:
         self, segment: Segment, sites: Sequence[Site], actions: Sequence[Action]
     ) -> list[tuple[sympy.Expr, int | None]]:
         """Cost of a segment, apart for each site that computes rows (its position comes along): each has its own K."""
-        needed = needed_nodes(segment, sites, [Form(action, Keep()) for action in actions])
+        forms = [Form(action, Keep()) for action in actions]
+        needed = needed_nodes(segment, sites, forms)
         apart = {site.output for site, action in zip(sites, actions, strict=True) if not action.dense}
-        parts: list[tuple[sympy.Expr, int | None]] = [(sum(self._node(n) for n in needed - apart), None)]
+        # The published rules count all of a conditioning layer, of which a step may compute a part.
+        published = self.counting == "published"
+        share = {} if published else _shares(narrowed(segment, sites, forms, self.types))
+        whole = sum((share.get(n, 1) * self._node(n) for n in needed - apart), sympy.Integer(0))
+        parts: list[tuple[sympy.Expr, int | None]] = [(whole, None)]
         for i, (site, action) in enumerate(zip(sites, actions, strict=True)):
             if action.rows(site):
                 parts.append((self._rows(site, action), i))
@@ -239,3 +240,11 @@ class CostModel:
         for size in shape:
             total *= size
         return total // (site.axis.size * self.types.factors.size(site.batch))
+
+
+def _shares(narrow: Mapping[fx.Node, Piece]) -> dict[fx.Node, sympy.Expr]:
+    """How much of each linear layer is computed, of which only pieces are."""
+    return {
+        linear: sympy.Rational(sum(piece.size for piece in own.values()), value_of(linear).shape[-1])
+        for linear, own in by_linear(narrow).items()
+    }

@@ -13,8 +13,9 @@ from toca_compile.errors import TocaError
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
 from toca_compile.progress import working
-from toca_compile.quality.compare import Row, measure, print_table
+from toca_compile.quality.compare import Row, measure, print_table, uncached
 from toca_compile.quality.evaluation import Sampler
+from toca_compile.quality.settings import ComparisonSettings
 from toca_compile.report.page import Shown
 
 GUIDANCE = 1.5
@@ -65,16 +66,15 @@ def sample(
     steps: int,
     *,
     seed: int = 0,
-    device: str = "cpu",
     after_step: Callable[[int, Tensor], None] = lambda i, x: None,
 ) -> Tensor:
-    """DDIM with guidance, both halves of the pair in one batch; pictures ``[batch, 1, 28, 28]`` in [−1, 1].
-    ``after_step`` is told a step's number and its latents, of the same shape."""
+    """DDIM with guidance, on the device of ``labels``, both halves of the pair in one batch; pictures ``[batch, 1, 28,
+    28]`` in [−1, 1]. ``after_step`` is told a step's number and its latents, of the same shape."""
     config = model.config  # type: ignore[attr-defined]
     size, channels = config.sample_size, config.in_channels
-    x = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
-    pair = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]).to(device)
-    scheduler.set_timesteps(steps, device=device)
+    x = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    pair = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+    scheduler.set_timesteps(steps, device=labels.device)
     with torch.inference_mode():
         for i, t in enumerate(scheduler.timesteps):
             noise = model(torch.cat([x, x]), timestep=t.expand(2 * len(labels)), class_labels=pair).sample
@@ -94,40 +94,38 @@ def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[An
     model, scheduler = load(path or default_model())
 
     def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(model, scheduler, labels(count), steps, seed=seed, device=device)
+        return sample(model, scheduler, labels(count).to(device), steps, seed=seed)
 
     return model.to(device), sampler
 
 
-def run(
-    *, model_path: Path | None = None, out: Path = Path("toca-demo"), steps: int = 50, samples: int = 8,
-    repeats: int = 3, seed: int = 0, device: str = "cpu", lowering: str = "inductor",
-) -> list[Row]:  # fmt: skip
+def run(settings: ComparisonSettings, model_path: Path | None = None) -> list[Row]:
     """Sample, time, print the table and write the pictures; returns the table's rows."""
     from rich.console import Console
 
     console = Console()
     with working("loading the model"):
         model, scheduler = load(model_path or default_model())
-    model.to(device)
-    labels = torch.arange(samples) % 10
+    model.to(settings.device)
+    asked, steps = labels(settings.samples).to(settings.device), settings.steps
 
     def sampler(net: Any) -> Callable[[Callable[[], None]], Tensor]:
-        return lambda tick: sample(
-            net, scheduler, labels, steps, seed=seed, device=device, after_step=lambda *_: tick()
-        )  # fmt: skip
+        return lambda tick: sample(net, scheduler, asked, steps, seed=settings.seed, after_step=lambda *_: tick())
 
     toca, fora = (
-        optimize(model, p, lowering=lowering) for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3))
+        optimize(model, p, lowering=settings.lowering)
+        for p in (preset("dit-xl-2/ddim-50", num_steps=steps), Fora(steps, 3))
     )
-    plain = torch.compile(model, dynamic=False) if lowering == "inductor" else model
+    plain = uncached(model, settings.lowering)
     rows = [
         Row("uncached", sampler(plain)),
         Row("ToCa ddim-50", sampler(toca), toca),
         Row("FORA N=3", sampler(fora), fora),
     ]
-    measure(rows, repeats=repeats, device=device, ticks=steps, console=console)
+    measure(rows, repeats=settings.repeats, device=settings.device, ticks=steps, console=console)
     print_table(console, rows, peak=2.0)
+    if settings.out is None:
+        return rows
 
     def latents(net: Any, look: Callable[[], None] = lambda: None) -> list[Tensor]:
         seen: list[Tensor] = []
@@ -136,7 +134,7 @@ def run(
             seen.append(x)
             look()
 
-        sample(net, scheduler, labels, steps, seed=seed, device=device, after_step=keep)
+        sample(net, scheduler, asked, steps, seed=settings.seed, after_step=keep)
         return seen
 
     # Runs of their own, since looking costs time.
@@ -144,12 +142,12 @@ def run(
     mlps = {s.name for s in explain(toca).sites if "partial" in s.actions}
     cached = latents(toca, lambda: tokens.append(_computed(toca, mlps)))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(cached, latents(plain), strict=True)]
-    _write_pictures(out, rows, torch.stack(tokens).mean(0), labels)
+    _write_pictures(settings.out, rows, torch.stack(tokens).mean(0), asked)
     side = round(len(tokens[0]) ** 0.5)
     shown = Shown(cached[-1][0].cpu(), tokens, (side, side), {"ToCa ddim-50": errors})
-    explain(toca).save(out / "report.html", shown)
+    explain(toca).save(settings.out / "report.html", shown)
     names = "samples.png", "difference.png", "recomputed.png", "report.html"
-    console.print(f"pictures and the report: {', '.join(f'{out}/{name}' for name in names)}")
+    console.print(f"pictures and the report: {', '.join(f'{settings.out}/{name}' for name in names)}")
     return rows
 
 

@@ -127,7 +127,7 @@ class Action(Family):
         """The numbers of its site's history in one step."""
         if keep.history is None:
             return {}
-        numbers = keep.history.numbers(past, step, past.made if self.dense else self.used)
+        numbers = keep.history.numbers(past, step, past.made if self.dense else min(self.used, past.made))
         if keep.by_token:  # each token has an age of its own; the number says whether the term is used
             numbers |= {(kind, i): int(number != 0) for (kind, i), number in numbers.items() if kind is Number.MOVE}
         return numbers
@@ -399,7 +399,8 @@ class Queries(Selecting):
 
     def misfit(self, sites: Sequence[Site], blocks: int) -> str | None:
         able = [site for site in sites if site.attention]
-        if not able or any(site.query_proof is not None or not site.no_queries for site in able):
+        # What one graph of a model cannot do, another may: there it is done, and here the user is told.
+        if not able or any(site.fragment or site.query_proof or not site.no_queries for site in able):
             return None
         return f"{able[0].name} cannot be computed for some queries alone: {able[0].no_queries}"
 

@@ -1,5 +1,6 @@
 """Questions that passes ask of FX graphs."""
 
+import operator
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch import fx
 from toca_compile.ir.calls import tensors
 
 _TORCH = f"{Path(torch.__file__).parent}/"
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
+}  # fmt: skip
 CAPTURED_AS = "toca_name"  # in a node's meta: its name in the captured graph, which copies of it keep
 
 
@@ -49,6 +53,14 @@ def outer_inputs(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     """What ``nodes``, in order, read from outside, each once."""
     body = dict.fromkeys(nodes)
     return tuple(dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in body))
+
+
+def writes(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a call of Dynamo's graph changes its first argument, and that is ``value``."""
+    name = str(getattr(node.target, "__name__", node.target))
+    of_python = getattr(node.target, "__module__", "") == "_operator"  # where and_ is a name like any other
+    in_place = node.target in _IN_PLACE or (not of_python and name.endswith("_"))
+    return in_place and node.args[:1] == (value,)
 
 
 def source_line(node: fx.Node) -> str:

@@ -56,9 +56,10 @@ class Names:
         """All dimensions of a value: ``[b, (h w), c]``."""
         return f"[{', '.join(self.dim(d) for d in dims)}]"
 
-    def fitted(self, dims: Type, shape: Sequence[int]) -> str | None:
+    def fitted(self, dims: Type, shape: Sequence[int], *, some: bool = False) -> str | None:
         """The type of a value of a rewritten graph that stands for one of type ``dims``: the same, or with ``K`` in the
-        place of the tokens that are selected from. None where the shape is neither."""
+        place of the tokens that are selected from. None where the shape is neither; with ``some`` a dimension of which
+        the value has a part is ``…``."""
         if len(dims) != len(shape):
             return None
         told = []
@@ -69,6 +70,8 @@ class Names:
             elif len(rest) < len(dim) and size % self._factors.size(rest) == 0 and size < self._factors.size(dim):
                 inner = " ".join(self._names.get(f, "?") for f in rest)
                 told.append(f"({inner} K)" if rest else "K")
+            elif some and size < self._factors.size(dim):
+                told.append("…")
             else:
                 return None
         return f"[{', '.join(told)}]"

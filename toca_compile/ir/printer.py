@@ -129,10 +129,9 @@ class _Typed:
         for node in nodes[count + len(variant.slots) :]:
             original = self.originals.get(node.meta.get(CAPTURED_AS, ""))
             notes = self.notes.get(original, ()) if original is not None else ()
-            if original is not None and original.target == node.target:
-                types = self._types(original)
-            else:
-                types = (*self._operands(node), *(t for owner in owners for t in owner.types))
+            types = self._types(original) if original is not None else ()
+            if original is None or original.target != node.target:
+                types = (*types, *self._operands(node), *(t for owner in owners for t in owner.types))
             lines.append(self._line(print_call(node), node, types, notes))
         told = set(re.findall(r"\w+", " ".join(part for line in lines for part in re.findall(r"\] (\[.*)", line))))
         legend = self.names.legend(told.__contains__) + (["K = the tokens selected"] if "K" in told else [])
@@ -154,7 +153,8 @@ class _Typed:
             return print_line(call, "", notes)
         value, told = value_of(node), []
         for i, tensor in enumerate(tensors(value)):
-            fits = [(t, self.names.fitted(t, tensor.shape)) for t in (types if i == 0 else types[i : i + 1])]
+            known = types if i == 0 else types[i : i + 1]
+            fits = [(t, self.names.fitted(t, tensor.shape, some=some)) for some in (False, True) for t in known]
             kind, text = next(((t, text) for t, text in fits if text is not None), ((), "" if tensor.shape else "[]"))
             self.types[node] = (*self.types.get(node, ()), kind)
             told.append(text)

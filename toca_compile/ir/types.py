@@ -107,7 +107,8 @@ class RowProof:
     which it may read so too, is none of them: that is there at every step. ``updates`` are, where those are token-wise
     in the branch's input, the proofs. In the values of ``windows`` the tokens are a part of a concatenation, from a
     start on and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations and which of their
-    operands it is.
+    operands it is. The values of ``parts`` have a part of the tokens alone, from a start on and of a size; ``unions``
+    are the concatenations of all parts, with the part that each operand is.
     """
 
     tokens: Mapping[fx.Node, tuple[FactorPos, ...]]
@@ -119,6 +120,8 @@ class RowProof:
     windows: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
     cuts: frozenset[fx.Node] = frozenset()
     joins: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    parts: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    unions: Mapping[fx.Node, tuple[tuple[fx.Node, tuple[int, int]], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,3 +157,4 @@ class Site:
     block: int = 0
     depth: int = 0  # position of the block in its stack
     depths: int = 1  # number of blocks in the stack
+    fragment: bool = False  # whether its graph is one of several that a model was split into

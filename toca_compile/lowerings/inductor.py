@@ -1,8 +1,8 @@
 """Inductor: each distinct variant compiled once per process, with the host numbers (K, step) symbolic.
 
 The artifact is found again by the graph's text, its inputs' shapes, dtypes and devices, and Inductor's own settings:
-layers that are the same block, two models of one architecture, and two policies with other ratios share it. Inductor's
-disk cache keeps it for the next process.
+layers that are the same block, two models of one architecture, and two policies with other ratios share it.
+``artifacts.py`` keeps it for the next process.
 """
 
 import operator
@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
+from toca_compile.lowerings import artifacts
 from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
@@ -29,7 +30,9 @@ _KEPT = 512  # artifacts that are found again; models that run hold their own
 _LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
-"""How many variants were compiled in this process: a counter for tests and reports."""
+"""How many variants were new to this process: a counter for tests and reports."""
+loads = 0
+"""How many of them an earlier process had compiled."""
 
 
 @lowering("inductor")
@@ -42,15 +45,13 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
     Raises:
         LoweringError: the machine cannot compile.
     """
-    global compiles
     with _LOCK:
         key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
         if key not in _ARTIFACTS:
-            compiles += 1
             # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
             try:
                 with torch.inference_mode(False), torch.no_grad():
-                    _ARTIFACTS[key] = _compile(variant.module, examples)
+                    _ARTIFACTS[key] = _kept_or_compiled(key, variant.module, examples)
             except Exception as error:
                 trouble = machine_trouble(error)
                 if trouble is None:
@@ -81,6 +82,22 @@ def clear() -> None:
     _ARTIFACTS.clear()
 
 
+def _kept_or_compiled(key: tuple[Any, ...], module: fx.GraphModule, examples: Sequence[Any]) -> artifacts.Artifact:
+    """The artifact that an earlier process left, or a new one, which is left for later ones."""
+    global compiles, loads
+    compiles += 1
+    device = next((e.device for e in examples if isinstance(e, torch.Tensor)), torch.device("cpu"))
+    name = artifacts.key_of(*key, device=device) if artifacts.enabled() else None
+    kept = artifacts.load(name) if name is not None else None
+    if kept is not None:
+        loads += 1
+        return kept
+    made = _compile(module, examples)
+    if name is not None:
+        artifacts.save(name, made)
+    return made
+
+
 def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     # 0 and 1 are sizes as any other: K may be 1, and no guard may tell it from 2.
     env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
@@ -107,7 +124,7 @@ def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
     # compiled for one layout.
     outputs = copy.graph_copy(graph, env)
-    copy.output(tuple(copy.call_method("contiguous", (o,)) for o in outputs))  # type: ignore[union-attr]
+    copy.output(tuple(copy.call_function(torch.ops.aten.contiguous.default, (o,)) for o in outputs))  # type: ignore[union-attr]
     for node, value in zip((n for n in copy.nodes if n.op == "placeholder"), values, strict=True):
         node.meta = {"val": value, "example_value": value}
     for node in copy.nodes:

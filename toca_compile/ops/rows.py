@@ -14,15 +14,37 @@ def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, span: int 
         x: any rank; ``x.shape[batch_dim]`` is the batch.
         index: int64 ``[batch, k]``.
         dim: token dimension of ``x``, the first of ``span`` (frames and patches), which become one.
-        batch_dim: batch dimension of ``x``; −1 where it has none (then ``index`` is ``[1, k]``).
+        batch_dim: batch dimension of ``x``; −1 where it has none (then ``index`` is ``[1, k]``); ``dim`` itself where
+            both lie in one, sample by sample, as they then do in the result.
     """
+    if batch_dim == dim:
+        apart = gather_tokens(x.unflatten(dim, (index.shape[0], -1)), index, dim + 1, dim)
+        return apart.flatten(dim, dim + 1)
     x, batch_dim = merged(x, dim, batch_dim, span)
     return x.gather(dim, spread(index, x, dim, batch_dim))
+
+
+@op("join_tokens(Tensor[] rows, Tensor index, int[] starts, int dim, int batch_dim, int span=1) -> Tensor")
+def join_tokens(
+    rows: list[Tensor], index: Tensor, starts: list[int], dim: int, batch_dim: int, span: int = 1
+) -> Tensor:
+    """Of values ``rows``, each of all tokens ``index``, the one in whose part of the axis a token lies: the last that
+    starts (``starts``, ascending from 0) before it. Among rows the tokens are one dimension, whatever the ``span``."""
+    if batch_dim > dim:
+        batch_dim -= span - 1
+    joined = rows[0]
+    for value, start in zip(rows[1:], starts[1:], strict=True):
+        joined = torch.where(spread(index, value, dim, batch_dim) >= start, value, joined)
+    return joined
 
 
 @op("scatter_tokens_(Tensor(a!) cache, Tensor index, Tensor rows, int dim, int batch_dim, int span=1) -> Tensor(a!)")
 def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
     """Write ``rows`` to the places ``index`` of ``cache`` (contiguous), in place; returns ``cache``."""
+    if batch_dim == dim:
+        apart = cache.unflatten(dim, (index.shape[0], -1))
+        scatter_tokens_(apart, index, rows.unflatten(dim, (index.shape[0], -1)), dim + 1, dim)
+        return cache
     flat, batch_dim = merged(cache, dim, batch_dim, span)
     flat.scatter_(dim, spread(index, flat, dim, batch_dim), rows.to(cache.dtype))
     return cache
@@ -31,6 +53,10 @@ def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_
 @op("blend_tokens_(Tensor(a!) cache, Tensor index, Tensor dense, int dim, int batch_dim, int span=1) -> Tensor(a!)")
 def blend_tokens_(cache: Tensor, index: Tensor, dense: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
     """As ``scatter_tokens_``, from a value computed for all tokens: the plain meaning of a partial step."""
+    if batch_dim == dim:
+        apart, new = (x.unflatten(dim, (index.shape[0], -1)) for x in (cache, dense))
+        blend_tokens_(apart, index, new, dim + 1, dim)
+        return cache
     flat, batch_dim = merged(cache, dim, batch_dim, span)
     chosen = torch.zeros(index.shape[0], flat.shape[dim], dtype=torch.bool, device=cache.device)
     chosen = chosen.scatter(1, index, True)

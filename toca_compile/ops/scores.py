@@ -12,8 +12,9 @@ _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high re
 
 @op("token_norm(Tensor x, int dim, int batch_dim, int span=1) -> Tensor")
 def token_norm(x: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
-    """‖x‖₂ of each token's features, whatever dimensions they lie in: float32 ``[batch, tokens]``."""
-    x, batch_dim = merged(x.float(), dim, batch_dim, span)
+    """‖x‖₂ of each token's features, whatever dimensions they lie in: float32 ``[batch, tokens]``, or, of samples and
+    tokens in one dimension (``batch_dim`` is ``dim``), ``[1, batch · tokens]``."""
+    x, batch_dim = merged(x.float(), dim, -1 if batch_dim == dim else batch_dim, span)
     front = x.movedim((batch_dim, dim), (0, 1)) if batch_dim >= 0 else x.movedim(dim, 0).unsqueeze(0)
     return front.flatten(2).norm(dim=-1)
 

@@ -61,12 +61,13 @@ def forecast_tokens(
 
 
 def _laid(age: Tensor, like: Tensor, dim: int, batch_dim: int, span: int) -> Tensor:
-    """``[batch, tokens]`` with the rank of ``like``, whose tokens lie in ``span`` dimensions from ``dim`` on."""
+    """``[batch, tokens]`` with the rank of ``like``, whose tokens lie in ``span`` dimensions from ``dim`` on (or, with
+    its samples before them, in one)."""
     shape = [1] * like.dim()
     shape[dim : dim + span] = like.shape[dim : dim + span]
     if batch_dim >= 0:
         shape[batch_dim] = like.shape[batch_dim]
-    return (age if batch_dim < dim else age.t()).reshape(shape)
+    return (age if batch_dim <= dim else age.t()).reshape(shape)
 
 
 @op("relative_change(Tensor now, Tensor before) -> Tensor")

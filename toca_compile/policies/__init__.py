@@ -17,6 +17,7 @@ from toca_compile.policies.composition import (
 )
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.levels import LEVELS, Level
+from toca_compile.policies.peers import from_dict
 from toca_compile.policies.presets import PRESETS, preset, ready_made
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
@@ -60,6 +61,7 @@ __all__ = [
     "TaylorSeer",
     "TaylorToCa",
     "ToCa",
+    "from_dict",
     "load_policy",
     "preset",
     "ready_made",

@@ -58,9 +58,12 @@ class Share(Checked):
     def tokens(self, site: Site, call: int, num_steps: int) -> int:
         """K of one site at one call."""
         return self.factors.tokens(
-            self.ratio, site.axis.size, kind=site.kind, depth=site.depth, span=self.span or site.depths - 1,
-            s=counted(call, num_steps, self.count), num_steps=num_steps,
-        )  # fmt: skip
+            self.ratio,
+            site.axis.size,
+            kind=site.kind,
+            layer=(site.depth, self.span or site.depths - 1),
+            step=(counted(call, num_steps, self.count), num_steps),
+        )
 
 
 @register

@@ -13,9 +13,10 @@ def periodic_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int,
     return tuple(i for i in range(num_steps) if i < warmup or i % interval == 0)
 
 
-def counted_steps(num_steps: int, interval: int, warmup: int = 1) -> tuple[int, ...]:
-    """The first ``warmup`` steps, then one full step after every interval − 1 others: for 3 and 4, 0 1 2 6 10 …"""
-    return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1) % interval == 0)
+def counted_steps(num_steps: int, interval: int, warmup: int = 1, sooner: int = 0) -> tuple[int, ...]:
+    """The first ``warmup`` steps, then one full step after every interval − 1 others: for 4 and 3, 0 1 2 6 10 …; the
+    first of these ``sooner`` by so many: by 2, 0 1 2 4 8 …"""
+    return tuple(i for i in range(num_steps) if i < warmup or (i - warmup + 1 + sooner) % interval == 0)
 
 
 def spread_steps(num_steps: int, interval: int, bend: float = 1.0, warmup: int = 1) -> tuple[int, ...]:
@@ -92,9 +93,10 @@ class RatioSchedule(Checked):
     step: tuple[Factor, Factor] = (1.0, 0.0)
     kinds: Mapping[Kind, Factor] = field(default_factory=dict)
 
-    def tokens(self, ratio: float, n: int, *, kind: str, depth: int, span: int, s: int, num_steps: int) -> int:
-        """K = floor(ratio · n) of one site at one step."""
-        layer = self.layer[0] + self.layer[1] * (depth / span if span else 0.0)
-        step = self.step[0] + self.step[1] * s / num_steps
-        share = ratio * layer * step * self.kinds.get(kind, 1.0)
+    def tokens(self, ratio: float, n: int, *, kind: str, layer: tuple[int, int], step: tuple[int, int]) -> int:
+        """K = floor(ratio · n) of one site at one step. ``layer``: l and span; ``step``: s and T."""
+        (depth, span), (s, num_steps) = layer, step
+        by_layer = self.layer[0] + self.layer[1] * (depth / span if span else 0.0)
+        by_step = self.step[0] + self.step[1] * s / num_steps
+        share = ratio * by_layer * by_step * self.kinds.get(kind, 1.0)
         return floor(min(max(share, 0.0), 1.0) * n)

@@ -11,8 +11,6 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import accept, field_types, told
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.base import CachingPolicy
-from toca_compile.policies.levels import LEVELS, Level
-from toca_compile.policies.presets import PRESETS, preset
 
 _MOST_BYTES = 4 << 20  # a composition that lists all its full steps has a hundredth of that
 
@@ -72,35 +70,6 @@ def from_data(given: Any) -> Policy:
         raise PolicyError(f'a policy is an object such as {{"policy": "ToCa", "num_steps": 50}}, not {told(given)}')
     simplest_first = sorted(CachingPolicy.members.values(), key=lambda cls: len(dataclasses.fields(cls)))
     return cast(Policy, _built("policy", tuple(simplest_first), given, ""))
-
-
-def checked_policy(policy: Any) -> Policy:
-    """What was given as a policy: itself, or the name of a level or of a preset.
-
-    Raises:
-        PolicyError: it has no method ``plan``; the message says what to write.
-    """
-    if not isinstance(policy, type) and callable(getattr(policy, "plan", None)):
-        return cast(Policy, policy)
-    if isinstance(policy, str) and policy in LEVELS:
-        return Level(policy)
-    if isinstance(policy, str) and policy in PRESETS:
-        return preset(policy)
-    remedy = ""
-    if isinstance(policy, type):
-        remedy = f": write {policy.__name__}(...), an instance of it"
-    elif isinstance(policy, str):
-        remedy = (
-            f", and no level ({', '.join(LEVELS)}): a published configuration has a name in toca_compile.preset(name), "
-            "a file is read by load_policy"
-        )
-    elif isinstance(policy, Mapping):
-        remedy = ": pass the policy itself (optimize takes lowering, strict and grid as keywords)"
-    elif hasattr(policy, "plan"):
-        remedy = ", whose plan is no method: it is called with the model's sites and returns a Plan"
-    raise PolicyError(
-        f"policy must be a caching policy such as toca_compile.ToCa(num_steps=50), not {told(policy)}{remedy}"
-    )
 
 
 class _Object(dict[str, Any]):

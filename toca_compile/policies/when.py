@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Call, Count, Counting, Family, Fraction, Kind, Number, Threshold, told
+from toca_compile.ir.fields import Call, Count, Counting, Family, Fraction, Kind, Natural, Number, Threshold, told
 from toca_compile.ir.registry import register
 from toca_compile.policies.schedules import (
     counted,
@@ -35,14 +35,20 @@ class When(Family):
 @register
 @dataclass(frozen=True)
 class Every(When):
-    """The first ``warmup`` steps, then one full step after every ``interval`` − 1 others."""
+    """The first ``warmup`` steps, then one full step after every ``interval`` − 1 others; the first of these comes
+    ``sooner`` by so many steps."""
 
     interval: Count = 3
     warmup: Count = 1
+    sooner: Natural = 0
+
+    def check(self) -> None:
+        if self.sooner >= self.interval:
+            raise PolicyError(f"sooner must stay below interval = {self.interval}, not {self.sooner}")
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
-        return _since(counted_steps(num_steps, self.interval, self.warmup), num_steps)
+        return _since(counted_steps(num_steps, self.interval, self.warmup, self.sooner), num_steps)
 
 
 @register

@@ -16,7 +16,10 @@ from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel
 from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.metrics import psnr
+from toca_compile.quality.settings import ComparisonSettings, overridden
 from toca_compile.report import StepCounts
+
+DEFAULTS = ComparisonSettings()
 
 
 @dataclass
@@ -108,42 +111,55 @@ def print_table(console: Any, rows: Sequence[Row], *, peak: float) -> None:
 
 
 def compare_pipeline(
-    pipe: Any, call: Mapping[str, Any], policies: Mapping[str, Policy], *, steps: int, repeats: int = 3, seed: int = 0,
-    device: str = "cpu", out: Path | None = None, lowering: str = "inductor",
-) -> list[Row]:  # fmt: skip
+    pipe: Any,
+    call: Mapping[str, Any],
+    policies: Mapping[str, Policy],
+    *,
+    settings: ComparisonSettings = DEFAULTS,
+    **overrides: Any,
+) -> list[Row]:
     """A diffusers pipeline uncached and with each policy; prints the table and writes the pictures.
 
     Args:
         call: arguments of the pipeline's call, without steps, generator and output type.
-        out: folder for the pictures, one file a row; None: none are written.
-        lowering: as in ``optimize``; the uncached model is compiled where it is ``"inductor"``.
+        policies: by the name of their row.
+        settings: steps, repeats, where pictures are written.
+        **overrides: single settings by name, instead of those in ``settings``: ``steps=20, lowering="eager"``.
+
+    Raises:
+        TocaError: a setting is unknown or holds what it may not.
     """
     from rich.console import Console
 
+    settings = overridden(settings, overrides)
     console, plain = Console(), pipe.transformer
     pipe.set_progress_bar_config(disable=True)
 
     def sampler(transformer: Any) -> Callable[[Callable[[], None]], Tensor]:
         def sample(_: Callable[[], None]) -> Tensor:
             pipe.transformer = transformer
-            generator = torch.Generator(device).manual_seed(seed)
-            images = pipe(**call, num_inference_steps=steps, generator=generator, output_type="np").images
+            generator = torch.Generator(settings.device).manual_seed(settings.seed)
+            images = pipe(**call, num_inference_steps=settings.steps, generator=generator, output_type="np").images
             return torch.as_tensor(images)
 
         return sample
 
-    baseline = torch.compile(plain, dynamic=False) if lowering == "inductor" else plain
-    rows = [Row("uncached", sampler(baseline))]
+    rows = [Row("uncached", sampler(uncached(plain, settings.lowering)))]
     for name, policy in policies.items():
         pipe.transformer = plain
-        optimize(pipe, policy, lowering=lowering)
+        optimize(pipe, policy, lowering=settings.lowering)
         rows.append(Row(name, sampler(pipe.transformer), pipe.transformer))
-    measure(rows, repeats=repeats, device=device, ticks=steps, console=console)
+    measure(rows, repeats=settings.repeats, device=settings.device, ticks=settings.steps, console=console)
     print_table(console, rows, peak=1.0)
-    if out is not None:
-        write_pictures(out, rows)
-        console.print(f"pictures: {out}/")
+    if settings.out is not None:
+        write_pictures(settings.out, rows)
+        console.print(f"pictures: {settings.out}/")
     return rows
+
+
+def uncached(model: Any, lowering: str) -> Any:
+    """The model to compare with: compiled where the others are."""
+    return torch.compile(model, dynamic=False) if lowering == "inductor" else model
 
 
 def write_pictures(out: Path, rows: Sequence[Row]) -> None:

@@ -1,8 +1,9 @@
-"""What ``evaluate`` and ``tune`` can be told beside the model, its sampler and what to look at."""
+"""What ``evaluate``, ``tune`` and comparisons can be told beside the model, its sampler and what to look at."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from torch import Tensor
@@ -10,15 +11,26 @@ from torch import Tensor
 from toca_compile.errors import PolicyError, TocaError
 from toca_compile.ir.fields import Checked, Number, Seed, Steps, Threshold, Whole
 
-S = TypeVar("S", bound="SamplingSettings")
+S = TypeVar("S", bound="Settings")
 Pictures = Annotated[int, Whole(1, 2**31 - 1)]
 Trials = Annotated[int, Whole(0, 2**31 - 1)]
 Seconds = Annotated[float, Number(0, math.inf)]
 
 
 @dataclass(frozen=True)
-class SamplingSettings(Checked):
-    """How pictures are sampled, whatever they are sampled for. The numbers are checked here, when they are given.
+class Settings(Checked):
+    """Base of what can be set: the numbers are checked here, when they are given."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except PolicyError as error:  # what all checked fields raise; no policy is at fault here
+            raise TocaError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How pictures are sampled, whatever they are sampled for.
 
     Args:
         steps: model calls of one run, of the uncached reference and of every policy.
@@ -38,12 +50,6 @@ class SamplingSettings(Checked):
     lowering: str = "inductor"
     peak: Threshold = 2.0
     console: Any = None
-
-    def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except PolicyError as error:  # what all checked fields raise; no policy is at fault here
-            raise TocaError(str(error)) from None
 
     def check(self) -> None:
         if not self.seeds:
@@ -99,6 +105,32 @@ class TuningSettings(SamplingSettings):
     lowering: str = "eager"
     seconds: Seconds = 1200.0
     trials: Trials | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonSettings(Settings):
+    """How samplings are put side by side.
+
+    Args:
+        steps: model calls of one sampling.
+        samples: how many at once, where the call of a pipeline does not say it.
+        repeats: timed samplings a row; one more before them compiles.
+        seed: of the noise, the same for all rows.
+        device: where the model is.
+        out: folder for the pictures, one file a row; None: none are written.
+        lowering: as in ``optimize``; the uncached model is compiled where it is ``"inductor"``.
+
+    Raises:
+        TocaError: a setting holds what it may not.
+    """
+
+    steps: Steps = 50
+    samples: Pictures = 8
+    repeats: Pictures = 3
+    seed: Seed = 0
+    device: str = "cpu"
+    out: Path | None = None
+    lowering: str = "inductor"
 
 
 def overridden(settings: S, overrides: Mapping[str, Any]) -> S:

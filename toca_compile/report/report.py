@@ -16,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from toca_compile.compiler.cost import CostModel, K
 from toca_compile.compiler.pass_manager import PassManager
-from toca_compile.errors import PolicyError, TocaError
+from toca_compile.errors import NoSiteError, PolicyError, TocaError
 from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actions
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Policy, Skip, StepPlan, step_kind
@@ -29,6 +29,7 @@ from toca_compile.passes.variants.skip_range import GRAPHS, range_buffer
 from toca_compile.policies.storage import as_data
 from toca_compile.report.data import LETTERS, GraphReport, SiteReport, StepCounts, StepReport
 from toca_compile.report.page import Shown, page
+from toca_compile.report.rules import list_used
 from toca_compile.report.text import print_report
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.step_control import StepRecord
@@ -141,6 +142,14 @@ class Report:
             Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
             raise TocaError(f"{path} cannot be written: {error.strerror or error}") from error
+
+    def rules(self) -> str:
+        """Which axis rules the graphs of the last call use, and which ops of them have none, as text."""
+        sessions = [subject.session for subject in self._subjects.values()]
+        refused = {
+            why: None for s in sessions for why, error in s.uncached.items() if not isinstance(error, NoSiteError)
+        }
+        return list_used([program for s in sessions for program in s.programs], refused)
 
     def flops(self, kind: str, *, symbolic: bool = False, counting: str = "published") -> int | float | sympy.Expr:
         """FLOPs of one step.

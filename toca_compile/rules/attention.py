@@ -52,4 +52,6 @@ def attention(call: Call) -> AxisSpec:
         rank = len(mask.shape)
         terms.append("... h q k" if rank > 3 else " ".join(["h", "q", "k"][3 - rank :]))
     spec = einsum(",".join(terms) + "-> ... h q e", call.operands, call.results)
+    if q == "q!":
+        spec = replace(spec, because={"q": "is causal by is_causal=True, not by a mask, and counts the queries"})
     return replace(spec, mixed=frozenset(spec.sizes)) if call.arg(4, "dropout_p", 0.0) else spec

@@ -44,10 +44,29 @@ def _product_and_bias(batch: bool) -> Sample:
     return sample
 
 
+def _integers(rng: Random) -> Args:
+    """A product of int8 matrices."""
+    i, k, j = sizes(rng, 3)
+    return tuple(torch.randint(-8, 8, at, dtype=torch.int8) for at in ((i, k), (k, j))), {}
+
+
 @register(aten.mm.default, _product(False), work=Work.CONTRACT)
+@register(aten._int_mm.default, _integers, work=Work.CONTRACT)
 def mm(call: Call) -> AxisSpec:
     """A matrix product."""
     return einsum("i k, k j -> i j", call.operands, call.results)
+
+
+def _int8_weight(rng: Random) -> Args:
+    """Rows, an int8 weight and a scale for each of its outputs."""
+    i, k, j = sizes(rng, 3)
+    return (torch.randn(i, k), torch.randint(-8, 8, (j, k), dtype=torch.int8), torch.rand(j)), {}
+
+
+@register(aten._weight_int8pack_mm.default, _int8_weight, work=Work.CONTRACT)
+def scaled_mm(call: Call) -> AxisSpec:
+    """A product with an int8 weight whose outputs have a scale each."""
+    return einsum("i k, j k, j -> i j", call.operands, call.results)
 
 
 @register(aten.outer.default, lambda rng: (tuple(torch.randn(n) for n in sizes(rng, 2)), {}))
@@ -146,8 +165,9 @@ def einsum_rule(call: Call) -> AxisSpec:
 
 
 def conv(call: Call) -> AxisSpec:
-    """A convolution carries the batch only: positions of the result are a new index space (the patch grid)."""
-    return _convolution(call, "o j")
+    """A convolution carries the batch only: positions of the result are a new index space (the patch grid). One of
+    single positions is a linear layer at each."""
+    return _convolution(call, "o j", pointwise=_each_alone(call))
 
 
 def conv_transpose(call: Call) -> AxisSpec:
@@ -155,10 +175,22 @@ def conv_transpose(call: Call) -> AxisSpec:
     return _convolution(call, "j o")
 
 
-def _convolution(call: Call, channels: str) -> AxisSpec:
+def _each_alone(call: Call) -> bool:
+    """Whether a convolution reads, for each position, that position alone."""
+    padding = call.arg(4, "padding", 0)
+    around = () if padding in ("same", "valid") else _each(padding)
+    return not any(around) and {*call.operands[1][2:], *_each(call.arg(3, "stride", 1))} == {1}
+
+
+def _each(value: int | Sequence[int]) -> Sequence[int]:
+    return (value,) if isinstance(value, int) else value
+
+
+def _convolution(call: Call, channels: str, *, pointwise: bool = False) -> AxisSpec:
     """In groups, which channels of the input an output channel reads depends on its place."""
     space = range(len(call.operands[0]) - 2)
     inside, taps, outside = (" ".join(f"{letter}{i}" for i in space) for letter in "stg")
+    outside = inside if pointwise else outside
     out = "o"
     if call.arg(6, "groups", 1) != 1:
         channels, out = channels.replace("o", "c"), "o!"
@@ -175,8 +207,8 @@ def _images(space: int, transposed: bool = False, padding: Sequence[str] = ()) -
         args = [torch.randn(b, groups * each, *[5] * space), torch.randn(*weight, *[min(taps, 3)] * space), bias]
         if padding:
             return (*args, [1] * space, rng.choice(padding), [1] * space, groups), {}
-        stride = [rng.randint(1, 2)] * space
-        around = [rng.randint(0, 1)] * space
+        stride = [rng.choice([1, 1, 2])] * space
+        around = [rng.choice([0, 0, 1])] * space
         more = ([0] * space, groups) if transposed else ([1] * space, groups)
         return (*args, stride, around, *more), {}
 

@@ -63,7 +63,10 @@ UNARY = [
     aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default, aten.isnan.default,
     aten.isinf.default, aten.logical_not.default, aten.clone.default, aten.alias.default, aten.detach.default,
     aten.contiguous.default, aten._to_copy.default, aten.zeros_like.default, aten.ones_like.default,
-    aten.lift_fresh_copy.default, aten.nan_to_num.default,
+    aten.lift_fresh_copy.default, aten.nan_to_num.default, aten.isfinite.default, aten.celu.default, aten.log10.default,
+    aten.sinh.default, aten.cosh.default, aten.asinh.default, aten.acos.default, aten.asin.default, aten.atanh.default,
+    aten.erfc.default, aten.erfinv.default, aten.sinc.default, aten.frac.default, aten.sgn.default, aten.lgamma.default,
+    aten.positive.default, aten.softshrink.default, aten.hardshrink.default, aten.logit.default, aten.angle.default,
 ]  # fmt: skip
 register(UNARY, _one(), pointwise=True)(elementwise_axes)
 register(aten.gelu.default, _one(positive=False), _one(approximate="tanh"), pointwise=True, work=Work.GELU)(
@@ -81,14 +84,18 @@ def _pair(rng: Random) -> Args:
 register([aten.polar.default, aten.complex.default, aten.copy.default], _pair, pointwise=True)(elementwise_axes)
 register(aten.bitwise_not.default, lambda rng: ((torch.rand(shape(rng)) > 0.5,), {}), pointwise=True)(elementwise_axes)
 register(aten.clamp.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
+register(aten.clip.default, _one(0.2, 0.8), pointwise=True)(elementwise_axes)
 register([aten.clamp_min.default, aten.clamp_max.default], _one(0.4), pointwise=True)(elementwise_axes)
-register(aten.full_like.default, _one(3.0), pointwise=True)(elementwise_axes)
+register(aten.threshold.default, _one(0.4, 0.2), pointwise=True)(elementwise_axes)
+register(aten.round.decimals, _one(decimals=1), pointwise=True)(elementwise_axes)
+register([aten.full_like.default, aten.fill.Scalar], _one(3.0), pointwise=True)(elementwise_axes)
+register(aten.fill.Tensor, _one(torch.tensor(2.0)))(elementwise_axes)
 register([aten.to.dtype], _one(torch.float64), pointwise=True)(elementwise_axes)
 
 WITH_SCALAR = [
     aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.rsub.Scalar, aten.pow.Tensor_Scalar,
     aten.remainder.Scalar, aten.fmod.Scalar, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar,
-    aten.gt.Scalar, aten.ge.Scalar, aten.floor_divide.Scalar,
+    aten.gt.Scalar, aten.ge.Scalar, aten.floor_divide.Scalar, aten.float_power.Tensor_Scalar,
 ]  # fmt: skip
 register(WITH_SCALAR, _one(1.5), pointwise=True)(elementwise_axes)
 
@@ -96,15 +103,27 @@ BINARY = [
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Tensor, aten.atan2.default,
     aten.maximum.default, aten.minimum.default, aten.remainder.Tensor, aten.fmod.Tensor, aten.eq.Tensor,
     aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.floor_divide.default,
+    aten.true_divide.Tensor, aten.max.other, aten.min.other, aten.fmax.default, aten.fmin.default, aten.hypot.default,
+    aten.copysign.Tensor, aten.logaddexp.default, aten.xlogy.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
+    aten.heaviside.default,
 ]  # fmt: skip
 register(BINARY, _several(2), pointwise=True)(elementwise_axes)
-register([aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor],
-         _several(2, of=_bits), pointwise=True)(elementwise_axes)  # fmt: skip
+BITS = [
+    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default, aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor, aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor,
+]  # fmt: skip
+register(BITS, _several(2, of=_bits), pointwise=True)(elementwise_axes)
+BITS_AND_SCALAR = [
+    aten.__and__.Scalar, aten.__or__.Scalar, aten.__xor__.Scalar, aten.bitwise_and.Scalar, aten.bitwise_or.Scalar,
+]  # fmt: skip
+register(BITS_AND_SCALAR, lambda rng: ((torch.randint(9, shape(rng)), 3), {}), pointwise=True)(elementwise_axes)
 register(aten.div.Tensor_mode, lambda rng: (_several(2)(rng)[0], {"rounding_mode": "floor"}), pointwise=True)(
     elementwise_axes
 )
 register(aten.div.Scalar_mode, _one(0.3, rounding_mode="floor"), pointwise=True)(elementwise_axes)
-register([aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor], _several(3), pointwise=True)(elementwise_axes)
+register(
+    [aten.addcmul.default, aten.addcdiv.default, aten.lerp.Tensor, aten.clamp.Tensor], _several(3), pointwise=True
+)(elementwise_axes)
 register(aten.lerp.Scalar, _several(2, 0.3), pointwise=True)(elementwise_axes)
 register(aten.where.self, _masked(of=2), pointwise=True)(elementwise_axes)
 register(aten.where.ScalarOther, _masked(0.0, of=1), pointwise=True)(elementwise_axes)
@@ -116,6 +135,12 @@ def _filled(rng: Random) -> Args:
 
 
 register(aten.masked_fill.Scalar, _filled, pointwise=True)(elementwise_axes)
+# Its value must have no dimensions, so that it does not broadcast as operands of pointwise ops do.
+register(aten.masked_fill.Tensor, lambda rng: ((*_filled(rng)[0][:2], torch.tensor(-1.0)), {}))(elementwise_axes)
+register(aten.where.ScalarSelf, lambda rng: ((_masked(of=0)(rng)[0][0], 0.0, torch.rand(())), {}), pointwise=True)(
+    elementwise_axes
+)
+register(aten.where.Scalar, _masked(1.0, 0.0, of=0), pointwise=True)(elementwise_axes)
 
 
 @register(aten.dropout.default, _one(0.5, False), _one(0.0, True), pointwise=True)

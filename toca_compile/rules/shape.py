@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toca_compile.ir.calls import Call, normal_dims
-from toca_compile.ir.spec import AxisSpec, Dims, Window, einsum, over_dims, regroup
+from toca_compile.ir.spec import AxisSpec, Dims, Window, einsum, elementwise, over_dims, regroup
 from toca_compile.rules.registry import Args, Sample, register
 from toca_compile.rules.samples import dim_of, dims_of, maybe, shape, sizes
 
@@ -150,13 +150,14 @@ def _tiled(rng: Random) -> Args:
 
 @register(aten.repeat.default, _tiled)
 def repeat(call: Call) -> AxisSpec:
-    """Tiles a value. A dimension that is tiled is a new index space: which rows repeat is not tracked."""
+    """Tiles a value: in a dimension that is tiled, the tiles are the major factor."""
     (x,), (y,) = call.operands, call.results
-    lead = len(y) - len(x)
-    left = [f"d{i}" for i in range(len(x))]
-    right = [f"n{i}" for i in range(lead)]
-    right += [n if y[lead + i] == x[i] else f"r{i}" for i, n in enumerate(left)]
-    return einsum(f"{' '.join(left)} -> {' '.join(right)}", call.operands, call.results)
+    spec, lead = elementwise(call.operands, [x]), len(y) - len(x)
+    tiles = [b // a if a else 1 for a, b in zip((*[1] * lead, *x), y, strict=True)]
+    named = [(f"n{i}",) if count > 1 else () for i, count in enumerate(tiles)]
+    result = tuple(n + d for n, d in zip(named, (*[()] * lead, *spec.results[0]), strict=True))
+    sizes = {n: count for (n,), count in ((n, c) for n, c in zip(named, tiles, strict=True) if n)}
+    return AxisSpec(spec.operands, (result,), {**spec.sizes, **sizes})
 
 
 def _shifted(rng: Random) -> Args:
@@ -206,7 +207,7 @@ def _laid(rng: Random) -> Args:
     return (parts, dim), {}
 
 
-@register(aten.cat.default, _laid)
+@register([aten.cat.default, aten.concat.default, aten.concatenate.default], _laid)
 def cat(call: Call) -> AxisSpec:
     """Lays operands end to end: that dimension of the result is the sum of theirs. What is empty adds nothing, and a
     single operand that is not is the result."""
@@ -249,6 +250,20 @@ def stack(call: Call) -> AxisSpec:
     return einsum(
         ",".join([" ".join(names)] * len(call.operands)) + "->" + " ".join(right), call.operands, call.results
     )
+
+
+def _crossed(rng: Random) -> Args:
+    vectors = [torch.randn(n) for n in sizes(rng, rng.randint(1, 3))]
+    return (vectors,), {"indexing": rng.choice(["ij", "xy"])}
+
+
+@register(aten.meshgrid.indexing, _crossed)
+@register(aten.meshgrid.default, lambda rng: ((_crossed(rng)[0][0],), {}))
+def meshgrid(call: Call) -> AxisSpec:
+    """Each vector along a dimension of its own; by ``xy`` the first two of them change places."""
+    names = _names(len(call.operands))
+    out = [*names[:2][::-1], *names[2:]] if call.arg(1, "indexing") == "xy" else names
+    return einsum(f"{','.join(names)} -> {','.join([' '.join(out)] * len(names))}", call.operands, call.results)
 
 
 def _cut(arg: Callable[[Random, int], Any]) -> Sample:
@@ -418,13 +433,16 @@ def _interleaved(rng: Random) -> Args:
 
 @register(aten.repeat_interleave.self_int, _interleaved)
 def repeat_interleave(call: Call) -> AxisSpec:
-    """Each index of one dimension several times: a new index space."""
-    (x,), names = call.operands, _names(len(call.operands[0]))
-    dim = call.arg(2, "dim")
+    """Each index of one dimension, or each element, several times: which time is the minor factor."""
+    (x,), times, dim = call.operands, call.args[1], call.arg(2, "dim")
+    spec = elementwise(call.operands, [x])
+    again = ("again",) if times > 1 else ()
+    dims = spec.results[0]
     if dim is None:
-        return einsum(f"{' '.join(names)} -> r", call.operands, call.results)
-    right = ["r" if d == dim % len(x) else n for d, n in enumerate(names)]
-    return einsum(f"{' '.join(names)} -> {' '.join(right)}", call.operands, call.results)
+        dims = (tuple(label for d in dims for label in d) + again,)
+    else:
+        dims = tuple(d + again if i == dim % len(x) else d for i, d in enumerate(dims))
+    return AxisSpec(spec.operands, (dims,), {**spec.sizes, **dict.fromkeys(again, times)})
 
 
 def _halves(rng: Random) -> Args:
@@ -467,6 +485,8 @@ def _scaled(rng: Random) -> Args:
 @register(aten.pixel_shuffle.default, _shuffled)
 @register(aten.pixel_unshuffle.default, _unshuffled)
 @register(aten.avg_pool2d.default, _pooled)
+@register(aten.avg_pool3d.default, lambda rng: ((torch.randn(*sizes(rng, 2), 4, 4, 4), [2, 2, 2]), {}))
+@register(aten.max_pool2d.default, _pooled)
 @register(aten.upsample_nearest2d.vec, _scaled)
 def resample(call: Call) -> AxisSpec:
     """Pictures to pictures of another size: only the batch is sure to pass through."""

@@ -20,6 +20,7 @@ from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
 from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
+from toca_compile.runtime.carry_over import carry_over
 from toca_compile.runtime.schedule import Schedule, SegmentCall
 from toca_compile.runtime.skipping import Graph, Skipping
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
@@ -47,6 +48,18 @@ class Variants(Protocol):
 
     def skipping(self, plan: Plan, place: Mapping[fx.Node, int]) -> Skipping | None:
         """What stands in for the blocks that a plan skips."""
+        ...
+
+
+class Flat(Protocol):
+    """What takes wrappers among a graph's inputs apart (``compiler/wrappers.py``)."""
+
+    def __call__(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The plain tensors of a call."""
+        ...
+
+    def parameter(self, values: Sequence[Any]) -> Any:
+        """The first of the model's parameters, as the model has it."""
         ...
 
 
@@ -79,6 +92,7 @@ class Executor:
         control: says which step a call is.
         variants: where the graphs come from.
         number: of this graph in its model.
+        flat: takes wrappers (quantised weights) among the inputs apart into the tensors that the program has for them.
     """
 
     def __init__(
@@ -88,9 +102,11 @@ class Executor:
         control: StepControl,
         variants: Variants,
         number: int,
+        flat: Flat | None = None,
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
+        self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -143,6 +159,7 @@ class Executor:
 
     def __call__(self, *inputs: Any) -> Any:
         instance = id(self.parameter(inputs))
+        inputs = inputs if self._flat is None else self._flat(inputs)
         with self.control.lock:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
@@ -157,6 +174,8 @@ class Executor:
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
+        if self._flat is not None:
+            return self._flat.parameter(inputs)
         return inputs[self._state] if self._state is not None else None
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
@@ -223,13 +242,9 @@ class Executor:
 
     def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
         schedule, skipping, free = self._now.schedule, self._now.skipping, self._now.free
+        if run.step and len(schedule.rows) > 1:
+            schedule = self._going_on(run, key)
         index = min(run.step, len(schedule.rows) - 1)
-        if index and (run.last.get(key) != run.step - 1 or run.schedules.get(key) is not schedule):
-            # This graph did not run in the step before (another model shares the run, or a branch of the model was
-            # skipped), or by another plan, so its caches are not what the plan thinks: compute everything.
-            log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
-            index = 0
-            run.forget(key)
         run.last[key], run.schedules[key] = run.step, schedule
         self._last = (weakref.ref(run), key, index, schedule)
         self._record(run, key, schedule.rows[index])
@@ -267,6 +282,26 @@ class Executor:
             if i == self._constant - 1:
                 self._keep(inputs, values, run, key)
         return fx.node.map_arg(self._output, lambda n: _as_traced(n, values[self._place[n]]))
+
+    def _going_on(self, run: Run, key: tuple[int, ...]) -> Schedule:
+        """The schedule of a step that is not the run's first: it goes with what the graph has of the step before, or
+        with what another graph hands over, or computes everything."""
+        schedule, before = self._now.schedule, run.schedules.get(key)
+        if before is not None and run.last[key] == run.step - 1 and before.plan is schedule.plan:
+            return before
+        carried = carry_over(run, key, schedule)
+        if carried is not None:
+            return carried
+        if before is not None:
+            # It did not run in the step before (another model shares the run, or a branch of the model was skipped),
+            # or by another plan, so its caches are not what the plan thinks.
+            log.warning("a graph of the model missed step %d; it computes all of step %d", run.step - 1, run.step)
+        else:
+            log.info("another graph of the model goes on with the run: it computes all of step %d", run.step)
+        run.forget(key)
+        return Schedule(
+            self.program, schedule.plan, run.step if self.plan.endless else min(run.step, len(schedule.rows) - 1)
+        )
 
     def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
         """Put back what the constant segments computed before from the same inputs; how many segments that spares."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from toca_compile.ir.actions import Action, Compute, Keep
 from toca_compile.ir.history import Numbers, Past
-from toca_compile.ir.plan import Plan, scored_sites
+from toca_compile.ir.plan import Plan, StepPlan, scored_sites
 from toca_compile.ir.program import Form, Program
 from toca_compile.ir.state import Number, State
-from toca_compile.ir.types import Site
+from toca_compile.ir.types import Site, StepKind
 
 Row = tuple[Action, ...]
 
@@ -28,22 +28,30 @@ class SegmentCall:
 class Schedule:
     """What each step of a plan does in a graph.
 
+    Args:
+        start: the first step that the graph takes part in. Whatever the plan says, that one computes everything, and
+            forecasts grow from it.
+
     Attributes:
         rows: of each step, what each site does as planned.
         unskipped: the same, if the step computes what it could skip.
         calls: of each step, what each segment does if nothing is skipped.
     """
 
-    def __init__(self, program: Program, plan: Plan) -> None:
-        self.program, self.plan = program, plan
+    def __init__(self, program: Program, plan: Plan, start: int = 0) -> None:
+        self.program, self.plan, self.start = program, plan, start
         self.keeps = _keeps(program.sites, plan)
         self._full = Compute()
+        steps = list(plan.steps)
+        if start:
+            steps += [steps[-1]] * (start + 2 - len(steps) if plan.endless else 0)
+            steps[start] = StepPlan(StepKind.FULL, (self._full,) * len(program.sites))
         # Rows that say the same are one object, and so is a row that skips nothing with its unskipped form.
         same: dict[tuple[int, ...], Row] = {}
-        self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in plan.steps]
+        self.rows = [same.setdefault(tuple(map(id, step.sites)), tuple(step.sites)) for step in steps]
         whole = {id(row): self.computed(row) for row in same.values()}
         self.unskipped = [whole[id(row)] for row in self.rows]
-        self._scored = scored_sites(plan, program.sites)
+        self._scored = scored_sites(replace(plan, steps=tuple(steps)), program.sites)
         self._pasts = list(self._histories())
         self._forms: dict[tuple[int, int, bool], Form] = {}
         self._variants: dict[tuple[Form, ...], SegmentCall] = {}
@@ -54,7 +62,7 @@ class Schedule:
     @property
     def steps(self) -> int | None:
         """How many there are; None: any number."""
-        return None if self.plan.endless else len(self.rows)
+        return None if self.plan.endless else len(self.plan.steps)
 
     def number(self, step: int, site: Site, kind: Number, index: int) -> int:
         """A host number of a site in a step."""
@@ -125,7 +133,7 @@ class Schedule:
         pasts: tuple[Past, ...] = (Past(),) * len(self.program.sites)
         for step, row in enumerate(self.rows):
             yield pasts
-            if any(action.dense for action in row):
+            if step >= self.start and any(action.dense for action in row):
                 # Sites with one schedule share one past.
                 new: dict[tuple[int, int], Past] = {}
                 pasts = tuple(
@@ -137,7 +145,8 @@ class Schedule:
 def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[int, int], Past]) -> Past:
     key = (id(past), id(action))
     if key not in known:
-        known[key] = Past((*past.full, step)[-kept:], past.times + 1, action.made)
+        made = min(action.made, past.made + 1 if past.times else 0)  # fewer than planned where steps were missed
+        known[key] = Past((*past.full, step)[-kept:], past.times + 1, made)
     return known[key]
 
 

@@ -5,8 +5,8 @@ task. A call continues the run of its context or starts a new one at step 0: aft
 step, after an exception, and whenever what the host sees of the call (``sight``) says that another sampling began. Step
 0 computes everything, so nothing of an older run is ever read. A run's buffers are freed when its last step is done.
 
-Runs of one sampling that reach different graphs (texts of two lengths in turn, strides, autocast) are runs of their
-own, side by side.
+Runs of one sampling that reach different graphs (texts of two lengths in turn, strides, grad modes) are runs of their
+own, side by side. Where the caller tells the step, as pipelines do, it is one run that goes on in another graph.
 """
 
 import asyncio
@@ -454,6 +454,8 @@ class StepControl:
                 "signature, or tell cache_context(name, step_index=…)"
             )
             run = None
+        if run is None and verdict is Verdict.NEXT and told is not None and told.step_index is not None:
+            run = self._handed_over(stream, which, steps)
         if run is None or run.is_over:
             context = _called(name, sight.lane)
             run = stream.runs[which] = Run(context, steps)
@@ -464,6 +466,17 @@ class StepControl:
             )
         stream.now.add(which)
         return run
+
+    def _handed_over(self, stream: _Stream, which: Any, steps: int | None) -> Run | None:
+        """The run that took the step before in another graph, if this one goes on with it: autocast turns the latents
+        into another dtype after the first step, or guidance ends and with it half of the batch."""
+        lane, _ = which
+        for before in stream.before:
+            run = stream.runs.get(before)
+            if before[0] == lane and run is not None and run.steps == steps and not run.is_over:
+                stream.runs[which] = stream.runs.pop(before)
+                return run
+        return None
 
     def _drop_lanes(self, owner: Any, stream: _Stream) -> None:
         """Of pictures sampled in turns, forget those that took no part in the step before: abandoned for another."""

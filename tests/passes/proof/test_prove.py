@@ -2,7 +2,7 @@
 
 from toca_compile.ir.program import Program
 from toca_compile.ir.types import FactorPos, RowProof
-from toca_compile.passes.proof.follow import Blocked
+from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
 
 TOKENS = (FactorPos(1, 0), FactorPos(1, 1))
@@ -11,7 +11,7 @@ TOKENS = (FactorPos(1, 0), FactorPos(1, 1))
 def test_an_mlp_is_token_wise(program: Program) -> None:
     assert program.types is not None
     mlp = program.sites[1]
-    given = program.types, mlp.source, mlp.output, mlp.region, TOKENS
+    given = program.types, Branch(mlp.source, mlp.output, mlp.region), TOKENS
     proof = prove(*given, batch_of(*given))
     assert isinstance(proof, RowProof)
     assert {n.name for n in proof.rows} == {"linear_1", "relu", "linear_2"}
@@ -23,7 +23,7 @@ def test_an_mlp_is_token_wise(program: Program) -> None:
 def test_an_attention_is_given_keys_and_values_of_all_tokens(program: Program) -> None:
     assert program.types is not None
     attention = program.sites[0]
-    given = program.types, attention.source, attention.output, attention.region, TOKENS
+    given = program.types, Branch(attention.source, attention.output, attention.region), TOKENS
     assert isinstance(prove(*given, batch_of(*given)), Blocked)
     proof = prove_queries(*given, batch_of(*given))
     assert isinstance(proof, RowProof)
