@@ -117,7 +117,7 @@ MIXES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "sort, stable": ("aten.sort.stable", lambda x: torch.sort(x, dim=1, stable=True)[0]),
     "written over": ("aten.slice_scatter.default", lambda x: written(x, (slice(None), slice(2, 5)))),
     "one written over": ("aten.select_scatter.default", lambda x: written(x, (slice(None), -1))),
-    "repeated and cut": ("aten.repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1)[:, :TOKENS]),
+    "repeated and cut": ("aten.slice.Tensor", lambda x: x.repeat_interleave(2, 1)[:, :TOKENS]),
     "cut and joined": ("aten.cat.default", lambda x: torch.cat([x[:, -1:], x[:, :-1]], 1)),
     "joined with nothing": ("aten.cat.default", lambda x: torch.cat([x, x[:, :0]], 1)),
     "nothing in another shape": ("aten.add.Tensor", lambda x: x + x[:, :0].reshape(2, 4, 0, 3).sum()),
