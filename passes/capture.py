@@ -48,8 +48,6 @@ _NEW = {
     aten.new_ones.default: aten.ones.default,
     aten.new_zeros.default: aten.zeros.default,
 }
-_OWN = {"aten", "prim", "prims"}  # namespaces of torch's own ops
-
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
@@ -84,11 +82,11 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
             "Clone it in forward, or keep the state outside the model."
         )
-    for node in captured.graph.nodes:
-        if node.op == "get_attr" and isinstance(getattr(captured, str(node.target), None), FakeTensor):
+    for node in captured.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(captured, node.target, None), FakeTensor):
             raise UnsupportedGraphError(
-                "the model makes a tensor in a way that tracing does not see "
-                f"({source_line(next(iter(node.users), node))}): make it outside of forward, or by an op of torch"
+                f"the model makes a tensor that tracing does not see ({source_line(next(iter(node.users), node))}): "
+                "make it outside of forward, or by an op of torch"
             )
     for node in reversed(captured.graph.nodes):
         if node.target in _NO_VALUE and not node.users:
@@ -130,13 +128,11 @@ def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
 
 
 class _Functional(FunctionalTensorMode):
-    """Makes ops functional. Composite ones of other libraries, and those on wrapper tensors, are spelled out: quantised
-    weights bring them, and of an op without a rule nothing can be proved. What is left with a wrapper is what it says
-    itself."""
+    """Spells composite ops out that other libraries bring or wrapper tensors come into; these say what other ops do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wrapper: Any = next((t for t in types if is_traceable_wrapper_subclass_type(t)), None)
-        foreign = func.namespace not in _OWN and func not in RULES
+        foreign = func.namespace not in ("aten", "prim", "prims") and func not in RULES
         if (wrapper is not None or foreign) and func._can_decompose():
             with self:
                 return func.decompose(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import ancestors, common_module, operand_nodes, value_of
+from toca_compile.ir.graph import ancestors, common_module, operand_nodes, uncast, value_of
 from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
@@ -177,7 +177,7 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> li
                 continue
             source: fx.Node | None = residual
             while source is not None and not above[end] & bit[source]:
-                source = chain.get(source)
+                source = chain.get(source, uncast(source))
             if source is None:
                 continue
             chain[node] = residual

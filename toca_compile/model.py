@@ -173,11 +173,13 @@ class Calls:
         """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones. Those that
         stand around a forward are told by their classes, since some are put there anew at each call of a pipeline."""
         seen, listed = self._hook_lists
-        if seen != self.session.seen:
-            listed = [(weakref.ref(m), m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+        modules = [module() for module, _, _ in listed]
+        if seen != self.session.seen or None in modules:  # a layer was replaced
+            modules = list(model.modules())
+            listed = [(weakref.ref(m), m._forward_pre_hooks, m._forward_hooks) for m in modules]
             self._hook_lists = (self.session.seen, listed)
         keys = tuple(key for _, pre, post in listed if pre or post for key in (*pre, *post))
-        around = any("forward" in vars(m()) for m, _, _ in listed)
+        around = any("forward" in vars(m) for m in modules)
         found = hooked(model) if around else []
         names = tuple(name for one in found for name in (one.path, *one.names))
         if names != self._hooked[0]:

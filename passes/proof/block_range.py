@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.graph import ancestors, operand_nodes, source_line, value_of
+from toca_compile.ir.graph import ancestors, operand_nodes, source_line, uncast, value_of
 from toca_compile.ir.plan import Skip
 from toca_compile.ir.program import BlockRange, Entry, Program, Stream
 from toca_compile.ir.types import AxisTypes, Site, Type
@@ -35,7 +35,7 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     )  # fmt: skip
     outputs = tuple(n for s in program.segments[first:last] for n in s.outputs if n in read)
     # What branches are added to enters; where they start may lie far before (a skip from an early block).
-    entered = [_residual(s) for s in program.sites if s.index in skipped]
+    entered = [_residual(s, inside) for s in program.sites if s.index in skipped]
     sources = [n for n in entered if n not in inside]
     # A stream that no site starts from (text that a joint attention updates) is known by the addition that made it, or
     # the concatenation (with registers).
@@ -54,9 +54,13 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
 
 
-def _residual(site: Site) -> fx.Node:
-    """The stream that a site's branch is added to."""
-    return next(n for n in operand_nodes(site.add) if site.output not in ancestors([n], stop=[site.source]))
+def _residual(site: Site, inside: Set[fx.Node]) -> fx.Node:
+    """The stream that a site's branch is added to, before blocks cast it."""
+    node = next(n for n in operand_nodes(site.add) if site.output not in ancestors([n], stop=[site.source]))
+    before = uncast(node)
+    while before is not None and node in inside:
+        node, before = before, uncast(before)
+    return node
 
 
 def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: Set[int]) -> Entry | None:

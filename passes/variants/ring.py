@@ -2,12 +2,16 @@
 
 store_at_(ring, place, cache); store_(cache, y)            at a step that computes all
 y = w₀·cache + w₁·ring[0] + w₂·ring[1] + …                 at one that forecasts
+
+Weights that follow from the values are made of their products where they are kept, and are then a row of a table.
 """
+
+from functools import reduce
 
 import torch
 from torch import fx
 
-from toca_compile.ir.anchors import Anchors, Ring
+from toca_compile.ir.anchors import AHEAD, Anchors, Ring
 from toca_compile.ir.state import Number, State
 from toca_compile.passes.variants.compute import EMISSIONS, forecast
 from toca_compile.passes.variants.series import HISTORIES, Series
@@ -24,18 +28,32 @@ class Values(Series):
 
     history: Ring
 
+    @property
+    def ring(self) -> fx.Node:
+        """The buffer of the values before the last one."""
+        return self.builder.slot(State.HISTORY, self.position, 1)
+
     def forecast(self, age: fx.Node | None = None) -> fx.Node:
         builder, at = self.builder, self.position
-        total = builder.call(toca.weighted.default, self.output, builder.slot(Number.MOVE, at, 0))
-        for i in range(self.history.kept - 1):
-            earlier = builder.call(aten.select.int, builder.slot(State.HISTORY, at, 1), 0, i)
-            part = builder.call(toca.weighted.default, earlier, builder.slot(Number.MOVE, at, i + 1))
-            total = builder.call(aten.add.Tensor, total, part)
-        return total
+        if self.history.measured is not None:
+            table = builder.slot(State.HISTORY, at, 2)
+            row = builder.call(toca.weights_at.default, table, builder.slot(Number.MOVE, at, 0))
+        parts = []
+        for i in range(self.history.kept):
+            value = self.output if i == 0 else builder.call(aten.select.int, self.ring, 0, i - 1)
+            if self.history.measured is not None:
+                parts.append(builder.call(toca.weighted_by.default, value, row, i))
+            else:
+                parts.append(builder.call(toca.weighted.default, value, builder.slot(Number.MOVE, at, i)))
+        return reduce(lambda a, b: builder.call(aten.add.Tensor, a, b), parts)
 
     def keep(self, value: fx.Node, *, moving: bool, age: fx.Node | None = None) -> None:
+        builder, at, measured = self.builder, self.position, self.history.measured
         if self.history.kept > 1:
-            ring = self.builder.slot(State.HISTORY, self.position, 1)
-            place = self.builder.slot(Number.KEEP, self.position, 0)
-            self.builder.call(toca.store_at_.default, ring, place, self.output)
+            builder.call(toca.store_at_.default, self.ring, builder.slot(Number.KEEP, at, 0), self.output)
         super().keep(value, moving=moving)
+        if measured is not None:
+            products = builder.call(toca.gram.default, self.output, self.ring)
+            numbers = (builder.slot(Number.KEEP, at, i) for i in range(3))
+            table = builder.call(getattr(toca, measured.op).default, products, *numbers, AHEAD, measured.ridge)
+            builder.call(toca.store_.default, builder.slot(State.HISTORY, at, 2), table)

@@ -91,6 +91,28 @@ def spectrum(degree: int, ridge: float, steps: int, local: float) -> Predictor:
     return predict
 
 
+def dmd(ridge: float) -> Predictor:
+    """By the singular values of the snapshots and the eigenvalues of what takes each to the next."""
+
+    def predict(anchors: list[Anchor], step: int) -> Tensor:
+        at, last = [a for a, _ in anchors], anchors[-1][1].double()
+        even = 1
+        while even < len(at) and at[-even] - at[-even - 1] == at[-1] - at[-2]:
+            even += 1
+        if even < 2:
+            return last
+        shots = torch.stack([h.double().flatten() for _, h in anchors[-even:]], 1)
+        u, s, v = torch.linalg.svd(shots[:, :-1], full_matrices=False)
+        onward = shots[:, 1:] @ v.T * (s / (s**2 + ridge * shots.square().sum(0).max()))
+        values, vectors = torch.linalg.eig(u.T @ onward)
+        modes = onward.to(values.dtype) @ vectors
+        amounts = torch.linalg.pinv(modes) @ shots[:, -1].to(values.dtype)
+        root = (values**2) ** (0.5 * (step - at[-1]) / (at[-1] - at[-2]))
+        return (modes @ (root * amounts)).real.reshape(last.shape)
+
+    return predict
+
+
 class AnchorOracle:
     """``PlainDiT`` as a sampler's model: call it once a step. Full at the steps ``full``; between them every branch
     (or what all blocks add to the stream) is predicted from its values at the last ``kept`` full steps."""

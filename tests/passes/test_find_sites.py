@@ -1,11 +1,14 @@
 """FindSites: residual branches, and what each may do."""
 
+import pytest
+import torch
 from expecttest import assert_expected_inline
+from torch import Tensor, nn
 
 import toca_compile
-from tests.models import Mixing, randomize
+from tests.models import Mixing, PlainBlock, PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile import ToCa
+from toca_compile import BlockCache, Fora, FullCompute, ToCa
 from toca_compile.ir.actions import legal_actions
 from toca_compile.ir.program import Program
 
@@ -32,3 +35,32 @@ def test_a_branch_that_mixes_tokens_is_never_partial() -> None:
     sample(opt, 4, noise())
     assert not any("partial" in s.actions for s in toca_compile.explain(opt).sites)
     assert "cumsum" in str(toca_compile.explain(opt).sites[1].reason)
+
+
+class HalfBlock(PlainBlock):
+    """Its stream is bfloat16, and what a branch adds is added in float32, as video models do."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        y = (self.norm1(x.float()) * (1 + scale1) + shift1).type_as(x)
+        x = (x.float() + self.attention(y)[0] * gate1).type_as(x)
+        y = (self.norm2(x.float()) * (1 + scale2) + shift2).type_as(x)
+        return (x.float() + self.mlp(y) * gate2).type_as(x)
+
+
+def test_a_stream_that_is_cast_for_each_addition(caplog: pytest.LogCaptureFixture) -> None:
+    model = PlainDiT()
+    model.blocks = nn.ModuleList(HalfBlock(16, 2) for _ in range(3))
+    randomize(model).bfloat16()
+    x, t, y = noise().bfloat16(), torch.full((2,), 500), torch.arange(2)
+    with torch.no_grad():
+        plain = model(x, t, y)
+        opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+        assert torch.equal(opt(x, t, y), plain)
+        for policy in (Fora(4, 4), BlockCache(4, first=1, interval=4)):
+            opt.policy = policy
+            for _ in range(4):  # the same inputs: what is kept is what would be computed
+                torch.testing.assert_close(opt(x, t, y), plain, rtol=2e-2, atol=2e-2)
+        assert opt.steps[-1].kind.value == "skip"
+    assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"] * 3
+    assert not [r for r in caplog.records if "joined between the blocks" in r.getMessage()]

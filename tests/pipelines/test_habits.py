@@ -1,7 +1,8 @@
 """What people do with pipelines. Each act on an optimised one is the same act on the plain one (bit for bit with a
 policy that computes everything), and under a caching policy its steps are those that make sense for it."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,20 +121,48 @@ HABITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HABITS)
-def test_a_habit(name: str) -> None:
+def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A plain pipeline and an optimised one, with the same weights, and the arguments of a call."""
+    (plain, call), (pipe, _) = made(name), made(name)
+    return plain, toca_compile.optimize(pipe, FullCompute(), lowering="eager"), call
+
+
+shared = functools.cache(pair)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """What Dynamo made of a pipeline stays until the last habit."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _emptied() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    shared.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.xdist_group(f"habits of {h.pipeline}")) for n, h in HABITS.items()]
+)
+def test_a_habit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it changes no weight, one trace serves all habits of a pipeline."""
     habit = HABITS[name]
-    pipe, call = made(habit.pipeline)
-    habit.prepare(pipe)
+    plain, pipe, call = pair(habit.pipeline) if habit.prepare is ip_adapter else shared(habit.pipeline)
     call = {k: v for k, v in {**call, **habit.call}.items() if k not in habit.without}
-    plain = run(pipe, call, 6)
-    toca_compile.optimize(pipe, FullCompute(), lowering="eager")
-    assert torch.equal(run(pipe, call, 6), plain)
+    for prepared in (plain, pipe):
+        monkeypatch.setattr(prepared, "scheduler", prepared.scheduler)
+        habit.prepare(prepared)
+    wanted = run(plain, call, 6)
+    pipe.transformer.policy = FullCompute()
+    assert torch.equal(run(pipe, call, 6), wanted)
     assert kinds(pipe)[0] == ["f" * len(planned) for planned in habit.planned]
     pipe.transformer.policy = Fora(50, 3)
     first = run(pipe, call, 6)
     assert tuple(kinds(pipe)[0]) == habit.planned
-    assert not torch.equal(first, plain)
+    assert not torch.equal(first, wanted)
     assert torch.equal(run(pipe, call, 6), first)
     assert pipe.transformer.cache_bytes == 0
 
@@ -278,3 +307,7 @@ def test_under_autocast(name: str) -> None:
             assert torch.equal(run(pipe, call, 6), first)
             assert pipe.transformer.cache_bytes == 0
     assert not torch.equal(first, plain)
+    # Also where the stream is cast for each addition.
+    assert {"FLUX": "parallel", "SD3": "joint_attention", "Wan": "self_attention"}[name] in {
+        site.kind for site in toca_compile.explain(pipe).sites
+    }

@@ -1,5 +1,6 @@
 """Anchors: the published predictors as weights of kept values, equal to their literal forms, exact where they must be."""
 
+import cmath
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,15 @@ from tests.models import PlainDiT, randomize
 from tests.oracles import anchors as literal
 from tests.sampling import noise, sample
 from toca_compile import Composition, PolicyError, TaylorSeer
-from toca_compile.ir.anchors import Ring, Weights
+from toca_compile.ir.anchors import AHEAD, Ring, Weights
 from toca_compile.ir.history import Past
 from toca_compile.ir.state import Number
 from toca_compile.lowerings import inductor
-from toca_compile.ops import series
+from toca_compile.ops import dynamics, series
 from toca_compile.policies import (
     Anchors,
     Chebyshev,
+    Dmd,
     Every,
     Foca,
     Hermite,
@@ -66,6 +68,114 @@ def test_equal_to_its_literal_form(by: Weights, predict: Any, kept: int, blocks:
     assert toca_compile.explain(opt).schedule == "".join(
         "F" if i in UNEVEN else "S" if blocks else "T" for i in range(14)
     )
+
+
+EVEN = (0, 3, 6, 9)
+
+
+@pytest.mark.parametrize("full", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["sites", "blocks"])
+@pytest.mark.parametrize("kept", [2, 3, 4])
+def test_measured_weights_equal_their_literal_form(kept: int, blocks: bool, full: tuple[int, ...]) -> None:
+    do, ridge = Anchors(Dmd(1e-4), kept), 1e-4
+    model = randomize(PlainDiT((4, 4), width=8, depth=2))
+    opt = toca_compile.optimize(model, composition(full, SkipBlocks(do=do) if blocks else do), lowering="eager")
+    oracle = literal.AnchorOracle(model, full, kept, literal.dmd(ridge), blocks=blocks)
+    x = noise(2, (4, 4), seed=3)
+    expected = sample(oracle, 14, x)
+    torch.testing.assert_close(sample(opt, 14, x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    reused = literal.AnchorOracle(model, full, kept, lambda anchors, step: anchors[-1][1], blocks=blocks)
+    assert not torch.allclose(expected, sample(reused, 14, x), rtol=1e-3, atol=1e-3)
+
+
+def forecast(
+    values: Sequence[torch.Tensor], full: Sequence[int], kept: int, ahead: Sequence[int]
+) -> list[torch.Tensor]:
+    """What the graphs do, on values of the full steps: forecasts so many steps after the last."""
+    ring = Ring(kept, by=Dmd(1e-11))
+    output, before = torch.zeros_like(values[0]), torch.zeros(kept - 1, *values[0].shape)
+    past = Past()
+    for at, value in zip(full, values, strict=True):
+        numbers = ring.numbers(past, at, 0)
+        place, even, gap = (numbers[Number.KEEP, i] for i in range(3))
+        series.store_at_(before, place, output)
+        output = value
+        table = dynamics.dmd(dynamics.gram(output, before), place, even, gap, AHEAD, 1e-11)
+        past = Past((*past.full, at)[-kept:], past.times + 1, 0)
+    assert table.isfinite().all()
+    rows = [dynamics.weights_at(table, ring.numbers(past, full[-1] + r, 0)[Number.MOVE, 0]) for r in ahead]
+    kinds = (output, *before)
+    return [torch.stack([dynamics.weighted_by(v, row, i) for i, v in enumerate(kinds)]).sum(0) for row in rows]
+
+
+@given(st.data(), st.integers(2, 5), st.integers(1, 6), st.integers(0, 3), st.integers(1, 3))
+def test_a_sum_of_exponentials_goes_on(data: st.DataObject, kept: int, gap: int, more: int, seed: int) -> None:
+    """Fewer of them than values are kept, each by itself or in a pair that turns, at any step after the last."""
+    count, turns = data.draw(st.integers(1, kept - 1)), data.draw(st.booleans())
+    # Apart, so that single precision can tell them apart.
+    sizes = [1.05 - 0.3 * i - data.draw(st.floats(0, 0.1)) for i in range(count)]
+    angle = data.draw(st.floats(0.4, 1.2)) if turns and count > 1 else 0.0  # of the first two, a pair
+    factors = [size * cmath.exp(1j * angle * (i == 0)) for i, size in enumerate(sizes) if not (angle and i == 1)]
+    full = [gap * i for i in range(kept + more)]
+    r = torch.Generator().manual_seed(seed)
+    # Modes that are at right angles to each other; a pair's are the real and the imaginary part of one.
+    modes = torch.linalg.qr(torch.randn(40, count, generator=r, dtype=torch.float64))[0]
+
+    def value(step: float) -> torch.Tensor:
+        total, used = torch.zeros(40, dtype=torch.float64), 0
+        for f in factors:
+            at = f ** ((step - full[-kept]) / gap)
+            total, used = total + at.real * modes[:, used], used + 1
+            if f.imag:
+                total, used = total + at.imag * modes[:, used], used + 1
+        return total.float()
+
+    ahead = range(1, gap + 2)
+    for r_, told_ in zip(ahead, forecast([value(s) for s in full], full, kept, ahead), strict=True):
+        torch.testing.assert_close(
+            told_, value(full[-1] + r_), rtol=0, atol=1e-4 * float(value(full[-kept]).abs().max())
+        )
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -1.0, 1e-30], ids=["constant", "zero", "alternating", "vanishing"])
+@pytest.mark.parametrize("full", [(4,), (0, 3, 6, 9), (0, 1, 5), (0, 40)], ids=["one", "even", "uneven", "far"])
+def test_what_cannot_be_told_is_repeated(full: tuple[int, ...], factor: float) -> None:
+    """Values of which one follows from another, single ones, none at all: the last one, and not what no number is."""
+    values = [factor**i * torch.arange(1.0, 21) for i in range(len(full))]
+    for told_ in forecast(values, full, 4, range(1, 70, 4)):
+        if factor != 1e-30:
+            torch.testing.assert_close(told_, values[-1], rtol=1e-4, atol=1e-6)
+        else:
+            assert told_.isfinite().all()
+
+
+@pytest.mark.inductor
+def test_no_recompile_for_measured_weights() -> None:
+    """The table is made and read by one variant each."""
+    models = [randomize(PlainDiT((4, 4), width=8, depth=2)) for _ in range(2)]
+    policy = composition(UNEVEN, Anchors(Dmd(1e-4), 3))
+    opt = toca_compile.optimize(models[0], policy)
+    x = noise(1, (4, 4))
+    sample(opt, 6, x)
+    before = inductor.compiles
+    result = sample(opt, 14, x)
+    opt.policy = composition(EVEN, Anchors(Dmd(1e-4), 3))
+    sample(opt, 14, x)
+    assert inductor.compiles == before
+    eager = toca_compile.optimize(models[1], policy, lowering="eager")
+    torch.testing.assert_close(result, sample(eager, 14, x), rtol=1e-3, atol=1e-3)
+
+
+def test_measured_weights_stay_on_the_device() -> None:
+    """On meta tensors there is no value to read: a step that asked for one would fail."""
+    with torch.device("meta"):
+        ghost = PlainDiT((4, 4), width=8, depth=2).eval()
+        inputs = noise(1, (4, 4)).to("meta"), torch.empty(1), torch.empty(1, dtype=torch.long)
+    for do in (Anchors(Dmd(), 3), SkipBlocks(do=Anchors(Dmd(), 3))):
+        opt = toca_compile.optimize(ghost, composition(EVEN, do), lowering="eager")
+        with torch.no_grad():
+            for _ in range(14):
+                assert opt(*inputs).shape == inputs[0].shape
 
 
 def told(ring: Ring, values: torch.Tensor, full: Sequence[int], step: int) -> torch.Tensor:
@@ -161,6 +271,7 @@ def test_no_recompile_for_other_weights() -> None:
         (lambda: Anchors(Polynomial(), 0), "kept"),
         (lambda: Anchors("newton"), "by"),
         (lambda: Hermite(0.0), "scale"),
+        (lambda: Dmd(0.0), "ridge"),
         (lambda: SkipBlocks(order=1, do=Anchors(Polynomial())), "without order"),
         (lambda: SkipBlocks(do=Partial()), "reuses or forecasts"),
     ],
@@ -183,5 +294,7 @@ def test_tokens_with_a_history_of_their_own_cannot_be_anchors() -> None:
 def test_a_file_holds_them_and_a_run_sets_its_steps() -> None:
     policy = composition((0, 4), SkipBlocks(do=Anchors(Chebyshev(num_steps=50), 6)), 8)
     assert from_data(as_data(policy)) == policy
+    measured = composition((0, 4), Anchors(Dmd(1e-6), 6), 8)
+    assert from_data(as_data(measured)) == measured
     (rule,) = policy.for_run(30, True).rules
     assert rule.do == SkipBlocks(do=Anchors(Chebyshev(num_steps=30), 6))

@@ -1,18 +1,20 @@
 """Anchors: a forecast that is a weighted sum of the last full steps' values, h(s) = Σ wᵢ · hᵢ.
 
 The values are kept as they are, in a ring; the weights are host numbers of the step, worked out from the steps' real
-distances. So one compiled variant serves every rule for the weights, and gaps may be uneven.
+distances. So one compiled variant serves every rule for the weights, and gaps may be uneven. Weights that follow from
+the values themselves lie beside the ring as a table, of which each step reads a row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.fields import Dtype, Family, Whole
+from toca_compile.ir.fields import Number as NumberField
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
 from toca_compile.ir.state import Number
@@ -21,6 +23,8 @@ from toca_compile.ir.types import StepKind
 ONE = 1 << 32
 """Weights are handed over as whole multiples of 2⁻³²: a whole number may change without a recompile."""
 MAX_ANCHORS = 32
+AHEAD = 64
+"""For how many steps after a full one there are weights that follow from the values."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,26 @@ class Weights(Family):
 
 
 @dataclass(frozen=True)
+class Measured(Weights):
+    """Weights that follow from the anchors' products with one another, for evenly spaced ones. They are worked out on
+    the device at each full step, so that no value is read on the host.
+
+    Attributes:
+        op: a ``toca::`` op that makes the table ``[ahead, kept]`` of them, called as ``dmd`` in ``ops/dynamics.py``.
+        ridge: ρ, relative to the largest product: what is smaller than its root is taken for noise.
+    """
+
+    op: ClassVar[str]
+    ridge: Annotated[float, NumberField(0, 1, above=True)] = 1e-8
+
+    def weights(self, full: Sequence[int], step: int) -> list[float]:
+        return [0.0] * (len(full) - 1) + [1.0]  # where the last value is all that is kept
+
+
+@dataclass(frozen=True)
 class Ring(History):
     """The values of the last ``kept`` full steps: the last one in the output's own buffer, those before it in a ring,
-    one tensor ``[kept − 1, …]``."""
+    one tensor ``[kept − 1, …]``; and a float32 table ``[AHEAD, kept]`` of ``measured`` weights."""
 
     kept: int
     dtype: Annotated[torch.dtype, Dtype()] | None = None
@@ -53,11 +74,17 @@ class Ring(History):
     def moves(self) -> bool:
         return True
 
+    @property
+    def measured(self) -> Measured | None:
+        """The rule, if it needs the values."""
+        return self.by if isinstance(self.by, Measured) and self.kept > 1 else None
+
     def why_not_by_token(self) -> str | None:
         return "a forecast by differences"
 
     def buffers(self, like: torch.Tensor) -> list[torch.Tensor]:
-        return [like.new_empty([self.kept - 1, *like.shape])] if self.kept > 1 else []
+        ring = [like.new_empty([self.kept - 1, *like.shape])] if self.kept > 1 else []
+        return [*ring, like.new_empty([AHEAD, self.kept], dtype=torch.float32)] if self.measured else ring
 
     def written(self, like: torch.Tensor, made: int) -> int:
         return len(self.buffers(like))
@@ -66,6 +93,8 @@ class Ring(History):
         slots = self.kept - 1
         # Where the value goes that this step, if it computes all, pushes out of the output's buffer.
         numbers: Numbers = {(Number.KEEP, 0): (past.times - 1) % slots if slots else 0}
+        if self.measured is not None:
+            return numbers | self._spacing(past, step)
         numbers |= {(Number.MOVE, i): 0 for i in range(self.kept)}
         if self.by is None or not past.full:
             return numbers
@@ -75,13 +104,28 @@ class Ring(History):
             numbers[Number.MOVE, place] = round(weight * ONE)
         return numbers
 
+    def _spacing(self, past: Past, step: int) -> Numbers:
+        """How many of the last values are evenly spaced if this step computes all, and how far; else which row of the
+        table it reads."""
+        full = [*past.full, step][-self.kept :]
+        gap, even = full[-1] - full[-2] if len(full) > 1 else 1, 1
+        while even < len(full) and full[-even] - full[-even - 1] == gap:
+            even += 1
+        # One value alone is repeated, as is the last row of the table.
+        alone = gap > AHEAD // 2
+        return {
+            (Number.KEEP, 1): 1 if alone else even,
+            (Number.KEEP, 2): 1 if alone else gap,
+            (Number.MOVE, 0): max(0, min(step - past.since, AHEAD) - 1),
+        }
+
     def joined(self, other: History) -> History:
         if isinstance(other, Ring) and other.by != self.by:
             raise PolicyError("a site is forecast by two rules for its anchors' weights: choose one")
         return super().joined(other)
 
     def form(self) -> History:
-        return replace(self, by=None)
+        return self if self.measured else replace(self, by=None)
 
 
 @register

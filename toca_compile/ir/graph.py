@@ -36,6 +36,11 @@ def operand_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def uncast(node: fx.Node) -> fx.Node | None:
+    """What a cast casts; None of other nodes. Models in half precision add to the stream in float32, and cast back."""
+    return operand_nodes(node)[0] if node.target is torch.ops.aten._to_copy.default else None
+
+
 def ancestors(
     roots: Iterable[fx.Node], stop: Iterable[fx.Node] = (), within: Callable[[fx.Node], Any] | None = None
 ) -> set[fx.Node]:

@@ -2,7 +2,7 @@
 
 from toca_compile.ir.plan import Selector
 from toca_compile.ir.registry import import_files, register
-from toca_compile.policies.anchors import Anchors, Chebyshev, Foca, Hermite, Polynomial, Taylor
+from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.composition import (
     Composition,
@@ -35,6 +35,7 @@ __all__ = [
     "Chebyshev",
     "Composition",
     "Compute",
+    "Dmd",
     "DuCa",
     "EndAligned",
     "Every",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import factorial
 from typing import Annotated
 
-from toca_compile.ir.anchors import Anchors, Weights
+from toca_compile.ir.anchors import Anchors, Measured, Weights
 from toca_compile.ir.fields import Fraction, Number, Steps, Whole
 from toca_compile.ir.registry import register
 
@@ -135,6 +135,18 @@ class Chebyshev(Weights):
         return values[: self.degree + 1]
 
 
+@register
+@dataclass(frozen=True)
+class Dmd(Measured):
+    """Dynamic mode decomposition, as cache-dit's calibrator has it: the kept values as a sum of exponentials, each of
+    which goes on. Exact where they are that, with fewer exponentials than values, of which none turns by a quarter
+    circle or more from one full step to the next. The values count from the last on as far as they are evenly spaced
+    (by at most 32 steps); where nothing can be told, the last is repeated. One decomposition is of the whole batch.
+    """
+
+    op = "dmd"
+
+
 def _slopes(full: Sequence[int]) -> list[Vector]:
     """D⁰ … of the last anchor, Dⁱ⁺¹ = (Dⁱ − Dⁱ of the anchor before) / steps between them, as far as there are
     anchors."""
@@ -165,4 +177,4 @@ def _solved(matrix: list[Vector], right: Vector) -> Vector:
     return [rows[i][size] / rows[i][i] for i in range(size)]
 
 
-__all__ = ["Anchors", "Chebyshev", "Foca", "Hermite", "Polynomial", "Taylor"]
+__all__ = ["Anchors", "Chebyshev", "Dmd", "Foca", "Hermite", "Polynomial", "Taylor"]
