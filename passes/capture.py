@@ -31,7 +31,6 @@ from toca_compile.passes.infer_axes import call_of
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
-
 higher_order = torch.ops.higher_order
 
 # What runs a graph inside the graph, and where among its arguments those of that graph begin. Without gradients a

@@ -15,6 +15,7 @@ from tests.programs import tiny_program
 from tests.runs import kinds, optimized
 from tests.sampling import noise
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa
+from toca_compile.ir.program import GraphPlan
 from toca_compile.ir.state import Number
 from toca_compile.policies import Composition, Every, Queries, Rule, Share
 from toca_compile.runtime.schedule import Schedule
@@ -95,7 +96,7 @@ def test_forecasts_of_a_graph_that_came_late() -> None:
     """They go as far back as it was there, whatever the plan says of steps before."""
     program = tiny_program()
     site = program.sites[0]
-    late = Schedule(program, TaylorSeer(12, 2, 2).plan(program.sites), start=5)
+    late = Schedule(program, GraphPlan(TaylorSeer(12, 2, 2).plan(program.sites)), start=5)
     moves = {
         step: [late.number(step, site, Number.MOVE, order) for order in (1, 2)]
         for step in range(5, 12)
@@ -111,7 +112,7 @@ def test_forecasts_of_a_graph_that_came_late() -> None:
 
 def test_an_endless_plan_goes_on_in_its_last_row() -> None:
     program = tiny_program()
-    late = Schedule(program, replace(Fora(4, 4).plan(program.sites), endless=True), start=9)
+    late = Schedule(program, GraphPlan(replace(Fora(4, 4).plan(program.sites), endless=True)), start=9)
     assert late.steps is None
     assert len(late.rows) == 11
     assert ["full" if row[0].dense else row[0].word for row in late.rows[8:]] == ["reuse", "full", "reuse"]

@@ -57,3 +57,10 @@ def test_steps_that_differ_in_numbers_alone_run_the_same_calls(program: Program)
     forms = {tuple(call.variant for call in calls) for calls in schedule.calls}
     assert len({id(calls) for calls in schedule.calls}) == len(forms)
     assert len(forms) < len(set(schedule.rows))  # tokens change from step to step
+
+
+def test_a_graph_that_comes_late_keeps_what_it_computes_first(program: Program) -> None:
+    planned = check_plan(BlockCache(8, first=1, interval=4), program, print)
+    late = Schedule(program, planned, start=2)
+    assert told(late.calls[2]) == ["[]", "[0, 1]", "[2, 3]", "keep"]
+    assert told(late.calls[3]) == ["[]", "[0, 1]", "skip"]
