@@ -173,13 +173,32 @@ class Doubled(nn.Linear):
         return doubled(super().forward(x))
 
 
-def test_an_op_without_a_rule_is_named_where_it_hides_all_sites() -> None:
+def test_an_op_without_a_rule_is_named_at_every_site_that_it_stops() -> None:
     model = randomize(PlainDiT())
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Doubled
-    with torch.no_grad(), pytest.raises(NoSiteError, match=r"toca_tests\.doubled\.default") as error:
-        call(toca_compile.optimize(model, POLICY, lowering="eager"))
+    opt = toca_compile.optimize(model, POLICY, lowering="eager")
+    with torch.no_grad():
+        call(opt)
+    sites = toca_compile.explain(opt).sites
+    assert sites
+    assert all("toca_tests.doubled.default has no rule (test_errors.py:" in str(site.reason) for site in sites)
+
+
+@torch.library.custom_op("toca_tests::attended", mutates_args=())
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of another library."""
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+attended.register_fake(lambda q, k, v: torch.empty_like(q))
+
+
+def test_an_op_without_a_rule_is_named_where_it_hides_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attended)
+    with torch.no_grad(), pytest.raises(NoSiteError, match=r"toca_tests\.attended\.default") as error:
+        call(toca_compile.optimize(randomize(PlainDiT()), POLICY, lowering="eager"))
     assert "right module" not in str(error.value)
 
 

@@ -60,6 +60,8 @@ def narrowed(
 ) -> dict[fx.Node, Piece]:
     """The pieces of linear layers that a variant computes for all tokens and needs not all of. ``kept``: values that
     later steps take from the cache, as they are."""
+    if all(form.action.dense for form in forms):
+        return {}  # a full step is the model's own, to the last bit
     needed = needed_nodes(segment, sites, forms)
     does = [(site, form.action) for site, form in zip(sites, forms, strict=True)]
     read = {i for site, action in does for n in action.rows(site) for i in n.all_input_nodes}

@@ -13,7 +13,7 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import FullCompute
-from toca_compile.lowerings import inductor
+from toca_compile.lowerings import artifacts, inductor
 
 
 class Artifact:
@@ -32,6 +32,7 @@ class Artifact:
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inductor, "_compile", Artifact)
+    monkeypatch.setattr(artifacts, "enabled", lambda: False)  # nor read from what another process left
     inductor.clear()
     Artifact.made.clear()
     yield

@@ -25,6 +25,7 @@ from toca_compile.policies import (
     BlockCache,
     Chebyshev,
     Composition,
+    Dmd,
     DuCa,
     EndAligned,
     Every,
@@ -157,7 +158,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 PARTS = [
     FullCompute(), Fora(), ToCa(), DuCa(), TaylorSeer(), TaylorToCa(), BlockCache(), Composition(), RatioSchedule(), Selector(), Share(),
     Rule(Reuse()), Reuse(), Forecast(), Partial(), Queries(), SkipBlocks(), Every(), Periodic(), IntervalFunction(), Spread(),
-    Listed((0,)), EndAligned(), Adaptive(), Level(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(),
+    Listed((0,)), EndAligned(), Adaptive(), Level(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(), Dmd(),
 ]  # fmt: skip
 
 
