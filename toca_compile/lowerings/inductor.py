@@ -8,17 +8,22 @@ layers that are the same block, two models of one architecture, and two policies
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config, standalone_compile
+from torch._inductor.dependencies import StarDep, WeakDep
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.scheduler import SchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._ordered_set import OrderedSet
 
 from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
@@ -114,8 +119,26 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
             symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
             values.append(env.create_symintnode(symbol, hint=example, source=source))
     own = fx.GraphModule(module, _with_values(module.graph, values))
-    with tracing(TracingContext(mode)):
+    with _order_kept(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
+
+
+@contextmanager
+def _order_kept() -> Iterator[None]:
+    """torch 2.11 forgets, where it fuses loops for a CPU, that a buffer is overwritten after it was read, and may turn
+    the two about (pytorch/pytorch#177816): there a node is given back what it must wait for."""
+    recompute = SchedulerNode.recompute_size_and_body
+    if torch.torch_version.TorchVersion(torch.__version__) >= "2.12":
+        yield
+        return
+
+    def recomputed(self: SchedulerNode, *args: Any, **kwargs: Any) -> None:
+        waits_for = [dep for dep in self.read_writes.reads if isinstance(dep, WeakDep | StarDep)]
+        recompute(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.with_read(OrderedSet(waits_for)).rename(self.mutation_renames))
+
+    with patch.object(SchedulerNode, "recompute_size_and_body", recomputed):
+        yield
 
 
 def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
