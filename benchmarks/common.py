@@ -102,9 +102,9 @@ def save(name: str, device: str, sections: Mapping[str, Sequence[Mapping[str, An
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    noise = max([before.pop("noise", 0.0), *([statistics.median(_SPREADS)] if _SPREADS else [])])
+    noise, earlier = statistics.median(_SPREADS or [0.0]), before.pop("noise", 0.0)
     if before.pop("hardware", None) == hardware(device):
-        sections = {**before, **sections}
+        noise, sections = max(noise, earlier), {**before, **sections}
     path.write_text(json.dumps({"hardware": hardware(device), "noise": noise, **sections}, indent=1) + "\n")
     text = f"# {name}\n\nMeasured on: {hardware(device)}.\n"
     for title, rows in sections.items():

@@ -30,7 +30,7 @@ def key_of(section: str, row: Row) -> tuple[str, ...]:
 def is_measured(name: str, value: Any) -> bool:
     """Whether a column holds a measurement."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and not any(word in name.split() or word == name for word in DESCRIBES)
+    return number and not set(name.split()) & set(DESCRIBES)
 
 
 def rows_of(results: dict[str, Any]) -> dict[tuple[str, ...], Row]:
@@ -51,9 +51,9 @@ def moved(old: dict[str, Any], new: dict[str, Any], noise: float) -> Iterator[st
             now = after[key].get(column)
             if not is_measured(column, was) or not is_measured(column, now):
                 continue
-            change = abs(now - was) / max(abs(was), 1e-12)
-            if change > noise:
-                yield f"{name}: {column} {was:.4g} → {now:.4g} ({now / was - 1:+.1%})" if was else f"{name}: {column}"
+            if abs(now - was) > noise * abs(was):
+                change = f" ({now / was - 1:+.1%})" if was else ""
+                yield f"{name}: {column} {was:.4g} → {now:.4g}{change}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,16 +12,14 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import fx
 
-from toca_compile.ir.graph import CAPTURED_AS
+from toca_compile.ir.graph import CAPTURED_AS, value_of
 from toca_compile.ir.program import Form, Segment
 from toca_compile.ir.types import AxisTypes, Site
-from toca_compile.passes.variants.needed import needed_nodes
 
 aten = torch.ops.aten
 _TOLD = (CAPTURED_AS, "stack_trace", "nn_module_stack")
@@ -50,25 +48,33 @@ def pieces(
         own = {value: piece for cut in cuts for value, piece in (cut or {}).items()}
         if None in cuts or whole & {*users, *own}:
             continue
-        if sum(p.size for p in own.values()) < node.meta["val"].shape[-1]:
+        if sum(p.size for p in own.values()) < value_of(node).shape[-1]:
             found |= own
     return found
 
 
 def narrowed(
-    segment: Segment, sites: Sequence[Site], forms: Sequence[Form], types: AxisTypes, kept: Iterable[fx.Node] = ()
+    segment: Segment,
+    sites: Sequence[Site],
+    forms: Sequence[Form],
+    types: AxisTypes,
+    needed: AbstractSet[fx.Node],
+    kept: Iterable[fx.Node] = (),
 ) -> dict[fx.Node, Piece]:
-    """The pieces of linear layers that a variant computes for all tokens and needs not all of. ``kept``: values that
-    later steps take from the cache, as they are."""
+    """The pieces of linear layers that a variant computes for all tokens and needs not all of. ``needed``: what it
+    computes so; ``kept``: values that later steps take from the cache, as they are."""
     if all(form.action.dense for form in forms):
         return {}  # a full step is the model's own, to the last bit
-    needed = needed_nodes(segment, sites, forms)
     does = [(site, form.action) for site, form in zip(sites, forms, strict=True)]
     read = {i for site, action in does for n in action.rows(site) for i in n.all_input_nodes}
     own = {site.output for site in sites}.union(kept, *(action.stale(site) for site, action in does))
-    # What is read of a layer as a whole; a slice of it that is read is still a slice.
-    cut_up = {n for n in read.union(segment.outputs) if n.target is aten.linear.default or not _is_tensor(n)}
-    return pieces(needed, types, own | cut_up)
+    # Of a layer that is read as a whole nothing is left out; a slice of it that is read is still a slice.
+    layers = {
+        n
+        for n in read.union(segment.outputs)
+        if n.target is aten.linear.default or isinstance(value_of(n), tuple | list)
+    }
+    return pieces(needed, types, own | layers)
 
 
 def emit_pieces(
@@ -100,20 +106,16 @@ def by_linear(narrow: Mapping[fx.Node, Piece]) -> dict[fx.Node, dict[fx.Node, Pi
     return found
 
 
-def _runs(own: Mapping[fx.Node, Piece]) -> Iterable[list[tuple[fx.Node, Piece]]]:
+def _runs(own: Mapping[fx.Node, Piece]) -> list[list[tuple[fx.Node, Piece]]]:
     """Pieces in order, as runs in which each begins where the one before it ends."""
-    ordered = sorted(own.items(), key=lambda item: item[1].start)
-    gaps: list[int] = []
-    end = 0
-    for _, piece in ordered:
-        gaps.append((gaps[-1] if gaps else 0) + (piece.start != end))
+    runs: list[list[tuple[fx.Node, Piece]]] = []
+    end = None
+    for value, piece in sorted(own.items(), key=lambda item: item[1].start):
+        if piece.start != end:
+            runs.append([])
+        runs[-1].append((value, piece))
         end = piece.start + piece.size
-    for _, run in groupby(zip(gaps, ordered, strict=True), key=lambda item: item[0]):
-        yield [item for _, item in run]
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+    return runs
 
 
 def _cut(linear: fx.Node, user: fx.Node, rows: AbstractSet[fx.Node], types: AxisTypes) -> dict[fx.Node, Piece] | None:

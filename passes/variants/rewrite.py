@@ -64,9 +64,10 @@ def _emitted(builder: SegmentBuilder) -> Variant:
     stale = {n: Slot(State.STALE_INPUT, i, j) for i, s, form in sites for j, n in enumerate(form.action.stale(s))}
     kept = [(node, slot) for i, site, form in sites for node, slot in _kept_inside(i, site, form)]
     needed = needed_nodes(builder.segment, builder.sites, builder.forms, dense=builder.dense)
-    narrow = {} if builder.dense else by_linear(
-        narrowed(builder.segment, builder.sites, builder.forms, builder.types, [node for node, _ in kept])
-    )  # fmt: skip
+    narrow = {}
+    if not builder.dense:
+        held = [node for node, _ in kept]
+        narrow = by_linear(narrowed(builder.segment, builder.sites, builder.forms, builder.types, needed, held))
     for node in builder.segment.nodes:
         if node not in needed or node in builder.env or narrow.keys() & set(node.all_input_nodes):
             continue

@@ -142,7 +142,7 @@ class CostModel:
         apart = {site.output for site, action in zip(sites, actions, strict=True) if not action.dense}
         # The published rules count all of a conditioning layer, of which a step may compute a part.
         published = self.counting == "published"
-        share = {} if published else _shares(narrowed(segment, sites, forms, self.types))
+        share = {} if published else _shares(narrowed(segment, sites, forms, self.types, needed))
         whole = sum((share.get(n, 1) * self._node(n) for n in needed - apart), sympy.Integer(0))
         parts: list[tuple[sympy.Expr, int | None]] = [(whole, None)]
         for i, (site, action) in enumerate(zip(sites, actions, strict=True)):

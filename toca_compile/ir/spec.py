@@ -37,9 +37,7 @@ class AxisSpec:
     mixed: frozenset[str] = frozenset()
     concat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
-    because: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of a mixed label: what the op does, where that can be said
+    because: Mapping[str, str] = field(default_factory=dict)  # of a mixed label: what the op does, if that can be said
 
     def __post_init__(self) -> None:
         for dims in (*self.operands, *self.results):

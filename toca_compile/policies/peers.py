@@ -125,8 +125,8 @@ class DBCacheConfig(Peer):
         "warmup_interval": "steps_computation_mask lists the computed steps",
         "max_cached_steps": "steps_computation_mask lists the computed steps",
         "force_refresh_step_hint": "opt.reset() begins a new run",
-        "enable_dmd": "SkipBlocks(do=Anchors(…)) in a Composition forecasts from the last full steps",
-        "enable_foca": "SkipBlocks(do=Anchors(Foca())) in a Composition does it",
+        "enable_dmd": "SkipBlocks(do=Anchors(Dmd(), 6)) in a Composition does it",
+        "enable_foca": "SkipBlocks(do=Anchors(Foca(), 3)) in a Composition does it",
     }
 
     def check(self) -> None:
@@ -199,7 +199,8 @@ _NUM_STEPS = ("num_inference_steps", "num_sampling_steps", "num_steps")
 _NEAREST = {
     "PyramidAttentionBroadcastConfig": "Composition(when=Periodic(2), rules=(Rule(Compute(), kinds=('mlp',)),)) reuses "
     "attention at every second step, whatever the timestep",
-    "FasterCacheConfig": "the same, or a level, such as 'balanced'",
+    "FasterCacheConfig": "a level, such as 'balanced', forecasts what all blocks add; a Composition with Periodic(2) "
+    "and Rule(Compute(), kinds=('mlp',)) reuses attention at every second step",
     "MagCacheConfig": "BlockCache(threshold=…) decides by what the first blocks do, without calibration",
     "SeaCacheConfig": "BlockCache(threshold=…, order=1) decides by what the first blocks do",
 }
@@ -220,8 +221,7 @@ def from_dict(given: Mapping[str, Any]) -> Policy:
     fields = {str(key).lstrip("-").replace("-", "_"): value for key, value in given.items()}
     if set(fields) == {"cache_config"} and isinstance(fields["cache_config"], Mapping):
         return from_dict(fields["cache_config"])
-    steps = [fields.pop(name) for name in _NUM_STEPS if fields.get(name) is not None]
-    fields = {name: value for name, value in fields.items() if name not in _NUM_STEPS}
+    fields, steps = _without_steps(fields)
     fitting = [peer for peer in PEERS if fields and fields.keys() <= _defaults(peer).keys()]
     if not fitting:
         known = max(PEERS, key=lambda peer: len(fields.keys() & _defaults(peer).keys()))
@@ -232,7 +232,7 @@ def from_dict(given: Mapping[str, Any]) -> Policy:
                 f"fields of {', '.join(peer.__name__ for peer in PEERS)} are known"
             )
         raise PolicyError(f"{known.__name__} has no field {strange[0]!r}; it has {', '.join(_defaults(known))}")
-    return _read(fitting[0], fields, *steps[:1])
+    return _read(fitting[0], fields, steps)
 
 
 def from_config(config: Any) -> Policy | None:
@@ -248,19 +248,23 @@ def from_config(config: Any) -> Policy | None:
             raise PolicyError(f"{name} has no counterpart here: {_NEAREST[name]}")
         return None
     # A field of a later version that was left as it is changes nothing.
-    given = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in _defaults(peer) or field.name in _NUM_STEPS or getattr(config, field.name) != field.default
-    }
-    steps = [given.pop(name) for name in _NUM_STEPS if given.get(name) is not None]
-    return _read(peer, {k: v for k, v in given.items() if k not in _NUM_STEPS}, *steps[:1])
-
-
-def _read(peer: type[Peer], fields: Mapping[str, Any], num_steps: Any = 50) -> Policy:
-    strange = [name for name in fields if name not in _defaults(peer)]
+    known = {*_defaults(peer), *_NUM_STEPS}
+    given = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
+    set_here = {n: value for n, (value, default) in given.items() if n in known or value != default}
+    fields, steps = _without_steps(set_here)
+    strange = [n for n in fields if n not in known]
     if strange:
-        raise PolicyError(f"{peer.__name__}: {strange[0]} is not known here and has been set")
+        raise PolicyError(f"{name}: {strange[0]} is not known here and has been set")
+    return _read(peer, fields, steps)
+
+
+def _without_steps(fields: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Fields without the number of steps, and that."""
+    steps = next((fields[name] for name in _NUM_STEPS if fields.get(name) is not None), 50)
+    return {name: value for name, value in fields.items() if name not in _NUM_STEPS}, steps
+
+
+def _read(peer: type[Peer], fields: Mapping[str, Any], num_steps: Any) -> Policy:
     plain = {name: _plain(value) for name, value in fields.items()}
     try:
         return peer(**plain).policy(accept(Steps, num_steps, "num_inference_steps"))
