@@ -44,7 +44,8 @@ def _fused(node: fx.Node, types: AxisTypes) -> Attention:
     query, key, value = operand_nodes(node)[:3]
     q, k = types.type_of(query), types.type_of(key)
     lead = tuple(f for dim in q[:-2] for f in dim)
-    return Attention(node, q[-2], k[-2], lead, (query, key, value), value=value)
+    plain = node.target is aten.scaled_dot_product_attention.default  # of others no pass can tell the weights
+    return Attention(node, q[-2], k[-2], lead, (query, key, value) if plain else (), value=value)
 
 
 def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:

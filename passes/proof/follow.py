@@ -59,6 +59,7 @@ class Walk:
         joins: the concatenations that end one, and the operand that it is.
         parts: the values that are one part of the whole, and which: start and size.
         unions: the concatenations of all parts: of each operand, in order, which part it is.
+        placed: the ops that must be told which tokens they are given.
         visited: the ops that the factor passes.
         seen: for every value asked for, in which window, and which part.
     """
@@ -69,6 +70,7 @@ class Walk:
     joins: dict[fx.Node, fx.Node] = field(default_factory=dict)
     parts: dict[fx.Node, Window] = field(default_factory=dict)
     unions: dict[fx.Node, tuple[tuple[fx.Node, Window], ...]] = field(default_factory=dict)
+    placed: set[fx.Node] = field(default_factory=set)
     visited: set[fx.Node] = field(default_factory=set)
     seen: dict[fx.Node, tuple[Window | None, Window | None]] = field(default_factory=dict)
 
@@ -130,7 +132,8 @@ class _Follow:
         label = label_at(self.types, node, spec.results[result], at)
         parts = spec.concat.get(label[0], ()) if label is not None else ()
         joined = len(parts) == 1 or (parts and (window is not None or part is None))
-        passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined)
+        placed = label is not None and label[0] in spec.placed and self.walk.whole is not None
+        passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined or placed)
         if label is None or not passes:
             if label is None or label[0] not in spec.mixed:
                 return Blocked(node, "rearranges the tokens")
@@ -139,6 +142,8 @@ class _Follow:
             return twice
         if result == 0:
             self.place[node] = at
+        if placed:
+            self.walk.placed.add(node)
         return None
 
     def operands(self, node: fx.Node, pending: set[fx.Node]) -> Blocked | None:

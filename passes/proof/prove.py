@@ -56,6 +56,7 @@ def prove(
         joins=dict(walk.joins),
         parts=dict(walk.parts),
         unions=dict(walk.unions),
+        placed=frozenset(walk.placed),
     )
     return _layout(types, branch, proof) or proof
 
@@ -152,6 +153,12 @@ def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None
             return Blocked(node, "has tokens or samples in one dimension with something else")
         if ends and len({p.dim for p in proof.batch[node]}) > 1:
             return Blocked(node, "has samples in several dimensions")
+    for node in proof.placed:
+        # Their places are those of the rows where these are all that is counted, for each sample.
+        tokens, batch = proof.tokens[node], proof.batch[node]
+        own = len({p.dim for p in tokens}) == 1 and _whole(types, node, tokens)
+        if not own or not _whole(types, node, batch) or {p.dim for p in batch} - {0} or node in proof.parts:
+            return Blocked(node, next(iter(types.specs[node].because.values()), "counts its queries"))
     for node in proof.rows:
         spec = types.specs.get(node)
         if spec is not None and restored(types, node, proof) is None:

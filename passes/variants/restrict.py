@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from toca_compile.ir.calls import Call
 from toca_compile.ir.graph import operand_nodes, value_of
 from toca_compile.ir.types import FactorPos, RowProof
+from toca_compile.passes.infer_axes import call_of
 from toca_compile.passes.proof.prove import leaf_places, reads_whole, restored, span
 from toca_compile.passes.variants.emit import SegmentBuilder
 from toca_compile.passes.variants.narrow import by_linear, emit_pieces, pieces
@@ -23,11 +25,29 @@ from toca_compile.rules.registry import RULES
 toca = torch.ops.toca
 aten = torch.ops.aten
 
+Told = tuple[Any, tuple[Any, ...]]
+
 
 def place(proof: RowProof, node: fx.Node) -> tuple[int, ...]:
     """Where the tokens and the batch lie in a value: the last arguments of gather and scatter."""
     first, last = span(proof.tokens[node])
     return (first, _dim(proof.batch[node])) + ((last - first + 1,) if last > first else ())
+
+
+def _causal(call: Call, operands: Sequence[fx.Node]) -> Told:
+    return toca.causal_attention.default, (*operands, call.kwargs.get("scale"), call.kwargs.get("enable_gqa", False))
+
+
+def _flexed(call: Call, operands: Sequence[fx.Node]) -> Told:
+    query, key, value, *others = operands
+    return toca.flex_attention_rows.default, (query, key, value, others, call.args[4])
+
+
+TOLD: dict[Any, Callable[[Call, Sequence[fx.Node]], Told]] = {
+    aten.scaled_dot_product_attention.default: _causal,
+    toca.flex_attention.default: _flexed,
+}
+"""Of an op that counts its rows, and what it is given: the op that is told which they are, as its last argument."""
 
 
 class Restriction:
@@ -122,6 +142,8 @@ class Restriction:
                 self.gathered[operand] = operands[-1]
         size_arg = RULES[node.target].size_arg  # type: ignore[index]
         shape = self._shape(node) if size_arg is not None else []  # before the op that reads it
+        if node in self.proof.placed:
+            return self._placed(node, operands)
         copy = self.copy(node, in_turn(operands, self.values))
         copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
@@ -130,6 +152,13 @@ class Restriction:
             return copy
         self.restored.add(node)
         return self._merged(node, copy)
+
+    def _placed(self, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
+        """An op that counts its rows, told which they are among those that it counted."""
+        start, _ = self.proof.windows.get(node, (0, 0))
+        index = self.emit(aten.add.Tensor, self.index, start) if start else self.index
+        told, arguments = TOLD[node.target](call_of(node), operands)  # type: ignore[index]
+        return self.emit(told, *arguments, index)
 
     def _apart(self, operand: fx.Node) -> fx.Node:
         """Rows of tokens that are spread over several dimensions with all of them: rows in the first, the others 1."""

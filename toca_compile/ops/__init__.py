@@ -3,6 +3,6 @@
 Token scores are float32 ``[batch, tokens]``; indices are int64 ``[batch, k]``.
 """
 
-from toca_compile.ops import dynamics, rows, scores, selection, series
+from toca_compile.ops import causal, dynamics, flex, rows, scores, selection, series
 
-__all__ = ["dynamics", "rows", "scores", "selection", "series"]
+__all__ = ["causal", "dynamics", "flex", "rows", "scores", "selection", "series"]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.program import Form, GraphPlan, Program, Segment, StandIn, Stream, Variant
@@ -176,8 +177,26 @@ class Executor:
             except BaseException:
                 self.control.void()
                 raise
+            if self.program.written:
+                results = self._write(inputs, results)
             self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
         return results
+
+    def _write(self, inputs: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
+        """Change the inputs that the graph changes in place; the results without what they become.
+
+        Raises:
+            UnsupportedGraphError: another input has come to share memory with one of them.
+        """
+        written, own = self.program.written, len(results) - len(self.program.written)
+        storages = [x.untyped_storage()._cdata for x in inputs if isinstance(x, torch.Tensor) and x.numel()]
+        for i, value in zip(written, results[own:], strict=True):
+            if storages.count(inputs[i].untyped_storage()._cdata) > 1:
+                raise UnsupportedGraphError(
+                    "the model changes one of its inputs in place, and another shares its memory: clone it in forward"
+                )
+            inputs[i].copy_(value)
+        return results[:own]
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""

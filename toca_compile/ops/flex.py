@@ -1,0 +1,132 @@
+"""Flex attention as one op: an attention whose scores and mask are functions of indices, compiled with it.
+
+torch has it as a call that takes graphs among its arguments, which is no op of tensors. Here those graphs stand under a
+name, which tells all that they do.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils import _pytree as pytree
+
+from toca_compile.ops.registry import op
+
+higher_order = torch.ops.higher_order
+
+ALL = 1 << 30
+"""A block as large as this holds all queries and keys: then no block is left out."""
+
+
+@dataclass(frozen=True)
+class Flex:
+    """A call of flex attention but for its tensors: its arguments behind query, key and value, flattened, None for each
+    tensor. ``blocks``: how many of those say which blocks of keys queries read; ``reads``: which indices, of ``"b"``,
+    ``"h"``, ``"q"`` and ``"k"``, its functions read; ``whole``: no block is left out."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    tensors: tuple[int, ...]
+    blocks: int
+    reads: frozenset[str]
+    whole: bool
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """The attention's result, ``[batch, heads, queries, features]``."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.tensors, others, strict=True):
+            leaves[place] = tensor
+        result: Tensor = higher_order.flex_attention(query, key, value, *pytree.tree_unflatten(leaves, self.spec))[0]
+        return result
+
+
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], index: Tensor) -> Tensor:
+        """The result for queries at the places ``index``."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.tensors, others, strict=True):
+            leaves[place] = tensor
+        score, blocks, scale, options, *read = pytree.tree_unflatten(leaves, self.spec)
+        of_score, of_mask = (tuple(part) for part in (*read, (), ())[:2])
+
+        def at(b: Tensor, q: Tensor, table: Tensor) -> Tensor:
+            return table[b, q] if table.shape[0] > 1 else table[b * 0, q]
+
+        def scored(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
+            return score(s, b, h, at(b, q, rest[-1]), k, *rest[:-1])  # type: ignore[no-any-return]
+
+        def left(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
+            return blocks[-1](b, h, at(b, q, rest[-1]), k, *rest[:-1])  # type: ignore[no-any-return]
+
+        one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
+        every = BlockMask.from_kv_blocks(
+            one, one[..., None] * 0, BLOCK_SIZE=ALL, mask_mod=left, seq_lengths=(query.shape[-2], key.shape[-2])
+        )
+        place = index.to(torch.int32)
+        result: Tensor = higher_order.flex_attention(
+            query, key, value, scored, every.as_tuple(), scale, options, (*of_score, place), (*of_mask, place)
+        )[0]
+        return result
+
+
+KNOWN: dict[str, Flex] = {}
+"""By name."""
+
+
+@op("flex_attention(Tensor query, Tensor key, Tensor value, Tensor[] others, str name) -> Tensor")
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, others: list[Tensor], name: str) -> Tensor:
+    """The flex attention ``name`` of ``KNOWN``.
+
+    Args:
+        query, key, value: ``[batch, heads, tokens, features]``; keys and values may have fewer heads.
+        others: the tensors that say which blocks are read, and those that its functions read.
+    """
+    return KNOWN[name](query, key, value, others)
+
+
+@op(
+    "flex_attention_rows(Tensor query, Tensor key, Tensor value, Tensor[] others, str name, Tensor index) -> Tensor"
+)
+def flex_attention_rows(
+    query: Tensor, key: Tensor, value: Tensor, others: list[Tensor], name: str, index: Tensor
+) -> Tensor:
+    """The flex attention ``name`` for the queries at the places ``index`` (int64 ``[batch, k]``, or ``[1, k]``) alone,
+    with its functions but without its blocks, which are of queries side by side."""
+    return KNOWN[name].rows(query, key, value, others, index)
+
+
+def named(arguments: Sequence[Any]) -> tuple[list[Tensor], str]:
+    """The tensors and the name of a call with these arguments behind query, key and value."""
+    score, blocks, *_ = arguments
+    leaves, spec = pytree.tree_flatten(tuple(arguments))
+    tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    kept = tuple(None if i in tensors else leaf for i, leaf in enumerate(leaves))
+    flex = Flex(
+        kept,
+        spec,
+        tensors,
+        sum(isinstance(leaf, Tensor) for leaf in blocks),
+        _read(score, 1) | _read(blocks[-1], 0),
+        any(isinstance(leaf, int) and leaf >= ALL for leaf in blocks),
+    )
+    text = repr((spec, *(_text(leaf) for leaf in kept)))
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return [leaves[i] for i in tensors], KNOWN.setdefault(name, flex) and name
+
+
+def _read(function: Callable[..., Any], first: int) -> frozenset[str]:
+    """Which of its indices a function reads, the first of which is its argument numbered ``first``."""
+    if not isinstance(function, fx.GraphModule):
+        return frozenset("bhqk")
+    inputs = function.graph.find_nodes(op="placeholder")
+    return frozenset(letter for letter, node in zip("bhqk", inputs[first:], strict=False) if node.users)
+
+
+def _text(leaf: Any) -> str:
+    if not isinstance(leaf, fx.GraphModule):
+        return repr(leaf)
+    state = [f"{name} {value.tolist()}" for name, value in leaf.state_dict().items()]
+    return "\n".join([leaf.code, *state])
