@@ -9,6 +9,7 @@ So the stretch from a begin to its end is traced there by itself, and its graph 
 made of is the case in point.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,10 +60,7 @@ def spelled_out(begin: fx.Node, env: dict[fx.Node, Any]) -> tuple[fx.GraphModule
     stretch = fx.GraphModule(begin.graph.owning_module or {}, graph)
     depth = get_dynamic_layer_stack_depth()
     try:
-        with _disable_current_modes():
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                fakes = [_like(env[n]) for n in taken]
-                traced = make_fx(fx.Interpreter(stretch).run, tracing_mode="real")(*fakes)
+        traced = run_traced(stretch, [env[n] for n in taken])
     except Exception as error:
         while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
             pop_dynamic_layer_stack()
@@ -84,6 +82,12 @@ def _stretch(begin: fx.Node) -> dict[fx.Node, None]:
         if depth == 0 or node.next.op in ("output", "root"):
             return inside
         node = node.next
+
+
+def run_traced(stretch: fx.GraphModule, values: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """Its graph below dispatch, on values like these."""
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+        return make_fx(fx.Interpreter(stretch).run, tracing_mode="real")(*map(_like, values))
 
 
 def _like(value: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,11 @@ from torch import Tensor
 from toca_compile.ops.registry import op
 
 
-@op(
-    "causal_attention(Tensor query, Tensor key, Tensor value, float? scale, bool enable_gqa, Tensor index) -> Tensor"
-)
+@op("causal_attention(Tensor query, Tensor key, Tensor value, float? scale, bool enable_gqa, Tensor index) -> Tensor")
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, index: Tensor
 ) -> Tensor:
-    """Queries at the places ``index`` (int64 ``[batch, k]``, or ``[1, k]``), each of which reads the keys up to its own.
+    """Queries at the places ``index`` (int64 ``[batch, k]``, or ``[1, k]``); each reads the keys up to its own.
 
     Args:
         query: ``[batch, …, k, d]``, or with one sample and any leading dimensions.

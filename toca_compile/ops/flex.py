@@ -43,7 +43,6 @@ class Flex:
         result: Tensor = higher_order.flex_attention(query, key, value, *pytree.tree_unflatten(leaves, self.spec))[0]
         return result
 
-
     def rows(self, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], index: Tensor) -> Tensor:
         """The result for queries at the places ``index``."""
         leaves = list(self.leaves)
@@ -56,18 +55,18 @@ class Flex:
             return table[b, q] if table.shape[0] > 1 else table[b * 0, q]
 
         def scored(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-            return score(s, b, h, at(b, q, rest[-1]), k, *rest[:-1])  # type: ignore[no-any-return]
+            return score(s, b, h, at(b, q, rest[-1]), k, *rest[:-1])
 
         def left(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-            return blocks[-1](b, h, at(b, q, rest[-1]), k, *rest[:-1])  # type: ignore[no-any-return]
+            return blocks[-1](b, h, at(b, q, rest[-1]), k, *rest[:-1])
 
         one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
         every = BlockMask.from_kv_blocks(
             one, one[..., None] * 0, BLOCK_SIZE=ALL, mask_mod=left, seq_lengths=(query.shape[-2], key.shape[-2])
         )
-        place = index.to(torch.int32)
+        which = index.to(torch.int32)
         result: Tensor = higher_order.flex_attention(
-            query, key, value, scored, every.as_tuple(), scale, options, (*of_score, place), (*of_mask, place)
+            query, key, value, scored, every.as_tuple(), scale, options, (*of_score, which), (*of_mask, which)
         )[0]
         return result
 
@@ -87,9 +86,7 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, others: list[Tenso
     return KNOWN[name](query, key, value, others)
 
 
-@op(
-    "flex_attention_rows(Tensor query, Tensor key, Tensor value, Tensor[] others, str name, Tensor index) -> Tensor"
-)
+@op("flex_attention_rows(Tensor query, Tensor key, Tensor value, Tensor[] others, str name, Tensor index) -> Tensor")
 def flex_attention_rows(
     query: Tensor, key: Tensor, value: Tensor, others: list[Tensor], name: str, index: Tensor
 ) -> Tensor:
@@ -114,7 +111,8 @@ def named(arguments: Sequence[Any]) -> tuple[list[Tensor], str]:
     )
     text = repr((spec, *(_text(leaf) for leaf in kept)))
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return [leaves[i] for i in tensors], KNOWN.setdefault(name, flex) and name
+    KNOWN.setdefault(name, flex)
+    return [leaves[i] for i in tensors], name
 
 
 def _read(function: Callable[..., Any], first: int) -> frozenset[str]:

@@ -98,6 +98,4 @@ def flexed(call: Call) -> AxisSpec:
     spec = einsum(",".join(terms) + "-> b h q e", call.operands, call.results)
     why = "tells its queries apart by their places, or in blocks"
     placed = {"q"} if how.whole or how.reads & {"q", "k"} else set()  # a block mask leaves out what the function does
-    return replace(
-        spec, mixed=frozenset(mixed & set(spec.sizes)), placed=frozenset(placed & mixed), because={"q": why}
-    )
+    return replace(spec, mixed=frozenset(mixed & set(spec.sizes)), placed=frozenset(placed & mixed), because={"q": why})
