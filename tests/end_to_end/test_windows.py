@@ -18,11 +18,11 @@ from toca_compile import Composition, PolicyError
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
 
 WIDTH, HEADS, STEPS = 8, 2, 3
+FRESH = Rule(Queries("fresh"), kinds=("self_attention",))
 
 
-def some(*actions: Queries | Partial) -> Composition:
+def some(*rules: Rule) -> Composition:
     """Some of the tokens, of all sites that can."""
-    rules = tuple(Rule(action) for action in actions)
     return Composition(STEPS, Every(3), rules, which=Selector("random"), how_many=Share(0.4))
 
 
@@ -158,7 +158,7 @@ def look(opt: Any) -> None:
 @pytest.mark.parametrize("style", STYLES)
 @torch.no_grad()
 def test_tokens_read_the_keys_of_their_window(style: type[Block]) -> None:
-    policies = [some(Queries("fresh")), some(Partial(), Queries("fresh"))]
+    policies = [some(FRESH), some(FRESH, Rule(Partial()))]
     opt = same_as_dense(randomize(style()), policies, [inputs(i) for i in range(STEPS)], look)
     attention, mlp = toca_compile.explain(opt).sites
     assert (attention.kind, attention.tokens, mlp.tokens) == ("self_attention", 24, 24)
@@ -167,7 +167,7 @@ def test_tokens_read_the_keys_of_their_window(style: type[Block]) -> None:
 
 @torch.no_grad()
 def test_tokens_read_the_words_of_their_frame() -> None:
-    opt = same_as_dense(randomize(Words()), [some(Partial())], [inputs(i) for i in range(STEPS)], look)
+    opt = same_as_dense(randomize(Words()), [some(Rule(Partial()))], [inputs(i) for i in range(STEPS)], look)
     attention, _ = toca_compile.explain(opt).sites
     assert (attention.kind, "partial" in attention.actions) == ("cross_attention", True)
 
@@ -184,9 +184,9 @@ class Padded(Block):
 
 @torch.no_grad()
 def test_windows_of_what_is_padded_are_reused() -> None:
-    opt = toca_compile.optimize(randomize(Padded()), some(Queries("fresh")), lowering="eager")
+    opt = toca_compile.optimize(randomize(Padded()), some(FRESH), lowering="eager")
     with pytest.raises(PolicyError, match="rearranges the tokens"):
         opt(*inputs(0))
-    opt.policy = some(Partial())
+    opt.policy = some(Rule(Partial()))
     opt(*inputs(0))
     assert ["partial" in s.actions for s in toca_compile.explain(opt).sites] == [False, True]
