@@ -5,6 +5,7 @@ and so is what ``torch.vmap`` maps (``transforms.py``).
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,9 @@ class Inlining(fx.Interpreter):
             return args[0].detach()
         if target is higher_order.flex_attention:
             others, name = flex.named(args[3:])
-            return (torch.ops.toca.flex_attention.default(*args[:3], others, name),)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "At pre-dispatch tracing")  # that a composite of ours is functional
+                return (torch.ops.toca.flex_attention.default(*args[:3], others, name),)
         if target in _INNER:
             return Inlining(args[0], self.casting).run(*args[_INNER[target] :])
         return super().call_function(target, args, kwargs)

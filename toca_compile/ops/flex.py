@@ -4,7 +4,9 @@ torch has it as a call that takes graphs among its arguments, which is no op of 
 name, which tells all that they do.
 """
 
+import copy
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,25 +52,68 @@ class Flex:
             leaves[place] = tensor
         score, blocks, scale, options, *read = pytree.tree_unflatten(leaves, self.spec)
         of_score, of_mask = (tuple(part) for part in (*read, (), ())[:2])
-
-        def at(b: Tensor, q: Tensor, table: Tensor) -> Tensor:
-            return table[b, q] if table.shape[0] > 1 else table[b * 0, q]
+        score, mask = _by_index(score), _by_index(blocks[-1])
+        if query.device.type == "cpu":  # Inductor has no kernel there for a number of queries that it is not told
+            return _written_out(query, key, value, (_with(score, of_score), _with(mask, of_mask)), scale, index)
 
         def scored(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-            return score(s, b, h, at(b, q, rest[-1]), k, *rest[:-1])
+            return score(s, b, h, rest[-1][b, q], k, *rest[:-1])
 
         def left(b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
-            return blocks[-1](b, h, at(b, q, rest[-1]), k, *rest[:-1])
+            return mask(b, h, rest[-1][b, q], k, *rest[:-1])
 
         one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
         every = BlockMask.from_kv_blocks(
             one, one[..., None] * 0, BLOCK_SIZE=ALL, mask_mod=left, seq_lengths=(query.shape[-2], key.shape[-2])
         )
-        which = index.to(torch.int32)
+        which = index.to(torch.int32).expand(query.shape[0], -1)
         result: Tensor = higher_order.flex_attention(
             query, key, value, scored, every.as_tuple(), scale, options, (*of_score, which), (*of_mask, which)
         )[0]
         return result
+
+
+def _with(function: Callable[..., Tensor], buffers: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """A function of indices with the buffers that it reads."""
+    return lambda *indices: function(*indices, *buffers)
+
+
+def _by_index(function: Any) -> Any:
+    """A function whose look-ups by an index are ops, as a transform needs them to be."""
+    if not isinstance(function, fx.GraphModule):
+        return function
+    made = fx.GraphModule(function, copy.deepcopy(function.graph))
+    for node in made.graph.find_nodes(op="call_function", target=operator.getitem):
+        named = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if all(isinstance(index, fx.Node) for index in named):
+            node.target, node.args = torch.ops.aten.index.Tensor, (node.args[0], list(named))
+    made.recompile()
+    return made
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    scale: float,
+    index: Tensor,
+) -> Tensor:
+    """The attention as torch defines it where nothing compiles it, of queries at the places ``index``."""
+    score, mask = functions
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    weights = query.float() @ key.float().mT * scale
+    places = [torch.arange(size, device=query.device) for size in (*weights.shape[:2], weights.shape[3])]
+
+    def one(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(mask(b, h, q, k), score(s, b, h, q, k), -torch.inf)
+
+    mapped: Callable[..., Tensor] = one
+    rows = index.expand(query.shape[0], -1)
+    for dims in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None), (0, 0, None, 0, None)):
+        mapped = torch.vmap(mapped, dims)
+    weights = mapped(weights, places[0], places[1], rows, places[2]).softmax(-1).nan_to_num(0.0)  # 0: it reads none
+    return weights.to(value.dtype) @ value
 
 
 KNOWN: dict[str, Flex] = {}
