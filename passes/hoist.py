@@ -141,7 +141,9 @@ def _in_front(segments: tuple[Segment, ...], chosen: AbstractSet[fx.Node], *, ti
     if any(isinstance(value_of(n), (tuple, list)) for s in result for n in (*s.inputs, *s.outputs)):
         return segments
     numbers: dict[int, int] = {}
-    return tuple(replace(s, template=numbers.setdefault(s.template, len(numbers))) for s in result)
+    for segment in (*rest, *front) if timed else result:
+        numbers.setdefault(segment.template, len(numbers))
+    return tuple(replace(s, template=numbers[s.template]) for s in result)
 
 
 def _closed(nodes: AbstractSet[fx.Node], graph: fx.Graph) -> set[fx.Node]:

@@ -25,7 +25,7 @@ POLICY = Fora(8, 4)
 
 
 @pytest.fixture(scope="module")
-def model() -> PlainDiT:
+def model() -> nn.Module:
     return randomize(PlainDiT())
 
 
@@ -47,7 +47,7 @@ def made() -> Iterator[list[str]]:
         yield found
 
 
-def test_a_second_sampling_makes_nothing_anew(model: PlainDiT) -> None:
+def test_a_second_sampling_makes_nothing_anew(model: nn.Module) -> None:
     opt = optimized(model, POLICY)
     with made() as first:
         a = steps(opt, noise(), TIMES, LABELS)
@@ -58,14 +58,14 @@ def test_a_second_sampling_makes_nothing_anew(model: PlainDiT) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_full_step_is_the_model_to_the_last_bit(model: PlainDiT) -> None:
+def test_a_full_step_is_the_model_to_the_last_bit(model: nn.Module) -> None:
     opt = optimized(model, FullCompute())
     assert torch.equal(steps(opt, noise(), TIMES, LABELS), steps(model, noise(), TIMES, LABELS))
     assert torch.equal(steps(opt, noise(seed=9), TIMES, LABELS), steps(model, noise(seed=9), TIMES, LABELS))
 
 
 @pytest.mark.parametrize("policy", [FullCompute(), POLICY, TaylorSeer(8, 3, 1), BlockCache(8, 0, interval=3)], ids=str)
-def test_other_labels_make_all_rows_at_once(model: PlainDiT, policy: Any) -> None:
+def test_other_labels_make_all_rows_at_once(model: nn.Module, policy: Any) -> None:
     opt, fresh = optimized(model, policy), optimized(model, policy)
     steps(opt, noise(), TIMES, LABELS)
     with made() as found:
@@ -74,7 +74,7 @@ def test_other_labels_make_all_rows_at_once(model: PlainDiT, policy: Any) -> Non
     torch.testing.assert_close(out, steps(fresh, noise(), TIMES, OTHERS), rtol=1e-6, atol=1e-6)
 
 
-def test_other_times_are_rows_of_their_own(model: PlainDiT) -> None:
+def test_other_times_are_rows_of_their_own(model: nn.Module) -> None:
     opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
     steps(opt, noise(), TIMES, LABELS)
     times = [t + 3 for t in TIMES]
@@ -84,7 +84,7 @@ def test_other_times_are_rows_of_their_own(model: PlainDiT) -> None:
     assert torch.equal(out, steps(fresh, noise(), times, LABELS))
 
 
-def test_labels_in_turns_keep_their_rows(model: PlainDiT) -> None:
+def test_labels_in_turns_keep_their_rows(model: nn.Module) -> None:
     opt = optimized(model, POLICY)
     for labels in (LABELS, OTHERS):
         steps(opt, noise(), TIMES, labels)
@@ -122,7 +122,7 @@ def test_changed_weights_are_used_from_the_next_full_step_on(way: Callable[[nn.P
         torch.testing.assert_close(opt(x, t, LABELS), model(x, t, LABELS), rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_step_skips_is_not_conditioned(model: PlainDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_skips_is_not_conditioned(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first sampling, when rows are made: what of them nothing reads is left out."""
     counted: list[int] = []
 
@@ -144,7 +144,7 @@ def test_what_a_step_skips_is_not_conditioned(model: PlainDiT, monkeypatch: pyte
     assert toca_compile.explain(opt).flops("skip", counting="torch") == sum(counted) > 0
 
 
-def test_rows_beyond_the_limit_are_made_at_each_step(model: PlainDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_beyond_the_limit_are_made_at_each_step(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimized(model, POLICY)
     expected = steps(opt, noise(), TIMES, LABELS)
     (tables,) = opt._toca.session.control.tables.values()
@@ -156,7 +156,7 @@ def test_rows_beyond_the_limit_are_made_at_each_step(model: PlainDiT, monkeypatc
     assert 0 < tables[0].bytes <= conditioning.LIMIT
 
 
-def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: PlainDiT) -> None:
+def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: nn.Module) -> None:
     opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
     steps(opt, noise(), TIMES, LABELS)
     with patch("torch.func.vmap", side_effect=RuntimeError("no batching rule")), made() as found:
@@ -165,7 +165,7 @@ def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: PlainDi
     assert torch.equal(out, steps(fresh, noise(), TIMES, OTHERS))
 
 
-def test_reset_forgets_the_rows(model: PlainDiT) -> None:
+def test_reset_forgets_the_rows(model: nn.Module) -> None:
     opt = optimized(model, POLICY)
     steps(opt, noise(), TIMES, LABELS)
     opt.reset()
@@ -174,7 +174,7 @@ def test_reset_forgets_the_rows(model: PlainDiT) -> None:
     assert found == ["row"] * 8
 
 
-def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: PlainDiT) -> None:
+def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: nn.Module) -> None:
     opt = optimized(model, POLICY)
     x, t, y = noise(), torch.full((2,), 500), LABELS.clone()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: PlainDiT) ->
         torch.testing.assert_close(opt(x, torch.full((2,), 500), LABELS), first, rtol=0, atol=0)
 
 
-def test_samplings_in_inference_mode_share_rows_too(model: PlainDiT) -> None:
+def test_samplings_in_inference_mode_share_rows_too(model: nn.Module) -> None:
     opt = optimized(model, POLICY)
     with torch.inference_mode(), made() as found:
         for _ in range(2):

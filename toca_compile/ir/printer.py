@@ -63,8 +63,9 @@ def done(action: Form) -> str:
 def variant_name(segment: Segment, actions: Sequence[Form]) -> str:
     """A variant as it is called in reports and logs: ``template1[reuse; rows]``, ``blocks[skip]``, or
     ``segments1-5[reuse]``."""
-    if isinstance(segment, StandIn):
-        return f"blocks[{segment.does}]"
+    for part in _parts(segment):
+        if isinstance(part, StandIn):
+            return f"blocks[{part.does}]"
     if isinstance(segment, Chain):
         return f"segments{segment.at[0]}-{segment.at[-1]}[{'; '.join(dict.fromkeys(map(done, actions)))}]"
     return f"template{segment.template}[{'; '.join(map(done, actions))}]"
@@ -91,7 +92,8 @@ def print_variant(variant: Variant, program: Program, segment: Segment, actions:
     if isinstance(segment, Chain):
         does = "; ".join(dict.fromkeys(map(done, actions)))
         head = f"// segments {segment.at[0]} to {segment.at[-1]} as one: {does}"
-        return _Typed(names, {}, {}).text(head, variant, segment.inputs, owners)
+        originals = {n.meta.get(CAPTURED_AS, n.name): n for s in program.segments for n in s.nodes}
+        return _Typed(names, originals, {}).text(head, variant, segment.inputs, owners)
     does = "; ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
     typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)

@@ -168,7 +168,9 @@ def _hoisted(program: Program) -> str:
         found = [s for s in program.segments if _when(s) == when]
         if found:
             told.append(f"{_count(len(found), 'segment')} of {sum(len(s.nodes) for s in found)} calls {when}")
-    return ", ".join(told) or "nothing to do once a run"
+        elif when == "once a run":
+            told.append("nothing to do once a run")
+    return ", ".join(told)
 
 
 def _constants(program: Program, names: Names) -> list[str]:

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 import toca_compile
 from tests.models import PlainDiT, randomize
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
-def model() -> PlainDiT:
+def model() -> nn.Module:
     return randomize(PlainDiT(depth=4))
 
 
@@ -40,14 +41,14 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_chain_is_its_parts(model: PlainDiT, name: str) -> None:
+def test_a_chain_is_its_parts(model: nn.Module, name: str) -> None:
     out = steps(optimized(model, POLICIES[name]), noise(), TIMES)
     with patch.object(Schedule, "joined", lambda self, calls: calls):
         apart = steps(optimized(model, POLICIES[name]), noise(), TIMES)
     assert torch.equal(out, apart)
 
 
-def test_a_step_that_reuses_everything_is_one_call(model: PlainDiT) -> None:
+def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
     schedule = opt._toca.session.executors[0].schedule
@@ -57,7 +58,7 @@ def test_a_step_that_reuses_everything_is_one_call(model: PlainDiT) -> None:
     assert text.count("= linear(") == 1  # the last layer's
 
 
-def test_sites_that_are_forecast_alike_share_their_numbers(model: PlainDiT) -> None:
+def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> None:
     opt = optimized(model, TaylorSeer(8, 4, 2))
     steps(opt, noise(), TIMES)
     text = variants(opt)["segments5-10[forecast]"]
@@ -65,7 +66,7 @@ def test_sites_that_are_forecast_alike_share_their_numbers(model: PlainDiT) -> N
     assert text.count(" = buffer history") == 8
 
 
-def test_a_step_that_may_compute_what_it_skips_is_no_chain(model: PlainDiT) -> None:
+def test_a_step_that_may_compute_what_it_skips_is_no_chain(model: nn.Module) -> None:
     opt = optimized(model, BlockCache(8, threshold=0.5))
     steps(opt, noise(), TIMES)
     assert not variants(opt)
