@@ -269,7 +269,7 @@ class Executor:
             self._keep(inputs, step.values, run, key)
         full = all(action.dense for action in schedule.unskipped[index])
         done = self._front
-        self._condition(step, bound, key, full=full)
+        self._condition(step, bound, key, full=full and calls is uncut)
         if schedule.probe is not None and calls is not uncut:
             step.run(bound.calls[done : schedule.probe.at])
             done = schedule.probe.at
