@@ -94,7 +94,7 @@ def looks() -> Iterator[list[int]]:
 
 
 def test_the_model_is_looked_at_where_a_step_computes_everything(looks: list[int]) -> None:
-    model = randomize(Scaled())
+    model: Any = randomize(Scaled())
     opt = optimized(model, Fora(8, 4))
     for _ in range(2):
         looks.clear()
@@ -105,7 +105,7 @@ def test_the_model_is_looked_at_where_a_step_computes_everything(looks: list[int
 
 
 def test_what_changes_in_a_sampling_holds_from_the_next_full_step_on() -> None:
-    model = randomize(Scaled())
+    model: Any = randomize(Scaled())
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_what_changes_in_a_sampling_holds_from_the_next_full_step_on() -> None:
 
 def test_a_sampling_that_begins_early_looks_at_the_model(looks: list[int]) -> None:
     """The call looked like the next step of one that goes on."""
-    model = randomize(Scaled())
+    model: Any = randomize(Scaled())
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
     steps(opt, noise(), TIMES[:3])
@@ -151,7 +151,7 @@ def test_hooks_and_layers_that_are_new_are_met_at_the_next_full_step() -> None:
 
 
 def test_other_shapes_and_modes_are_no_step_of_the_sampling(looks: list[int]) -> None:
-    model = randomize(Scaled())
+    model: Any = randomize(Scaled())
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
     steps(opt, noise(), TIMES[:2])
