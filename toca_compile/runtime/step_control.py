@@ -341,6 +341,11 @@ class StepControl:
         return sum(b.numel() * b.element_size() for b in alive)
 
     @property
+    def conditioning_bytes(self) -> int:
+        """Bytes of what is kept by time, from one sampling to the next (``conditioning.py``)."""
+        return sum(table.bytes for tables in self.tables.values() for table in tables)
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was alive in the last sampling. Buffers are made as steps need them and freed at a run's end,
         so that this is known by looking before each end."""
