@@ -611,6 +611,25 @@ def test_attention_without_a_softmax_over_tokens(style: type[nn.Module]) -> None
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
 
 
+class Sunk(Block):
+    """A weight that is learned stands beside those of the keys in the softmax, and is left out after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink, self.bias = nn.Parameter(torch.randn(HEADS)), nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT + self.bias
+        scores = torch.cat([scores, self.sink[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
+        return self.out((scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_sink_beside_the_keys_hides_no_attention() -> None:
+    attention, mlp = check(Sunk(), [PARTIAL, FRESH])
+    assert (attention.kind, "queries" in attention.actions, "partial" in mlp.actions) == ("self_attention", True, True)
+
+
 class Causal(Block):
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
