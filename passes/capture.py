@@ -109,7 +109,10 @@ def _shared(gm: fx.GraphModule, inputs: Sequence[Any], written: int) -> str:
     others = (x for i, x in enumerate(inputs) if i != written and isinstance(x, torch.Tensor))
     if any(x.untyped_storage()._cdata == storage for x in others):
         return "another of its inputs shares its memory"
-    own = gm.graph.find_nodes(op="placeholder")[written].meta["example_value"].untyped_storage()._cdata
+    like = gm.graph.find_nodes(op="placeholder")[written].meta.get("example_value")
+    if like is None:
+        return "what it gives back may share its memory"
+    own = like.untyped_storage()._cdata
     results = (n.meta.get("example_value") for n in gm.graph.output_node().all_input_nodes)
     if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == own for x in results):
         return "what it gives back shares its memory"

@@ -20,8 +20,11 @@ from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import source_line
 from toca_compile.ops import flex
 from toca_compile.passes.tracing.transforms import begins, spelled_out
+from toca_compile.rules.registry import Work, work_of
 
 higher_order = torch.ops.higher_order
+
+_CAST = {Work.CONTRACT, Work.ATTENTION}
 
 # What runs a graph inside the graph, and where among its arguments those of that graph begin. Without gradients a
 # checkpoint means nothing else.
@@ -76,6 +79,11 @@ class Inlining(fx.Interpreter):
     def _transform(self, begin: fx.Node) -> None:
         """Run what stands for a transform; its nodes count as run."""
         graph, taken, nodes = spelled_out(begin, self.env)
+        if graph is not None and any(self.casting[-1:]) and any(work_of(n) in _CAST for n in graph.graph.nodes):
+            raise UnsupportedGraphError(
+                f"the model multiplies matrices in torch.vmap under torch.autocast ({source_line(begin)}), whose casts "
+                "cannot be traced there: leave torch.autocast for it"
+            )
         made = [] if graph is None else Inlining(graph).run(*(self.env[n] for n in taken))
         self.env.update(dict.fromkeys(nodes) | dict(zip(nodes, made, strict=False)))
 

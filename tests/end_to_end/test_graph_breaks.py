@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import toca_compile
-from tests.models import PlainDiT, randomize
+from tests.models import PlainDiT, Texted, randomize
 from toca_compile import Composition, Fora, FullCompute, NoSiteError, ToCa
 from toca_compile.policies import Every, Queries, Rule, Share
 
@@ -211,6 +211,28 @@ def test_a_fragment_may_write_to_what_was_made_before_it(caplog: pytest.LogCaptu
             torch.testing.assert_close(opt(*picture(i)), dense(*picture(i)))
     assert "in place" not in caplog.text
     assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"]
+
+
+class Handed(Texted):
+    """What is computed once a run is given to code behind a break, which changes it."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, torch.zeros(x.shape[0], dtype=torch.long))
+        words = self.keys[0](text)
+        h = self.blocks[0](h + (h @ words.transpose(1, 2)).softmax(-1) @ words, c)
+        torch._dynamo.graph_break()
+        words.mul_(2)
+        return self.finish(self.blocks[1](h + words.mean(1, keepdim=True), c), c)
+
+
+@torch.no_grad()
+def test_what_is_kept_is_nobody_elses_to_change() -> None:
+    net = randomize(Handed(depth=2))
+    x, t, _ = picture(0)
+    text = torch.randn(2, 5, 8)
+    opt = toca_compile.optimize(net, Fora(STEPS, STEPS), lowering="eager")
+    for _ in range(STEPS):
+        assert torch.equal(opt(x, t, text), net(x, t, text))
 
 
 class Writes(PlainDiT):

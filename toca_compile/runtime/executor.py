@@ -309,11 +309,18 @@ class Executor:
                 bound = self._bound(calls, now, run, key)
                 self._condition(step, bound, key, full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
+        kept = self._kept_storages(step, run) if self.program.fragment else frozenset()
         step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
-        return fx.node.map_arg(self._output, lambda n: _as_traced(n, step.values[self._place[n]]))
+        return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+    def _kept_storages(self, step: "_Step", run: Run) -> frozenset[int]:
+        """Where what is kept for steps to come lies in memory: what stands behind a fragment may change in place what
+        it is given."""
+        kept = (*run.buffers.values(), *step.values[self._inputs :])
+        return frozenset(x.untyped_storage()._cdata for x in kept if isinstance(x, torch.Tensor))
 
     def _condition(self, step: "_Step", bound: "_BoundCalls", key: tuple[int, ...], *, full: bool) -> None:
         """Put what follows from the time where the step reads it."""
@@ -492,6 +499,12 @@ def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
     for call in (*(call for calls in steps.values() for call in calls), *probe):
         planned.setdefault(call.variant, call)
     return planned
+
+
+def _unkept(value: Any, kept: frozenset[int]) -> Any:
+    """A result that nobody else holds."""
+    held = bool(kept) and isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in kept
+    return value.clone() if held else value
 
 
 def _as_traced(node: fx.Node, value: Any) -> Any:
