@@ -86,7 +86,7 @@ class Walk:
         if self.whole is None or self.whole_reads.isdisjoint(self.row_reads):
             return False
         self.whole.clear()
-        vars(self).update(vars(Walk(self.whole, self.whole_reads, parted=True)))
+        vars(self).update(vars(Walk(self.whole, self.whole_reads)))
         return True
 
     @property
@@ -187,7 +187,9 @@ class _Follow:
         for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands, strict=True)):
             inside = operand in self.branch.region or operand is self.branch.source
             within = window
-            at = None if (node, i) in self.walk.whole_reads else occurrence_of(self.types, node, dims, label)
+            at = occurrence_of(self.types, node, dims, label)
+            if at is not None and (node, i) in self.walk.whole_reads:
+                at, self.walk.parted = None, True
             if label[0] in spec.concat:
                 covered = self._part(node, label[0], dims, window)
                 if covered is None:

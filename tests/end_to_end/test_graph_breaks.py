@@ -227,7 +227,7 @@ class Handed(Texted):
 
 @torch.no_grad()
 def test_what_is_kept_is_nobody_elses_to_change() -> None:
-    net = randomize(Handed(depth=2))
+    net = randomize(Handed())
     x, t, _ = picture(0)
     text = torch.randn(2, 5, 8)
     opt = toca_compile.optimize(net, Fora(STEPS, STEPS), lowering="eager")

@@ -309,7 +309,7 @@ class Executor:
                 bound = self._bound(calls, now, run, key)
                 self._condition(step, bound, key, full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
-        kept = self._kept_storages(step, run) if self.program.fragment else frozenset()
+        kept = self._kept_storages(step, run) if self.program.fragment else frozenset[int]()
         step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
