@@ -1,6 +1,6 @@
 """What a GPU would launch, counted without one: Inductor's code for an H100, of every variant of the paper's systems.
 
-    python benchmarks/cuda_codegen.py                        # needs Triton; full size, no weights, all policies
+    python benchmarks/cuda_codegen.py                        # needs Triton; full width, two blocks, no weights
     python benchmarks/cuda_codegen.py --systems dit --keep folder
 
 For each variant of a block, and for a whole step of each kind: Triton kernels, matrix products, attention, other
@@ -43,6 +43,7 @@ POLICIES: dict[str, Policy] = {
     "TaylorToCa, queries": TaylorToCa(12, 3, 1, 0.1, keys="update"),
     "BlockCache": BlockCache(12, first=0, interval=3, order=1),
 }
+BLOCKS = 2  # of each kind: deeper models launch more of the same
 KINDS = {"triton": "Triton", "gemm": "GEMM", "attention": "attention", "other": "other", "host copy": "host copies"}
 
 
@@ -70,7 +71,7 @@ class Codegen:
         first: dict[Any, SegmentCall] = {}
         schedule = self.schedule
         for row, calls in zip(schedule.rows, schedule.calls, strict=True):
-            for call in calls:
+            for call in schedule.joined(calls):
                 first.setdefault(call.variant, call)
                 for position, index in enumerate(call.segment.sites):
                     site = schedule.owners[index]
@@ -82,7 +83,8 @@ class Codegen:
 
     def step(self, index: int, of: Mapping[Any, Generated]) -> list[Launch]:
         """What a step launches, with what each variant does."""
-        calls = [c for c in self.schedule.calls[index] if not (index and c.segment.constant)]
+        calls = self.schedule.joined(self.schedule.calls[index])
+        calls = tuple(c for c in calls if not (index and c.segment.constant))
         return [launch for call in calls for launch in of[call.variant].launches]
 
     def _generate(self, call: SegmentCall, tokens: Sequence[int]) -> Generated:
@@ -143,7 +145,11 @@ def measure(system: System, assembled: set[tuple[str, int]], keep: Path | None) 
                 if call.variant in seen:
                     continue
                 seen.add(call.variant)
-                row = {"variant": variant_name(*call.variant), "first of": name, **counts(generated.launches)}
+                row = {
+                    "variant": variant_name(call.segment, call.forms),
+                    "first of": name,
+                    **counts(generated.launches),
+                }
                 variants.append(row)
                 print(row, flush=True)
                 for capability in (80, 90):
@@ -170,7 +176,7 @@ def main() -> None:
     for name in given.systems:
         torch._dynamo.reset()
         with torch.no_grad(), torch.device("meta"):
-            system = SYSTEMS[name]("meta")
+            system = SYSTEMS[name]("meta", BLOCKS)
         assembled: set[tuple[str, int]] = set()
         variants, steps = measure(system, assembled, given.keep)
         compiled = Counter(f"sm_{capability}" for _, capability in assembled)

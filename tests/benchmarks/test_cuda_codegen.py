@@ -41,7 +41,9 @@ def generated() -> dict[str, Generated]:
         codegen = Codegen(opt, made)
         for name in ("FullCompute", "ToCa, attention", "TaylorSeer"):
             opt.policy = POLICIES[name]
-            found |= {variant_name(*call.variant): code for call, code in codegen.variants() if call.segment.sites}
+            found |= {
+                variant_name(call.segment, call.forms): code for call, code in codegen.variants() if call.segment.sites
+            }
     return found
 
 
