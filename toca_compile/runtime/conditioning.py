@@ -7,12 +7,14 @@ before are made at once, so that each layer is one product for all of them.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from toca_compile.runtime.sight import is_plain, on_host
 from toca_compile.runtime.step_control import RunConstants
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 LIMIT = 512 << 20
 """Bytes of rows that a table holds; the row of a timestep beyond that is made in each step."""
 TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have labels of their own
+_SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
 _LARGEST = 4096  # numbers of a time that is looked up
 
 Time = tuple[Any, ...]
@@ -37,12 +40,57 @@ class Part(Protocol):
     def results(self) -> tuple[int, ...]: ...
 
 
+class Weights:
+    """What weights were, told at little cost by object, version and address, and where they lie on the host by some of
+    their numbers, for a write through ``.data`` (as when LoRA is fused) leaves no other trace."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        seen = [isinstance(w, torch.Tensor) and on_host(w) and w.is_contiguous() for w in weights]
+        # Views: as long as the objects and their addresses are the same, they show what the weights are now.
+        self._views = [_sampled(w) for w, s in zip(weights, seen, strict=True) if s]
+        self._numbers = self._now()
+        self._made = [_made(w) for w in weights]
+        others = [i for i, s in enumerate(seen) if not s]
+        self._others, self._unseen = others, RunConstants.of([weights[i] for i in others], {})
+
+    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same weights, unchanged."""
+        same = all(
+            made is not None and made[0]() is w and made[1:] == (w._version, w.data_ptr())
+            for made, w in zip(self._made, weights, strict=True)
+            if isinstance(w, torch.Tensor)
+        )
+        return (
+            same
+            and all(torch.equal(a, b) for a, b in zip(self._numbers, self._now(), strict=True))
+            and self._unseen.holds([weights[i] for i in self._others])
+        )
+
+    def _now(self) -> list[torch.Tensor]:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for view in self._views:
+            by_dtype.setdefault(view.dtype, []).append(view)
+        return [torch.cat(views) for views in by_dtype.values()]
+
+
+def _made(value: Any) -> tuple[weakref.ref[torch.Tensor], int, int] | None:
+    if not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return weakref.ref(value), value._version, value.data_ptr() if is_plain(value) else 0
+
+
+def _sampled(weight: torch.Tensor) -> torch.Tensor:
+    """Numbers of a weight at even distances, from changing places in its rows."""
+    flat = weight.detach().view(-1)
+    return flat[:: (flat.numel() // _SAMPLED) | 1]
+
+
 @dataclass
 class Table:
     """The rows for some labels and weights. ``clocks``: the inputs that told the time of each."""
 
     labels: RunConstants
-    weights: RunConstants
+    weights: Weights
     rows: dict[Time, Row] = field(default_factory=dict)
     clocks: dict[Time, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     bytes: int = 0
@@ -107,7 +155,7 @@ class Conditioning:
             if table.labels.holds(labels) and (table.weights.holds(weights) if full or i else True):
                 tables.insert(0, tables.pop(i))
                 return table
-        tables.insert(0, Table(RunConstants.of(labels, {}), RunConstants.of(weights, {})))
+        tables.insert(0, Table(RunConstants.of(labels, {}), Weights(weights)))
         del tables[TABLES:]
         return tables[0]
 
