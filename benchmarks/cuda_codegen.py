@@ -93,24 +93,29 @@ class Codegen:
         shapes = [(e.shape, e.stride(), e.dtype) if isinstance(e, Tensor) else e for e in examples]
         key = (inductor._text(variant.module.graph), *shapes)
         if key not in self._known:
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(variant.module.graph, {}))
-            on_gpu(graph)
-            inductor._compile(fx.GraphModule(variant.module, graph), examples)
-            self._known[key] = self._made[-1]
+            self._known[key] = generate(variant.module, examples, self._made)
         return self._known[key]
 
 
-def _examples(variant: Variant, tokens: Sequence[int]) -> Iterator[Any]:
-    """A fake CUDA tensor or a number for each of a variant's inputs."""
-    inputs = [n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"]
-    slots = [None] * len(variant.values) + list(variant.slots)
+def generate(module: fx.GraphModule, examples: Sequence[Any], made: list[Generated]) -> Generated:
+    """What Inductor makes of a variant as our lowering gives it; ``examples``: as a lowering is given them."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    on_gpu(graph)
     with FakeTensorMode():
-        for value, slot in zip(inputs, slots, strict=True):
-            if isinstance(value, Tensor):
-                yield torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
-            else:
-                yield tokens[slot.position] if slot is not None and slot.kind is Number.K else value
+        inputs = [
+            torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=CUDA) if isinstance(e, Tensor) else e
+            for e in examples
+        ]
+    inductor._compile(fx.GraphModule(module, graph), inputs)
+    return made[-1]
+
+
+def _examples(variant: Variant, tokens: Sequence[int]) -> Iterator[Any]:
+    """A fake tensor or a number for each of a variant's inputs."""
+    inputs = [n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"]
+    for value, slot in zip(inputs, [None] * len(variant.values) + list(variant.slots), strict=True):
+        yield tokens[slot.position] if slot is not None and slot.kind is Number.K else value
 
 
 def counts(launches: Sequence[Launch]) -> dict[str, Any]:

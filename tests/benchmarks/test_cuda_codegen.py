@@ -39,7 +39,7 @@ def generated() -> dict[str, Generated]:
         opt(*given)
     with fake_gpu() as made:
         codegen = Codegen(opt, made)
-        for name in ("FullCompute", "ToCa, attention", "TaylorSeer"):
+        for name in ("FullCompute", "ToCa, attention", "ToCa, random", "TaylorSeer"):
             opt.policy = POLICIES[name]
             found |= {
                 variant_name(call.segment, call.forms): code for call, code in codegen.variants() if call.segment.sites

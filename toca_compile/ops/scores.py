@@ -139,7 +139,8 @@ def unit_scores(score: Tensor) -> Tensor:
 def random_scores(like: Tensor, step: int, site: int, seed: int) -> Tensor:
     """Uniform numbers in [0, 1) for each token, a function of step, site and token alone: the same in every run, and
     the same for a sample whatever its batch mates are. ``like`` gives shape ``[batch, tokens]`` and device."""
-    x = torch.arange(like.shape[1], device=like.device, dtype=torch.int64)
+    # Masked, or Inductor takes the products for places in memory, which it numbers with 32 bits on a GPU.
+    x = torch.arange(like.shape[1], device=like.device, dtype=torch.int64) & 0xFFFFFFFF
     x = x * 0x9E3779B1 + (step + 1) * 0x85EBCA77 + (site + 1) * 0xC2B2AE3D + (seed + 1) * 0x27D4EB2F
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = x & 0xFFFFFFFF
