@@ -18,7 +18,8 @@ from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TaylorToCa
 from toca_compile.ir.actions import Action, Compute, Forecast, Partial, Queries, Reuse, SkipBlocks
 from toca_compile.ir.history import CacheSpec
-from toca_compile.ir.plan import Plan, Selector, Skip, StepPlan, step_kind
+from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
+from toca_compile.ir.selectors import Selector
 from toca_compile.ir.types import StepKind
 
 N = 16  # tokens of the model, whose sites are an attention and an MLP

@@ -11,9 +11,10 @@ from toca_compile.compiler import numeric_check
 from toca_compile.compiler.trace import show
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, value_of
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import Form, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
@@ -84,7 +85,7 @@ class ProgramVariants:
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
                 examples[slot] = self._slot(slot, sites, forms, plan.selector)
-            names, shared = [s.name for s in sites], plan.selector.shared_pair
+            names, shared = [s.name for s in sites], plan.selector.paired
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
             self.checked[exemplar.template, forms] = time.perf_counter() - began
         return variant
@@ -104,14 +105,14 @@ class ProgramVariants:
             return segment.owners
         return [self.program.sites[i] for i in segment.sites]
 
-    def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: Selector) -> Any:
+    def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: TokenSelector) -> Any:
         """A fake buffer, or a number that could be one: some K, some step."""
         owner, keep = owners[slot.position], forms[slot.position].keep
         if isinstance(slot.kind, State):
             return like_buffer(slot.kind, slot.index, owner, keep, self.program, selector)
         return max(1, owner.axis.size // 2) if slot.kind is Number.K and isinstance(owner, Site) else 3
 
-    def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: Selector) -> None:
+    def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: TokenSelector) -> None:
         """Give every node of a variant its value, as fake tensors, with some K."""
         examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(exemplar), forms, selector) for slot in variant.slots]

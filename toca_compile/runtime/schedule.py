@@ -131,7 +131,8 @@ class Schedule:
         scored = set().union(*self._scored) if self._scored else set()
         found: list[tuple[State, int, Site | Stream]] = []
         for owner, keep in zip(self.owners, self.keeps, strict=True):
-            count = {State.SCORE: int(owner.index in scored), State.STAMP: int(keep.stamp)}
+            count = {State.SCORE: self._measured(owner.index) if owner.index in scored else 0}
+            count[State.STAMP] = int(keep.stamp)
             if keep.history is not None:
                 count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(value_of(owner.output)))}
             elif isinstance(owner, Stream):
@@ -183,9 +184,14 @@ class Schedule:
         keep = self.keeps[owner]
         key = (id(action), id(keep), scored)
         if key not in self._forms:
-            form = Form.of(action, replace(keep, score=scored))
+            form = Form.of(action, replace(keep, score=self._measured(owner) if scored else 0))
             self._forms[key] = self._equal.setdefault(form, form)
         return self._forms[key]
+
+    def _measured(self, site: int) -> int:
+        """How many buffers hold what is measured of a site to select tokens by."""
+        assert self.program.types is not None
+        return len(self.plan.selector.measured(self.program.sites[site], self.program.types))
 
     def _histories(self) -> Iterator[tuple[Past, ...]]:
         """For each step, of each site: the steps before it that computed all."""

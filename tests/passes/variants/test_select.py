@@ -3,9 +3,9 @@
 import pytest
 
 from tests.programs import REUSED, ROWS, variant_of
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.printer import print_graph
 from toca_compile.ir.program import Program
+from toca_compile.ir.selectors import Selector
 
 
 @pytest.mark.parametrize(
