@@ -216,7 +216,9 @@ def _text(name: str, part: Summary) -> list[str]:
         lines += labelled("time", "no full step without compiling, so what was saved is not known: sample again")
     lines += labelled("cache", f"{megabytes(part.peak_cache_bytes)} at most, {megabytes(part.cache_bytes)} now")
     if part.conditioning_bytes:
-        lines += labelled("timesteps", f"{megabytes(part.conditioning_bytes)} of embeddings and modulations, kept by time")
+        lines += labelled(
+            "timesteps", f"{megabytes(part.conditioning_bytes)} of embeddings and modulations, kept by time"
+        )
     broken = f"{len(part.breaks)} graph breaks: {', '.join(part.breaks)}" if part.breaks else "no graph break"
     again = {0: "no recompile", 1: "1 recompile"}.get(part.recompiles, f"{part.recompiles} recompiles")
     lines += labelled("graphs", f"{part.graphs}, {again}, {broken}")

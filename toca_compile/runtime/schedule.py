@@ -117,12 +117,12 @@ class Schedule:
         return self._joined[id(calls)]
 
     def _join(self, calls: Calls) -> Calls:
-        if self.probe is not None:
-            return calls  # a step may stop in the middle, to decide what is next
+        # Before the probe a step stops, to decide what is next.
+        first = self.probe.at if self.probe is not None else 0
         read = {n: i for i, call in enumerate(calls) for n in call.segment.inputs}
         read |= dict.fromkeys(self.program.module.graph.output_node().all_input_nodes, len(calls))
-        found: list[SegmentCall] = []
-        for idle, group in groupby(range(len(calls)), lambda i: self._computes_no_branch(calls[i])):
+        found: list[SegmentCall] = list(calls[:first])
+        for idle, group in groupby(range(first, len(calls)), lambda i: self._computes_no_branch(calls[i])):
             places = list(group)
             own = [calls[i] for i in places]
             if not idle or len(own) < 2 or not any(call.forms for call in own):
