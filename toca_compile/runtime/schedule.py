@@ -119,8 +119,8 @@ class Schedule:
         first = sum(call.segment.constant or call.segment.timed for call in calls)
         first = max(first, self.probe.at if self.probe is not None else 0)
         own = calls[first:]
-        # Where tokens are selected, some blocks may have none left to compute: each is compiled on its own, so that other
-        # ratios compile nothing.
+        # Where tokens are selected, some blocks may have none left to compute: each is compiled on its own, so that
+        # other ratios compile nothing.
         selects = any(keep.stamp for keep in self.keeps)
         if len(own) < 2 or selects or any(self._computes_a_branch(call) for call in own):
             return calls
