@@ -173,7 +173,7 @@ class StandIn(Segment):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Segment):
-    """Segments that a step runs as one call, since it computes none of their branches.
+    """The segments of a step that computes no branch, as one.
 
     Attributes:
         at: the place of each part among the plan's segments.

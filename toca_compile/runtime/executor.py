@@ -190,6 +190,7 @@ class Executor:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
             run, key = self.control.enter_graph(self.number, instance, self.schedule.steps, seen, clock)
+            self.control.expected(self.is_cached(run, key))
             try:
                 results = self._execute(inputs, run, key)
             except BaseException:
@@ -197,6 +198,17 @@ class Executor:
                 raise
             self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
         return results
+
+    def is_cached(self, run: Run, key: tuple[int, ...] | None = None) -> bool:
+        """Whether the graph's next step in a run takes some branch from a cache, whatever is met on the way."""
+        keys = [k for k in run.schedules if k[0] == self.number] if key is None else [key]
+        schedule = run.schedules.get(keys[0]) if len(keys) == 1 else None
+        if schedule is None or schedule.plan is not self.plan or schedule.probe is not None:
+            return False
+        if run.last[keys[0]] != run.step - 1:
+            return False
+        row = schedule.rows[min(run.step, len(schedule.rows) - 1)]
+        return not all(action.dense for action in row)
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""

@@ -15,7 +15,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,6 @@ from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on
 log = logging.getLogger(__name__)
 
 _KEPT = 4096  # records kept: an endless run has no last step
-_LARGE = 1 << 22  # numbers of a host tensor beyond which not all are compared
 _RESTARTS = 3  # samplings in a row that end after their first step: then something is wrong, and said
 
 
@@ -84,55 +84,26 @@ class RunConstants:
         return cls(tuple(_state(x) for x in inputs), values)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
-        """Whether these are the same inputs, unchanged: those that lie on the host by value, weights and what lies on a
-        device by object, version and address, weights on the host also by sums of their values. Changes of a tensor
-        made in inference mode cannot be seen but by value."""
+        """Whether these are the same inputs, unchanged: by object, version and address, and where they lie on the host
+        by value. Changes of a tensor made in inference mode cannot be seen: those never hold."""
         return all(_unchanged(old, new) for old, new in zip(self.inputs, inputs, strict=True))
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a tensor was. ``made``: object, version and address, where its content as it is looked at is not all of
-    it."""
-
-    made: tuple[weakref.ref[torch.Tensor], int, int] | None
-    content: torch.Tensor | None
-
-    @classmethod
-    def of(cls, value: torch.Tensor) -> "_State":
-        """The state of a tensor now."""
-        content = _content(value)
-        made = None if value.is_inference() else (weakref.ref(value), value._version, _address(value))
-        return cls(made, None if content is None else content.clone())
-
-    def holds(self, value: torch.Tensor) -> bool:
-        """Whether this is that tensor, unchanged."""
-        content = _content(value)
-        if content is not None:
-            if self.content is None or not torch.equal(self.content, content):
-                return False
-            if not _is_sampled(value):
-                return True
-        if self.made is None or value.is_inference():
-            return False
-        made, version, address = self.made
-        return made() is value and (version, address) == (value._version, _address(value))
-
-
 def _state(value: Any) -> Any:
-    return _State.of(value) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_inference():
+        return None
+    content = _content(value)
+    return weakref.ref(value), value._version, _address(value), None if content is None else content.clone()
 
 
 def _unchanged(old: Any, new: Any) -> bool:
-    if isinstance(new, torch.Tensor):
-        return isinstance(old, _State) and old.holds(new)
-    return type(old) is type(new) and bool(old == new)
-
-
-def _is_sampled(value: torch.Tensor) -> bool:
-    """Whether of a host tensor only sums are looked at: of weights, and of what is as large."""
-    large = isinstance(value, torch.nn.Parameter) or value.numel() > _LARGE
-    return large and value.dim() > 1 and not value.is_complex()
+    if not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    if old is None or old[0]() is not new or old[1:3] != (new._version, _address(new)):
+        return False
+    return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
 
 
 def _address(value: torch.Tensor) -> int:
@@ -144,7 +115,9 @@ def _content(value: torch.Tensor) -> torch.Tensor | None:
     weights, which are large, sums of every 16th row. None where the values are not the host's."""
     if not on_host(value):
         return None
-    return value.detach()[::16].sum(-1, dtype=torch.float64) if _is_sampled(value) else value.detach()
+    if isinstance(value, torch.nn.Parameter) and value.dim() > 1 and not value.is_complex():
+        return value.detach()[::16].sum(-1, dtype=torch.float64)
+    return value.detach()
 
 
 @dataclass
@@ -189,10 +162,15 @@ class _Stream:
         self.restarts = 0
 
 
+class Unexpected(Exception):
+    """A call that was made without Dynamo's guards, as a step that computes nothing anew, is none."""
+
+
 class _Call(threading.local):
-    """The model call that a thread is in."""
+    """The model call that a thread is in. ``unguarded``: made without Dynamo's guards."""
 
     bounded = False
+    unguarded = False
     inputs: Mapping[Any, Any] | None = None
     run: Run | None = None
     stream: _Stream | None = None
@@ -335,6 +313,11 @@ class StepControl:
         return sum(b.numel() * b.element_size() for b in alive)
 
     @property
+    def conditioning_bytes(self) -> int:
+        """Bytes of what is kept by time, from one sampling to the next (``conditioning.py``)."""
+        return sum(table.bytes for tables in self.tables.values() for table in tables)
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was alive in the last sampling. Buffers are made as steps need them and freed at a run's end,
         so that this is known by looking before each end."""
@@ -363,6 +346,34 @@ class StepControl:
         call = self._call
         call.bounded, call.inputs, call.run, call.stream, call.seen = True, inputs, None, None, {}
         call.clock, call.stages = Clock(device_of(inputs.values())), stages()
+
+    def coming(self) -> Run | None:
+        """The run that the next call of this thread or task goes on with, if it is a step of the same sampling: None
+        where there is none, or several take turns."""
+        stream = self._streams.get(_owner(), {}).get((self.context or "default",))
+        runs = list(stream.runs.values()) if stream is not None else []
+        return runs[0] if len(runs) == 1 and runs[0].step and not runs[0].is_over else None
+
+    @contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """Graphs that run inside raise ``Unexpected`` where they would compute all of a step."""
+        self._call.unguarded = True
+        try:
+            yield
+        except Unexpected:
+            self._call.seen = {}  # the call is judged; its graphs are about to run
+            raise
+        finally:
+            self._call.unguarded = False
+
+    def expected(self, cached: bool) -> None:
+        """Whether a graph about to run takes what it computes from caches.
+
+        Raises:
+            Unexpected: it does not, and nobody looked at the model's guards.
+        """
+        if self._call.unguarded and not cached:
+            raise Unexpected
 
     def end_call(self, error: bool, outputs: Sequence[tuple[int, ...]] = ()) -> bool:
         """The call ended; says whether any compiled graph ran in it. After an exception the run is void."""
