@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -99,9 +98,7 @@ class ProgramVariants:
         """The graph of several segments, of those of their own."""
         parts: dict[Any, Variant] = {}
         variants = []
-        given = iter(forms)
-        for part in chain.parts:
-            own = tuple(islice(given, len(part.sites)))
+        for part, own in chain.apart(forms):
             key = part.kind, own
             if key not in parts:
                 parts[key] = self.build(part, own, plan)
