@@ -7,6 +7,7 @@ look-up and one list of arguments on top of the compiled variant.
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -362,12 +363,14 @@ class Executor:
             names = [now.schedule.owners[i].name for i in segment.sites]
             does = ", ".join(f"{name} {form.action}" for name, form in zip(names, forms, strict=True))
             what = f"compiling variant {place}: {does or 'what stands between the blocks'}"
-            if isinstance(segment, StandIn):
-                what = f"compiling what stands in for skipped blocks: {segment.does}"
             if isinstance(segment, Chain):
                 does = ", ".join(dict.fromkeys(str(form.action) for form in forms))
                 what = f"compiling variant {place}: {len(segment.parts)} segments as one, {does}"
-            with working(what):
+            parts = segment.parts if isinstance(segment, Chain) else (segment,)
+            for part in parts:
+                if isinstance(part, StandIn):
+                    what = f"compiling what stands in for skipped blocks: {part.does}"
+            with nullcontext() if segment.timed else working(what):
                 ready = self.variants.compiled(segment, forms, now.schedule.plan)
             now.ready[call.variant] = ready
         return ready
@@ -472,7 +475,8 @@ def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
     probe = [schedule.probe] if schedule.probe is not None else []
     planned: dict[_Variant, SegmentCall] = {}
     for call in (*(call for calls in steps.values() for call in calls), *probe):
-        planned.setdefault(call.variant, call)
+        if not call.segment.timed:  # nothing to compile
+            planned.setdefault(call.variant, call)
     return planned
 
 
