@@ -119,10 +119,6 @@ def follow_policies(opt: Any, entry: Entry, plain: Sequence[list[Tensor]], sites
     check(opt, entry, plain, 1e-5)
     assert kinds(opt) == ("fpp" if any(_first(s, WAYS[1]).kind is StepKind.PARTIAL for s in sites) else "fff")
     for steps, policy in POLICIES.items():
-        if steps == "fsfs" and entry.unskipped:
-            with pytest.raises(PolicyError, match=entry.unskipped):
-                opt.policy = policy
-            continue
         opt.policy = policy
         check(opt, entry, plain[:1] * len(steps), 1e-5)
         assert kinds(opt) == (steps if steps != "fpp" or any(s.row_proof for s in sites) else "frr")
