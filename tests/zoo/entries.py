@@ -46,7 +46,7 @@ def wan_cache() -> Any:
 class Entry:
     """One configuration of a class.
 
-    ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached;
+    ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached.
     """
 
     config: Mapping[str, Any]

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 import toca_compile
 from tests.models import randomize
 from tests.zoo.entries import ENTRIES, Entry
-from toca_compile import BlockCache, Fora, FullCompute, PolicyError, TaylorSeer, ToCa, TocaError
+from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa, TocaError
 from toca_compile.ir.actions import Action, Compute, Selecting, can, legal_actions
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.ir.types import Site, StepKind

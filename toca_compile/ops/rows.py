@@ -82,7 +82,18 @@ def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_
         scatter_tokens_(apart, index, rows.unflatten(dim, (index.shape[0], -1)), dim + 1, dim)
         return cache
     flat, batch_dim = merged(cache, dim, batch_dim, span)
-    flat.scatter_(dim, spread(index, flat, dim, batch_dim), rows.to(cache.dtype))
+    # Inductor puts rows in place, and would make copies of the whole cache for ``scatter_``.
+    places: list[Tensor | None] = [None] * (max(dim, batch_dim) + 1)
+    if batch_dim < 0:
+        places[dim] = index[0]
+    else:
+        beside = abs(dim - batch_dim) == 1
+        samples = torch.arange(index.shape[0], device=index.device)
+        along = batch_dim < dim or not beside
+        places[batch_dim], places[dim] = (samples[:, None], index) if along else (samples, index.t())
+        # The dimensions of indices that are not beside each other come first.
+        rows = rows if beside else rows.movedim((batch_dim, dim), (0, 1))
+    torch.ops.aten.index_put_.default(flat, places, rows.to(cache.dtype))
     return cache
 
 
