@@ -38,7 +38,7 @@ def test_an_attention_counts_dimensions_and_gets_its_windows_places_back() -> No
     program, proof, attention = proven()
     assert program.types is not None
     assert [p.dim for p in proof.tokens[attention]] == [2, 0]
-    assert restored(program.types, attention, proof) == {0}
+    assert restored(program.types, attention, proof) == frozenset({0})
     assert reads_whole(program.types, attention, proof) == [False, True, True]
     assert proof.parted
 
