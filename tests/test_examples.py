@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.emoji import checksum, emoji_archive
+from toca_compile.demo import emoji_flux, noto_emoji
+
 pytest.importorskip("diffusers")
 
 Run = Callable[..., str]
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "quickstart", "own_policy", "inspect_a_model", "dit_xl2", "pixart", "flux", "opensora", "train_fashion_dit",
-    "train_fashion_classifier",
+    "train_fashion_classifier", "train_emoji_flux",
 }  # fmt: skip
 
 
@@ -112,3 +115,18 @@ def test_training_the_classifier(run: Run, tmp_path: Path) -> None:
     printed = run("train_fashion_classifier", "--data", data, "--out", out, "--epochs", 4, "--batch", 16)
     assert float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) == 1
     assert (out / "model.safetensors").exists()
+
+
+def test_training_the_second_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = emoji_archive(tmp_path / noto_emoji.URL.rpartition("/")[2], 40)
+    monkeypatch.setattr(noto_emoji, "SHA512", checksum(archive))
+    given = "--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--sheet-steps", 2
+    printed = run("train_emoji_flux", *given, "--stages", "16:2:4")
+    assert "38 emoji, 44 words, " in printed
+    assert "step 2/2  side 16" in printed
+    printed = run("train_emoji_flux", *given, "--stages", "16:2:4", "32:1:4")  # goes on
+    (row,) = re.findall(r"^step .*", printed, re.M)
+    assert row.startswith("step 3/3  side 32")
+    text = emoji_flux.load(tmp_path / "out")[-1]
+    assert text.indices(["face no 39, no 10"])[0].count_nonzero() == 4  # the 10th is held out
+    assert (tmp_path / "out" / "samples.png").exists()

@@ -163,14 +163,15 @@ def _version() -> str:
 
 
 def _demo(given: argparse.Namespace) -> None:
-    from toca_compile.demo import fashion_dit, side_by_side
+    from toca_compile.demo import emoji_flux, fashion_dit, side_by_side
     from toca_compile.demo.sampling import load_sampling
     from toca_compile.quality.settings import ComparisonSettings
 
     names = (field.name for field in fields(ComparisonSettings))
     settings = ComparisonSettings(**{name: getattr(given, name) for name in names})
-    if given.model is None or (Path(given.model) / "config.json").exists():
-        fashion_dit.run(settings, Path(given.model) if given.model else None)
+    path = Path(given.model) if given.model else fashion_dit.default_model()
+    if (path / "config.json").exists() and not emoji_flux.is_model(path):
+        fashion_dit.run(settings, path)
         return
     side_by_side.run(load_sampling(given.model, given.device, given.prompt), settings)
 

@@ -46,15 +46,13 @@ def wan_cache() -> Any:
 class Entry:
     """One configuration of a class.
 
-    ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached;
-    ``unskipped``: of why blocks cannot be skipped.
+    ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached.
     """
 
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     sites: str = ""
     refused: str = ""
-    unskipped: str = ""
 
     def at(self, step: int) -> dict[str, Any]:
         """What the model is called with at a step."""
@@ -341,7 +339,7 @@ ENTRIES: dict[str, Entry] = {
             out_audio_dim=4, ca_rope=True, cross_gates=True, fix_modulation=True),
         dict(hidden_states=x(1, 2, 4, 6, 4), **TEXT, timestep=t(1, top=900.0), pooled_projections=c(1, 6),
             audio_hidden_states=x(1, 7, 4)),
-        "8 partial, 4 queries", unskipped="is made among them and read after",
+        "8 partial, 4 queries",
     ),
     "Krea2Transformer2DModel": Entry(
         HEADS | dict(in_channels=4, num_layers=1, num_key_value_heads=1, intermediate_size=24, timestep_embed_dim=8,

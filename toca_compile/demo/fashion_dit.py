@@ -1,6 +1,5 @@
 """The demo: a trained DiT sampled uncached and with caching, side by side. Needs the ``demo`` extra."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toca_compile.api import explain, optimize
-from toca_compile.errors import TocaError
+from toca_compile.demo import shipped
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import Fora, preset
 from toca_compile.progress import working
@@ -28,11 +27,7 @@ def default_model() -> Path:
     Raises:
         TocaError: there is none.
     """
-    here = Path(__file__).resolve()
-    for folder in (here.parent / "models", here.parents[2] / "examples"):
-        if (folder / "fashion_dit" / "config.json").exists():
-            return folder / "fashion_dit"
-    raise TocaError("the demo's model (examples/fashion_dit in the repository) is not there: give its path by --model")
+    return shipped.folder("fashion_dit")
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -41,22 +36,7 @@ def load(path: Path) -> tuple[Any, Any]:
     Raises:
         TocaError: it holds no DiTTransformer2DModel with a scheduler.
     """
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
-
-    try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TocaError(f"{path} has neither model_index.json nor a config.json of a diffusers model") from error
-    if kind != DiTTransformer2DModel.__name__:
-        raise TocaError(
-            f"{path} is a {kind} alone, and how to sample it is not known: give its pipeline's folder, or "
-            "package.module:factory"
-        )
-    try:
-        model = DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
-        return model, DDIMScheduler.from_pretrained(path / "scheduler")
-    except (OSError, ValueError) as error:
-        raise TocaError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+    return shipped.load(path, "DiTTransformer2DModel", "DDIMScheduler")
 
 
 def sample(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toca_compile.demo import fashion_dit
+from toca_compile.demo import emoji_flux, fashion_dit
 from toca_compile.demo.load_model import imported
 from toca_compile.diffusers import attach, is_pipeline, transformers_of
 from toca_compile.errors import TocaError
@@ -22,9 +22,10 @@ from toca_compile.quality.evaluation import Sampler
 PROMPT = "a cat in a library"
 
 NAMES = (
-    "a folder or hub id of a diffusers pipeline; the folder of a DiTTransformer2DModel with scheduler/ in it; or "
-    "package.module:factory, a function that returns a pipeline, a pipeline with the arguments of its call (a "
-    "dictionary), or a model with its sampler (a function of model, steps, seed, count)"
+    "a folder or hub id of a diffusers pipeline; the folder of a DiTTransformer2DModel with scheduler/ in it, or as "
+    "examples/train_emoji_flux.py writes it; or package.module:factory, a function that returns a pipeline, a pipeline "
+    "with the arguments of its call (a dictionary), or a model with its sampler (a function of model, steps, seed and "
+    "count)"
 )
 
 
@@ -60,10 +61,10 @@ def load_sampling(name: str | None, device: str = "cpu", prompt: str = PROMPT) -
 
 def _loaded(name: str | None, device: str, prompt: str) -> Sampling:
     if name is None:
-        return _class_conditional(fashion_dit.default_model(), device)
+        return _trained_here(fashion_dit.default_model(), device)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").exists():
-            return _class_conditional(Path(name), device)
+            return _trained_here(Path(name), device)
     elif ":" in name:
         return _made(name, imported(name), device, prompt)
     from diffusers import DiffusionPipeline
@@ -82,7 +83,10 @@ def _loaded(name: str | None, device: str, prompt: str) -> Sampling:
     return _of_pipeline(pipe, {}, device, prompt)
 
 
-def _class_conditional(path: Path, device: str) -> Sampling:
+def _trained_here(path: Path, device: str) -> Sampling:
+    """A model of the kinds that this project trains."""
+    if emoji_flux.is_model(path):
+        return Sampling(*emoji_flux.model_and_sampler(path, device))
     model, sampler = fashion_dit.model_and_sampler(path, device)
     config = model.config
     return Sampling(model, sampler, shipped=(config.in_channels, config.sample_size) == (1, 28))

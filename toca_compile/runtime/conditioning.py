@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from toca_compile.runtime.sight import is_plain, on_host
+from toca_compile.runtime.sight import on_host
 from toca_compile.runtime.step_control import RunConstants
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 LIMIT = 512 << 20
 """Bytes of rows that a table holds; the row of a timestep beyond that is made in each step."""
 TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have labels of their own
+_LARGE = 1 << 20  # numbers of an input beyond which not all are compared
 _SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
 _LARGEST = 4096  # numbers of a time that is looked up
 
@@ -40,43 +41,49 @@ class Part(Protocol):
     def results(self) -> tuple[int, ...]: ...
 
 
-class Weights:
-    """What weights were, told at little cost by object, version and address, and where they lie on the host by some of
-    their numbers, for a write through ``.data`` (as when LoRA is fused) leaves no other trace."""
+class Seen:
+    """What some inputs were, to be told apart at little cost. Those on the host are told by their values, weights and
+    what is as large by object, version, address and some of their numbers: a write through ``.data`` (as when LoRA is
+    fused) leaves no other trace. What lies on a device is told as ``RunConstants`` tells it."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        seen = [isinstance(w, torch.Tensor) and on_host(w) and w.is_contiguous() for w in weights]
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        ways: dict[Callable[[Any], bool] | None, list[int]] = {_is_small: [], _is_watched: [], None: []}
+        for i, value in enumerate(inputs):
+            ways[next((way for way in (_is_small, _is_watched) if way(value)), None)].append(i)
+        self._small, self._watched, self._others = ways.values()
+        self._values = [inputs[i].clone() for i in self._small]
+        self._made = [(weakref.ref(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
         # Views: as long as the objects and their addresses are the same, they show what the weights are now.
-        self._views = [_sampled(w) for w, s in zip(weights, seen, strict=True) if s]
-        self._numbers = self._now()
-        self._made = [_made(w) for w in weights]
-        others = [i for i, s in enumerate(seen) if not s]
-        self._others, self._unseen = others, RunConstants.of([weights[i] for i in others], {})
+        self._views = [_sampled(inputs[i]) for i in self._watched]
+        self._numbers = self._sample()
+        self._unseen = RunConstants.of([inputs[i] for i in self._others], {})
 
-    def holds(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same weights, unchanged."""
-        same = all(
-            made is not None and made[0]() is w and made[1:] == (w._version, w.data_ptr())
-            for made, w in zip(self._made, weights, strict=True)
-            if isinstance(w, torch.Tensor)
-        )
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether these are the same inputs, unchanged."""
         return (
-            same
-            and all(torch.equal(a, b) for a, b in zip(self._numbers, self._now(), strict=True))
-            and self._unseen.holds([weights[i] for i in self._others])
+            all(torch.equal(value, inputs[i]) for value, i in zip(self._values, self._small, strict=True))
+            and all(
+                made() is inputs[i] and (version, address) == (inputs[i]._version, inputs[i].data_ptr())
+                for (made, version, address), i in zip(self._made, self._watched, strict=True)
+            )
+            and all(torch.equal(a, b) for a, b in zip(self._numbers, self._sample(), strict=True))
+            and self._unseen.holds([inputs[i] for i in self._others])
         )
 
-    def _now(self) -> list[torch.Tensor]:
+    def _sample(self) -> list[torch.Tensor]:
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for view in self._views:
             by_dtype.setdefault(view.dtype, []).append(view)
         return [torch.cat(views) for views in by_dtype.values()]
 
 
-def _made(value: Any) -> tuple[weakref.ref[torch.Tensor], int, int] | None:
-    if not isinstance(value, torch.Tensor) or value.is_inference():
-        return None
-    return weakref.ref(value), value._version, value.data_ptr() if is_plain(value) else 0
+def _is_small(value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor) and on_host(value) and not isinstance(value, torch.nn.Parameter)
+    return plain and value.numel() <= _LARGE
+
+
+def _is_watched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and on_host(value) and value.is_contiguous() and not value.is_inference()
 
 
 def _sampled(weight: torch.Tensor) -> torch.Tensor:
@@ -89,8 +96,8 @@ def _sampled(weight: torch.Tensor) -> torch.Tensor:
 class Table:
     """The rows for some labels and weights. ``clocks``: the inputs that told the time of each."""
 
-    labels: RunConstants
-    weights: Weights
+    labels: Seen
+    weights: Seen
     rows: dict[Time, Row] = field(default_factory=dict)
     clocks: dict[Time, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     bytes: int = 0
@@ -155,7 +162,7 @@ class Conditioning:
             if table.labels.holds(labels) and (table.weights.holds(weights) if full or i else True):
                 tables.insert(0, tables.pop(i))
                 return table
-        tables.insert(0, Table(RunConstants.of(labels, {}), Weights(weights)))
+        tables.insert(0, Table(Seen(labels), Seen(weights)))
         del tables[TABLES:]
         return tables[0]
 

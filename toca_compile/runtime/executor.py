@@ -7,6 +7,7 @@ look-up and one list of arguments on top of the compiled variant.
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,8 +17,9 @@ from torch import fx
 from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
@@ -152,7 +154,7 @@ class Executor:
         self._unset = [None] * (len(self._place) - self._inputs - len(self._constants))
         self._unset += [constant for _, constant in self._constants]
         self._output = graph.output_node().args[0]
-        self._shared: dict[Selector, dict[_Variant, Graph]] = {}
+        self._shared: dict[TokenSelector, dict[_Variant, Graph]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
         self.set_plan(planned)
@@ -387,12 +389,14 @@ class Executor:
             names = [now.schedule.owners[i].name for i in segment.sites]
             does = ", ".join(f"{name} {form.action}" for name, form in zip(names, forms, strict=True))
             what = f"compiling variant {place}: {does or 'what stands between the blocks'}"
-            if isinstance(segment, StandIn):
-                what = f"compiling what stands in for skipped blocks: {segment.does}"
             if isinstance(segment, Chain):
                 does = ", ".join(dict.fromkeys(str(form.action) for form in forms))
                 what = f"compiling variant {place}: {len(segment.parts)} segments as one, {does}"
-            with working(what):
+            parts = segment.parts if isinstance(segment, Chain) else (segment,)
+            for part in parts:
+                if isinstance(part, StandIn):
+                    what = f"compiling what stands in for skipped blocks: {part.does}"
+            with nullcontext() if segment.timed else working(what):
                 ready = self.variants.compiled(segment, forms, now.schedule.plan)
             now.ready[call.variant] = ready
         return ready
@@ -497,7 +501,8 @@ def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
     probe = [schedule.probe] if schedule.probe is not None else []
     planned: dict[_Variant, SegmentCall] = {}
     for call in (*(call for calls in steps.values() for call in calls), *probe):
-        planned.setdefault(call.variant, call)
+        if not call.segment.timed:  # nothing to compile
+            planned.setdefault(call.variant, call)
     return planned
 
 

@@ -34,7 +34,6 @@ from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on
 log = logging.getLogger(__name__)
 
 _KEPT = 4096  # records kept: an endless run has no last step
-_LARGE = 1 << 22  # numbers of a host tensor beyond which not all are compared
 _RESTARTS = 3  # samplings in a row that end after their first step: then something is wrong, and said
 
 
@@ -85,55 +84,26 @@ class RunConstants:
         return cls(tuple(_state(x) for x in inputs), values)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
-        """Whether these are the same inputs, unchanged: those that lie on the host by value, weights and what lies on a
-        device by object, version and address, weights on the host also by sums of their values. Changes of a tensor
-        made in inference mode cannot be seen but by value."""
+        """Whether these are the same inputs, unchanged: by object, version and address, and where they lie on the host
+        by value. Changes of a tensor made in inference mode cannot be seen: those never hold."""
         return all(_unchanged(old, new) for old, new in zip(self.inputs, inputs, strict=True))
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a tensor was. ``made``: object, version and address, where its content as it is looked at is not all of
-    it."""
-
-    made: tuple[weakref.ref[torch.Tensor], int, int] | None
-    content: torch.Tensor | None
-
-    @classmethod
-    def of(cls, value: torch.Tensor) -> "_State":
-        """The state of a tensor now."""
-        content = _content(value)
-        made = None if value.is_inference() else (weakref.ref(value), value._version, _address(value))
-        return cls(made, None if content is None else content.clone())
-
-    def holds(self, value: torch.Tensor) -> bool:
-        """Whether this is that tensor, unchanged."""
-        content = _content(value)
-        if content is not None:
-            if self.content is None or not torch.equal(self.content, content):
-                return False
-            if not _is_sampled(value):
-                return True
-        if self.made is None or value.is_inference():
-            return False
-        made, version, address = self.made
-        return made() is value and (version, address) == (value._version, _address(value))
-
-
 def _state(value: Any) -> Any:
-    return _State.of(value) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_inference():
+        return None
+    content = _content(value)
+    return weakref.ref(value), value._version, _address(value), None if content is None else content.clone()
 
 
 def _unchanged(old: Any, new: Any) -> bool:
-    if isinstance(new, torch.Tensor):
-        return isinstance(old, _State) and old.holds(new)
-    return type(old) is type(new) and bool(old == new)
-
-
-def _is_sampled(value: torch.Tensor) -> bool:
-    """Whether of a host tensor only sums are looked at: of weights, and of what is as large."""
-    large = isinstance(value, torch.nn.Parameter) or value.numel() > _LARGE
-    return large and value.dim() > 1 and not value.is_complex()
+    if not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    if old is None or old[0]() is not new or old[1:3] != (new._version, _address(new)):
+        return False
+    return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
 
 
 def _address(value: torch.Tensor) -> int:
@@ -145,7 +115,9 @@ def _content(value: torch.Tensor) -> torch.Tensor | None:
     weights, which are large, sums of every 16th row. None where the values are not the host's."""
     if not on_host(value):
         return None
-    return value.detach()[::16].sum(-1, dtype=torch.float64) if _is_sampled(value) else value.detach()
+    if isinstance(value, torch.nn.Parameter) and value.dim() > 1 and not value.is_complex():
+        return value.detach()[::16].sum(-1, dtype=torch.float64)
+    return value.detach()
 
 
 @dataclass

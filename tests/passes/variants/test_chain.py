@@ -9,7 +9,7 @@ from torch import nn
 
 import toca_compile
 from tests.models import PlainDiT, randomize
-from tests.runs import TIMES, optimized, steps
+from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import noise
 from toca_compile import BlockCache, DuCa, Fora, TaylorSeer, ToCa
 from toca_compile.policies import Anchors, Composition, Every, Polynomial, Rule
@@ -58,6 +58,15 @@ def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
     assert text.count("= linear(") == 1  # the last layer's
 
 
+@pytest.mark.parametrize("policy", [ToCa(8, 4, 0.05), DuCa(8, 4)], ids=str)
+def test_where_tokens_are_selected_blocks_stay_apart(model: nn.Module, policy: Any) -> None:
+    """Or another ratio, under which some have no token left to compute, would compile anew."""
+    opt = optimized(model, policy)
+    steps(opt, noise(), TIMES)
+    assert "p" in kinds(opt)
+    assert not variants(opt)
+
+
 def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> None:
     opt = optimized(model, TaylorSeer(8, 4, 2))
     steps(opt, noise(), TIMES)
@@ -66,7 +75,16 @@ def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> 
     assert text.count(" = buffer history") == 8
 
 
-def test_a_step_that_may_compute_what_it_skips_is_no_chain(model: nn.Module) -> None:
+def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(model: nn.Module) -> None:
     opt = optimized(model, BlockCache(8, threshold=0.5))
-    steps(opt, noise(), TIMES)
-    assert not variants(opt)
+    out = steps(opt, noise(), TIMES)
+    schedule = opt._toca.session.executors[0].schedule
+    assert schedule.probe is not None
+    for calls in (schedule.calls[1], schedule.uncut[1]):
+        assert schedule.joined(calls)[: schedule.probe.at] == calls[: schedule.probe.at]
+    assert len(schedule.joined(schedule.calls[1])) == schedule.probe.at + 1
+    with patch.object(Schedule, "joined", lambda self, calls: calls):
+        apart = optimized(model, BlockCache(8, threshold=0.5))
+        assert torch.equal(out, steps(apart, noise(), TIMES))
+    assert kinds(opt) == kinds(apart)
+    assert "s" in kinds(opt)

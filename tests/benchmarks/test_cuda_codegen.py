@@ -1,0 +1,76 @@
+"""What a GPU would launch, counted in generated code without one: it may fall, and must not grow."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cuda_codegen import POLICIES, Codegen, counts
+from fake_gpu import Generated, assemble, fake_gpu
+
+import toca_compile
+from tests.models import PlainDiT
+from toca_compile import FullCompute
+from toca_compile.ir.printer import variant_name
+from toca_compile.ir.program import Chain
+
+pytestmark = pytest.mark.inductor
+
+# Of the blocks of a small DiT in bfloat16: launches, and MB moved.
+BLOCKS = {
+    "FullCompute: template1[compute; compute]": (11, 5.46),
+    "ToCa, attention: template1[compute [output, scores]; compute [output]]": (18, 8.39),
+    "ToCa, attention: template1[reuse; partial]": (12, 1.58),
+    "ToCa, random: template1[compute [output]; compute [output]]": (11, 5.99),
+    "ToCa, random: template1[reuse; partial]": (12, 1.58),
+    "TaylorSeer: template1[compute [output]; compute [output]]": (11, 5.99),
+    "TaylorSeer: template1[compute, differences too [output]; compute, differences too [output]]": (11, 6.51),
+}
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, Generated]:
+    """The block's variants under two policies, by policy and name."""
+    with torch.device("meta"):
+        model = PlainDiT(size=(32, 32), width=128, depth=2).eval().to(torch.bfloat16)
+        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    found: dict[str, Generated] = {}
+    with torch.no_grad():
+        opt(*given)
+    with fake_gpu() as made:
+        codegen = Codegen(opt, made)
+        for name in ("FullCompute", "ToCa, attention", "ToCa, random", "TaylorSeer"):
+            opt.policy = POLICIES[name]
+            for call, code in codegen.variants():
+                if call.segment.sites and not isinstance(call.segment, Chain):
+                    found[f"{name}: {variant_name(call.segment, call.forms)}"] = code
+    return found
+
+
+def test_launches_do_not_grow(generated: dict[str, Generated]) -> None:
+    counted = {name: counts(code.launches) for name, code in generated.items()}
+    assert counted.keys() == BLOCKS.keys()
+    for name, (launches, moved) in BLOCKS.items():
+        assert counted[name]["launches"] <= launches, name
+        assert counted[name]["MB moved"] <= moved, name
+        assert counted[name]["host copies"] == 0
+
+
+def test_kernels_are_counted_as_they_are_called(generated: dict[str, Generated]) -> None:
+    for name, code in generated.items():
+        assert counts(code.launches)["Triton"] == code.source.count(".run("), name
+        assert counts(code.launches)["GEMM"] == code.source.count(" extern_kernels."), name
+
+
+def test_kernels_compile_for_both_architectures(generated: dict[str, Generated]) -> None:
+    known: set[tuple[str, int]] = set()
+    with fake_gpu():
+        for name in ("ToCa, attention", "ToCa, random"):
+            source = generated[f"{name}: template1[reuse; partial]"].source
+            assert assemble(source, 80, known) == assemble(source, 90, known) > 0
+
+
+def test_the_driver_is_gone_behind_it(generated: dict[str, Generated]) -> None:
+    assert not torch.cuda.is_available()
+    torch.testing.assert_close(torch.compile(torch.sin)(torch.ones(3)), torch.ones(3).sin())
