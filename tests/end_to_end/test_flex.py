@@ -95,6 +95,16 @@ def test_attention_by_functions_of_indices(style: type[Block]) -> None:
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
 
 
+@pytest.mark.inductor
+@torch.no_grad()
+def test_some_queries_are_compiled() -> None:
+    """How many is not told when they are."""
+    model, policy = randomize(Block()), some(Queries("update"))
+    opt, eager = (toca_compile.optimize(model, policy, lowering=name) for name in ("inductor", "eager"))
+    for i in range(STEPS):
+        torch.testing.assert_close(opt(*inputs(i)), eager(*inputs(i)), rtol=1e-5, atol=1e-5)
+
+
 class Chosen(Block):
     """Blocks of keys that are chosen by what is in them: no function of indices tells which."""
 

@@ -39,6 +39,9 @@ class Flex:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor]) -> Tensor:
         """The attention's result, ``[batch, heads, queries, features]``."""
+        if query.device.type == "cpu" and isinstance(query.shape[-2], torch.SymInt):
+            # Inductor has no kernel there for a number of queries that it is not told.
+            return self.rows(query, key, value, others, torch.arange(query.shape[-2])[None])
         leaves = list(self.leaves)
         for place, tensor in zip(self.tensors, others, strict=True):
             leaves[place] = tensor
@@ -53,7 +56,7 @@ class Flex:
         score, blocks, scale, options, *read = pytree.tree_unflatten(leaves, self.spec)
         of_score, of_mask = (tuple(part) for part in (*read, (), ())[:2])
         score, mask = _by_index(score), _by_index(blocks[-1])
-        if query.device.type == "cpu":  # Inductor has no kernel there for a number of queries that it is not told
+        if query.device.type == "cpu":
             return _written_out(query, key, value, (_with(score, of_score), _with(mask, of_mask)), scale, index)
 
         def scored(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Tensor:
