@@ -419,7 +419,7 @@ ENTRIES: dict[str, Entry] = {
         dict(hidden_size=16, num_layers=1, num_attention_heads=2, intermediate_size=24, audio_vocab_size=8,
             num_codebooks=3),
         dict(inputs_embeds=x(1, 8, 16)),
-        "1 partial, 1 reuse",
+        "1 partial, 1 queries",
     ),
     "MiniMaxMusic3Transformer1DModel": Entry(
         HEADS | dict(in_channels=4, condition_dim=12, num_layers=1, ff_inner_dim=24, rotary_dim=4,
