@@ -58,6 +58,19 @@ def system_dit(device: str, blocks: int | None = None) -> System:
     return System("DiT-XL/2", size, dit(1152, depth, 32, device, dtype), latents, call, policies)
 
 
+def calling_pixart(text: Tensor, mask: Tensor) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """How a PixArt is called with this text."""
+    extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+
+    def call(model: Any, x: Tensor, t: Tensor) -> Tensor:
+        out = model(
+            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=extra,
+        )  # fmt: skip
+        return out.sample[:, :4]
+
+    return call
+
+
 def system_pixart(device: str, blocks: int | None = None) -> System:
     """PixArt-α at 256² (on a GPU 1024²), text of 120 words, a guidance pair."""
     from diffusers import PixArtTransformer2DModel
@@ -69,15 +82,7 @@ def system_pixart(device: str, blocks: int | None = None) -> System:
         num_layers=depth, sample_size=side, caption_channels=4096, use_additional_conditions=False
     )
     text = torch.randn(2, 120, 4096, device=device, dtype=dtype)
-    mask = torch.ones(2, 120, device=device)
-    extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-
-    def call(model: Any, x: Tensor, t: Tensor) -> Tensor:
-        out = model(
-            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=extra,
-        )  # fmt: skip
-        return out.sample[:, :4]
-
+    call = calling_pixart(text, torch.ones(2, 120, device=device))
     latents = torch.randn(2, 4, side, side, device=device, dtype=dtype)
     policies = {name: preset(f"pixart-alpha/{name}") for name in ("dpm-20", "dpm-20-n2")}
     size = f"width 1152, depth {depth}, {side * side // 4} tokens"

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
+from toca_compile.ir.graph import ancestors, in_order, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
 from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.rules.registry import Work, work_of
@@ -153,14 +153,8 @@ def _in_front(segments: tuple[Segment, ...], chosen: AbstractSet[fx.Node], *, ti
 def _ordered(front: list[Segment]) -> list[Segment] | None:
     """The segments so that each follows those that it needs; None where two need each other."""
     made = {n: i for i, s in enumerate(front) for n in s.outputs}
-    needs = [{made[n] for n in s.inputs if n in made} for s in front]
-    found: list[int] = []
-    while len(found) < len(front):
-        ready = [i for i in range(len(front)) if i not in found and needs[i] <= set(found)]
-        if not ready:
-            return None
-        found.append(ready[0])
-    return [front[i] for i in found]
+    order = in_order([{made[n] for n in s.inputs if n in made} for s in front])
+    return None if order is None else [front[i] for i in order]
 
 
 def _closed(nodes: AbstractSet[fx.Node], graph: fx.Graph) -> set[fx.Node]:

@@ -8,15 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
 from tests.models import PlainDiT, randomize
+from tests.recording import counting_products
 from tests.runs import TIMES, optimized, steps
 from tests.sampling import noise
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer
-from toca_compile.ir.program import Variant
-from toca_compile.lowerings import LOWERINGS
 from toca_compile.runtime import conditioning
 from toca_compile.runtime.conditioning import Conditioning
 
@@ -124,18 +122,7 @@ def test_changed_weights_are_used_from_the_next_full_step_on(way: Callable[[nn.P
 
 def test_what_a_step_skips_is_not_conditioned(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first sampling, when rows are made: what of them nothing reads is left out."""
-    counted: list[int] = []
-
-    def counting(variant: Variant, examples: Any) -> Any:
-        def call(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
-                out = variant.module(*args)
-            counted.append(counter.get_total_flops())
-            return out
-
-        return call
-
-    monkeypatch.setitem(LOWERINGS, "counting", counting)
+    counted = counting_products(monkeypatch)
     opt = toca_compile.optimize(model, BlockCache(8, 0, interval=8), lowering="counting")
     steps(opt, noise(), TIMES[:1], LABELS)
     counted.clear()

@@ -42,18 +42,20 @@ class Flex:
         if query.device.type == "cpu" and isinstance(query.shape[-2], torch.SymInt):
             # Inductor has no kernel there for a number of queries that it is not told.
             return self.rows(query, key, value, others, torch.arange(query.shape[-2])[None])
+        result: Tensor = higher_order.flex_attention(query, key, value, *self._arguments(others))[0]
+        return result
+
+    def _arguments(self, others: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Those behind query, key and value."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.tensors, others, strict=True):
             leaves[place] = tensor
-        result: Tensor = higher_order.flex_attention(query, key, value, *pytree.tree_unflatten(leaves, self.spec))[0]
-        return result
+        arguments: tuple[Any, ...] = pytree.tree_unflatten(leaves, self.spec)
+        return arguments
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], index: Tensor) -> Tensor:
         """The result for queries at the places ``index``."""
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.tensors, others, strict=True):
-            leaves[place] = tensor
-        score, blocks, scale, options, *read = pytree.tree_unflatten(leaves, self.spec)
+        score, blocks, scale, options, *read = self._arguments(others)
         of_score, of_mask = (tuple(part) for part in (*read, (), ())[:2])
         score, mask = _by_index(score), _by_index(blocks[-1])
         if query.device.type == "cpu":
