@@ -1,7 +1,9 @@
 """Inductor for a GPU that is not there: fake CUDA tensors up to the generated source, and machine code of its kernels.
 
 It needs Triton, which brings ptxas; the CPU build of torch is enough. Everything that is put in place of a driver is
-taken away again by leaving ``fake_gpu()``.
+taken away again by leaving ``fake_gpu()``, but for one thing that Python does not undo: ``Tensor.__getitem__``,
+replaced once, leaves a slot of sequences on the class, and ``torch.tensor([tensor(1.0)])`` fails from then on. Hence
+give it a process of its own.
 """
 
 import logging
