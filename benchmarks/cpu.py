@@ -242,9 +242,28 @@ def dispatch(repeats: int) -> Rows:
     return rows
 
 
+def host(repeats: int) -> Rows:
+    """A step that computes no branch, of models so small that little but the host's work is left: it should not grow
+    with the depth."""
+    rows: Rows = []
+    for depth in (12, 28, 57):
+        torch._dynamo.reset()
+        model, inputs = dit(64, depth, 4), arguments(1, 4)
+        policies = {"reuse": Fora(10**4, 10**4), "skip": BlockCache(10**4, 0, interval=10**4)}
+        opts = {name: toca_compile.optimize(model, policy) for name, policy in policies.items()}
+        calls = {name: bind(opt, **inputs) for name, opt in opts.items()}
+        for call in calls.values():
+            for _ in range(20):
+                call()
+        median = interleaved(calls, 50 * repeats)
+        rows.append({"depth": depth, **{f"{name} step µs": 1e6 * t for name, t in median.items()}, "target": 150.0})
+        print(rows[-1], flush=True)
+    return rows
+
+
 PARTS = {
     "partial": partial, "scores": scores, "queries": queries, "runs": runs, "forecasts": forecasts, "cold": cold,
-    "dispatch": dispatch,
+    "dispatch": dispatch, "host": host,
 }  # fmt: skip
 
 

@@ -1,20 +1,23 @@
-"""Hoist: what follows from inputs that do not change during a run is computed once a run.
+"""Hoist: what does not change during a run stands first, and so does what follows from the denoising time beside it.
 
-Keys and values of the text are the case in point: they depend on the prompt, not on the timestep. Values qualify whose
-inputs are neither the denoising clock nor what any residual stream starts from, and whose computation is more than a
-few pointwise ops. Their segments stand first; the runtime skips them while it is given the same tensors, unchanged::
+Keys and values of the text depend on the prompt, not on the timestep: they are *constant* during a run. Embeddings of
+the timestep and every block's shifts, scales and gates are *timed*: they depend on it, and on nothing that moves.
+Values qualify whose computation is more than a few pointwise ops. Their segments stand in front of all others; the
+runtime leaves out those whose values it has kept from the same inputs (``runtime/step_control.py``,
+``runtime/conditioning.py``)::
 
-    embed → [norm, q, k(text), v(text), attention, …] → …    ⇒    [k(text), v(text)], embed → [norm, q, attention, …]
+    embed → [norm, linear(silu(t)), q, k(text), …] → …    ⇒    [k(text)], [t], [linear(silu(t))], embed → [norm, q, …]
 """
 
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
-from toca_compile.ir.types import Site
+from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.rules.registry import Work, work_of
 
 
@@ -22,20 +25,85 @@ def hoist(
     graph: fx.Graph,
     segments: tuple[Segment, ...],
     sites: tuple[Site, ...],
+    types: AxisTypes,
     varying: AbstractSet[fx.Node],
     clock: AbstractSet[fx.Node],
 ) -> tuple[Segment, ...]:
-    """The segments with those that are constant during a run in front.
+    """The segments with those that are constant during a run in front, and behind them those that are timed.
 
     ``varying`` are the inputs that are no parameters, ``clock`` those of them that tell the timestep.
     """
-    chosen = _constants(graph, sites, varying, clock)
+    reads = _reads(graph, varying)
+    below = _closed({s.add for s in sites}, graph)
+    roots = [s.source for s in sites if s.source not in below]
+    moving = frozenset[fx.Node]().union(*(reads[root] for root in roots))
+    # What a site computes is the site's, though it may follow from the text alone (learned queries that read it).
+    branches = {n for s in sites for n in s.region}
+    cached = below | _closed(branches, graph)
+    free = [n for n in graph.nodes if n.op == "call_function" and n not in cached]
+    constant = {n for n in free if reads[n] and not reads[n] & (moving | clock)}
+    # Only what a branch reads is worth it.
+    read = [n for n in constant if any(u in branches and u not in constant for u in n.users)]
+    constants = _worthwhile(read)
+    timed: set[fx.Node] = set()
+    if roots and _on_host(clock):
+        timed = _without_tokens([n for n in free if not reads[n] & (moving - clock)], sites, types)
+    read = [n for n in timed if reads[n] & clock and not timed.issuperset(n.users)]
+    found = _in_front(segments, constants, timed=False)
+    return _in_front(found, _worthwhile(read) - constants, timed=True)
+
+
+def _reads(graph: fx.Graph, varying: AbstractSet[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each node, the inputs that are no parameters from which it follows."""
+    reads: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        own = frozenset({node}) if node in varying else frozenset()
+        reads[node] = own.union(*(reads[i] for i in node.all_input_nodes))
+    return reads
+
+
+def _without_tokens(candidates: list[fx.Node], sites: tuple[Site, ...], types: AxisTypes) -> set[fx.Node]:
+    """Those of the candidates, in the order of the graph, that have no tokens and are made of such alone: one of each
+    is kept for each timestep, and values with tokens are as large as the picture."""
+    found: set[fx.Node] = set()
+    axes = {s.axis.factors for s in sites}
+    for node in candidates:
+        dims = types.results.get(node, ())
+        factors = {f for dim in dims for p in dim for f in types.factors.resolve(p)}
+        made_of = {n for n in node.all_input_nodes if n.op == "call_function"}
+        # What the graph hands out may be written to by whoever is given it.
+        handed_out = any(user.op == "output" for user in node.users)
+        if made_of <= found and not any(factors.issuperset(axis) for axis in axes) and not handed_out:
+            found.add(node)
+    return found
+
+
+def _on_host(clock: AbstractSet[fx.Node]) -> bool:
+    """Whether the time is known without waiting for a device."""
+    values = [value_of(n) for n in clock]
+    return bool(values) and all(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in values)
+
+
+def _worthwhile(read: list[fx.Node]) -> set[fx.Node]:
+    """Those of the nodes for which a contraction is saved, and what they are made of."""
+    chosen: set[fx.Node] = set()
+    for node in read:
+        above = {n for n in ancestors([node]) if n.op == "call_function"}
+        if any(work_of(n) is Work.CONTRACT for n in above):
+            chosen |= above
+    return chosen
+
+
+def _in_front(segments: tuple[Segment, ...], chosen: AbstractSet[fx.Node], *, timed: bool) -> tuple[Segment, ...]:
+    """The segments with ``chosen`` in segments of their own in front, behind those that stand there already."""
     if not chosen:
         return segments
     count = max(s.template for s in segments) + 1
     outside = tuple(n for s in segments if not s.sites for n in s.nodes if n in chosen)
     shown = tuple(n for n in outside if not set(n.users) <= set(outside))
-    front = [Segment(count, outer_inputs(outside), outside, shown, constant=True)] if outside else []
+    front = []
+    if outside:
+        front.append(Segment(count, outer_inputs(outside), outside, shown, constant=not timed, timed=timed))
     rest: list[Segment] = []
     for segment in segments:
         exemplar = next(s for s in segments if s.template == segment.template)
@@ -54,7 +122,8 @@ def hoist(
                 tuple(pairs[n] for n in outer_inputs(hoisted)),
                 tuple(pairs[n] for n in hoisted),
                 tuple(segment.nodes[i] for i in live),
-                constant=True,
+                constant=not timed,
+                timed=timed,
                 in_block=True,
             )
             front.append(part)
@@ -67,37 +136,14 @@ def hoist(
                     outputs=tuple(n for n in segment.outputs if n not in chosen),
                 )
             )
-    result = (*front, *rest)
+    first = [s for s in rest if s.constant or s.timed]
+    result = (*first, *front, *rest[len(first) :])
     if any(isinstance(value_of(n), (tuple, list)) for s in result for n in (*s.inputs, *s.outputs)):
         return segments
     numbers: dict[int, int] = {}
-    return tuple(replace(s, template=numbers.setdefault(s.template, len(numbers))) for s in result)
-
-
-def _constants(
-    graph: fx.Graph, sites: tuple[Site, ...], varying: AbstractSet[fx.Node], clock: AbstractSet[fx.Node]
-) -> set[fx.Node]:
-    """The nodes to hoist, closed under their operands."""
-    reads: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in graph.nodes:
-        own = frozenset({node}) if node in varying else frozenset()
-        reads[node] = own.union(*(reads[i] for i in node.all_input_nodes))
-    after_sites = {s.add for s in sites}
-    below = _closed(after_sites, graph)
-    roots = [s.source for s in sites if s.source not in below]
-    moving = set(clock).union(*(reads[r] for r in roots)) if roots else set(clock)
-    # What a site computes is the site's, though it may follow from the text alone (learned queries that read it).
-    cached = _closed({n for s in sites for n in s.region} | after_sites, graph)
-    constant = {n for n in graph.nodes if n.op == "call_function" and reads[n] and not reads[n] & moving} - cached
-    # Only what a branch reads is worth it, and only where a contraction is saved.
-    branches = {n for s in sites for n in s.region}
-    exported = [n for n in constant if any(u in branches and u not in constant for u in n.users)]
-    chosen: set[fx.Node] = set()
-    for node in exported:
-        above = {n for n in ancestors([node]) if n.op == "call_function"}
-        if any(work_of(n) is Work.CONTRACT for n in above):
-            chosen |= above
-    return chosen
+    for segment in (*rest, *front) if timed else result:
+        numbers.setdefault(segment.template, len(numbers))
+    return tuple(replace(s, template=numbers[s.template]) for s in result)
 
 
 def _closed(nodes: AbstractSet[fx.Node], graph: fx.Graph) -> set[fx.Node]:

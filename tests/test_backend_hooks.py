@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from toca_compile import backend
-from toca_compile.backend import BackendCompilerFailed, OptimizedModule, dynamo_limits, remove_from_cache, skip_code
+from toca_compile.backend import (
+    BackendCompilerFailed,
+    OptimizedModule,
+    compiled_code,
+    dynamo_limits,
+    remove_from_cache,
+    skip_code,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 seen: list[Any] = []
@@ -53,6 +60,26 @@ def test_remove_from_cache() -> None:
     remove_from_cache(double.__code__)
     compiled(torch.ones(2))
     assert len(seen) == 2
+
+
+def test_compiled_code() -> None:
+    """What Dynamo made of a function, which runs on its globals without guards; nothing where it made two things."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    assert compiled_code(double.__code__) is None
+    function = types.FunctionType(double.__code__, {"__builtins__": __builtins__})
+    compiled = torch._dynamo.optimize(record, dynamic=False)(function)
+    compiled(torch.ones(2))
+    code = compiled_code(double.__code__)
+    assert code is not None
+    direct = types.FunctionType(code, function.__globals__)
+    assert torch.equal(direct(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(direct(torch.ones(3)), torch.full((3,), 2.0))  # no guard
+    assert len(seen) == 1
+    compiled(torch.ones(3))
+    assert compiled_code(double.__code__) is None
 
 
 def test_skip_code() -> None:

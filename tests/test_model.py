@@ -3,19 +3,21 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import toca_compile
-from tests.models import diffusers_dit
+from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.pipelines import build, run
-from tests.runs import optimized
+from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import noise
 from toca_compile import Fora
+from toca_compile.model import Calls
 
 
 def _pickled(opt: Any) -> Any:
@@ -64,3 +66,99 @@ def test_pipelines_are_copied(way: Callable[[Any], Any]) -> None:
     assert len(other.transformer.steps) == 4
     assert isinstance(other, type(pipe))
     assert toca_compile.explain(other).schedule == "FRFR"
+
+
+class Scaled(nn.Module):
+    """A model with a setting that Dynamo makes a constant of its graph, as the scale of a LoRA is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.scale = PlainDiT(), 1.0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, t, y) * self.scale
+
+
+@pytest.fixture
+def looks() -> Iterator[list[int]]:
+    """How often the model was looked at."""
+    found: list[int] = []
+    before = Calls._hooks
+
+    def counted(self: Calls, model: nn.Module) -> Any:
+        found.append(1)
+        return before(self, model)
+
+    with patch.object(Calls, "_hooks", counted):
+        yield found
+
+
+def test_the_model_is_looked_at_where_a_step_computes_everything(looks: list[int]) -> None:
+    model: Any = randomize(Scaled())
+    opt = optimized(model, Fora(8, 4))
+    for _ in range(2):
+        looks.clear()
+        steps(opt, noise(), TIMES)
+        assert kinds(opt) == "frrrfrrr"
+        # Each first step of a sampling, each full one, and the second, before which nothing was compiled to be called.
+        assert len(looks) <= 3
+
+
+def test_what_changes_in_a_sampling_holds_from_the_next_full_step_on() -> None:
+    model: Any = randomize(Scaled())
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    with torch.no_grad():
+        for i, time in enumerate(TIMES):
+            t = torch.full((2,), time)
+            if i == 2:
+                model.scale = 3.0
+            out = opt(noise(), t, torch.arange(2))
+            if i in (0, 4):
+                assert torch.equal(out, model(noise(), t, torch.arange(2)))
+    assert kinds(opt) == "frrrfrrr"
+
+
+def test_a_sampling_that_begins_early_looks_at_the_model(looks: list[int]) -> None:
+    """The call looked like the next step of one that goes on."""
+    model: Any = randomize(Scaled())
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    steps(opt, noise(), TIMES[:3])
+    model.scale = 3.0
+    looks.clear()
+    with torch.no_grad():
+        x, t = noise(seed=7), torch.full((2,), TIMES[0])
+        assert torch.equal(opt(x, t, torch.arange(2)), model(x, t, torch.arange(2)))
+    assert looks
+    assert kinds(opt) == "f"
+
+
+def test_hooks_and_layers_that_are_new_are_met_at_the_next_full_step() -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    steps(opt, noise(), TIMES[:2])
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)  # type: ignore[union-attr, operator, index]
+    model.head = randomize(nn.Linear(16, 8))
+    with torch.no_grad():
+        for i, time in enumerate(TIMES[2:5], 2):
+            t = torch.full((2,), time)
+            out = opt(noise(), t, torch.arange(2))
+            if i == 4:
+                torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
+    handle.remove()
+
+
+def test_other_shapes_and_modes_are_no_step_of_the_sampling(looks: list[int]) -> None:
+    model: Any = randomize(Scaled())
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    steps(opt, noise(), TIMES[:2])
+    looks.clear()
+    with torch.no_grad():
+        x, t = noise(3), torch.full((3,), TIMES[2])
+        assert torch.equal(opt(x, t, torch.arange(3)), model(x, t, torch.arange(3)))
+    with torch.inference_mode():
+        opt(noise(), torch.full((2,), TIMES[2]), torch.arange(2))
+    assert len(looks) == 2

@@ -5,6 +5,7 @@ version of torch has changed it. (Inductor's stand in ``lowerings/inductor.py``,
 """
 
 import sys
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.eval_frame import OptimizedModule, remove_from_cache, skip_code
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -169,6 +170,12 @@ def dynamo_backend(session: Session) -> Callable[..., Any]:
     return toca_session
 
 
+def compiled_code(code: types.CodeType) -> types.CodeType | None:
+    """What Dynamo made of a code object: None where that is nothing, or several things, of which guards choose."""
+    made = _debug_get_cache_entry_list(code)
+    return made[0].code if len(made) == 1 else None
+
+
 def _is_nested() -> bool:
     """Whether the frame being compiled was called by user code that runs uncompiled: then it is a fragment of the
     model, not the model. Between torch.compile's wrapper and Dynamo there are otherwise torch's own frames only."""
@@ -205,6 +212,7 @@ def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...
 __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
+    "compiled_code",
     "compiled_session",
     "dynamo_context",
     "dynamo_limits",

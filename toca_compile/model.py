@@ -19,6 +19,7 @@ from torch import nn
 from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
+    compiled_code,
     dynamo_context,
     dynamo_limits,
     remove_from_cache,
@@ -39,7 +40,7 @@ from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.progress import working
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.sight import Told
-from toca_compile.runtime.step_control import StepRecord
+from toca_compile.runtime.step_control import StepControl, StepRecord, Unexpected
 from toca_compile.session import Session, patch_of
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,27 @@ class _Entry:
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
     graphs: int = 0  # that Dynamo made of it
+    names: dict[str, Any] | None = None  # the globals of the function that Dynamo compiled
+    direct: Callable[..., Any] | None = None  # what it made of it
 
     @property
     def refused(self) -> bool:
         """Whether the policy was more than the model can do."""
         return any(isinstance(error, PolicyError) for error in self.uncached.values())
+
+
+@dataclass(frozen=True)
+class _Direct:
+    """A call of one graph without guards: inputs of which signature, what Dynamo made of it, and what that runs."""
+
+    signature: Any
+    direct: Callable[..., Any]
+    executor: Executor
+
+    def is_cached(self, control: StepControl) -> bool:
+        """Whether the next step takes branches from caches, if the sampling goes on."""
+        run = control.coming()
+        return run is not None and self.executor.is_cached(run)
 
 
 def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
@@ -88,6 +105,7 @@ class Calls:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any]] = (-1, [])
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
+        self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
         self.context = dynamo_context(session)
@@ -129,9 +147,20 @@ class Calls:
 
     def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
-        that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay."""
-        entries = self._entries
-        key = (*_signature(args, kwargs), self._hooks(model))
+        that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay.
+
+        Of a step that takes branches from caches, signature and run are looked at alone: the model is looked at, its
+        hooks and by Dynamo's guards, where a step computes everything, and what is cached is of the model as it was."""
+        entries, signature = self._entries, _signature(args, kwargs)
+        last = self._last
+        if last is not None and last.signature == signature and last.is_cached(self.session.control):
+            try:
+                with self.session.control.unguarded():
+                    return last.direct(model, args, kwargs)
+            except Unexpected:
+                pass
+        self._last = None
+        key = (*signature, self._hooks(model))
         entry = entries.get(key)
         if entry is not None and entry.refused and entry.policy is not self.session.policy:
             self._forget(entries.pop(key))  # the policy now may be one that the graphs can follow
@@ -154,16 +183,29 @@ class Calls:
                 entry.executors += session.executors[known:]
                 entry.graphs += session.seen - before
             session.graphs = entry.graphs
+            if not new:
+                self._last = self._direct(entry, signature)
+
+    def _direct(self, entry: _Entry, signature: Any) -> "_Direct | None":
+        """How a call of an entry is made without guards; None where Dynamo made more than one graph of it."""
+        if entry.direct is None and entry.names is not None and len(entry.executors) == entry.graphs == 1:
+            code = compiled_code(entry.code)
+            if code is not None and not self.session.broken and not self._hooked[1]:
+                entry.direct = types.FunctionType(code, entry.names)
+        if entry.direct is None or len(entry.executors) != 1:
+            return None
+        return _Direct(signature, entry.direct, entry.executors[0])
 
     def close(self) -> None:
         """Forget what was compiled, and every run."""
         while self._entries:
             self._forget(self._entries.popitem()[1])
-        self._hook_lists, self._hooked = (-1, []), ((), [], Traceable(()))
+        self._hook_lists, self._hooked, self._last = (-1, []), ((), [], Traceable(())), None
         self.session.control.reset()
         Calls.alive.discard(self)
 
     def _forget(self, entry: _Entry) -> None:
+        self._last = None
         remove_from_cache(entry.code)
         if not self.session.breaks:
             # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
@@ -201,7 +243,7 @@ class Calls:
             inner = self.context(types.MethodType(call, model))
             return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
         function = types.FunctionType(code, {"__builtins__": __builtins__, "call": call})
-        return _Entry(self.context(function), code, policy)
+        return _Entry(self.context(function), code, policy, names=function.__globals__)
 
     def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A Python number that is another one at each call of a run is traced anew for each value: say so."""

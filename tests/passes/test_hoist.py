@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import toca_compile
-from tests.models import Texted, randomize
-from tests.programs import reading_program
+from tests.models import PlainDiT, Texted, randomize
+from tests.programs import program_of, reading_program
 from tests.runs import optimized
 from tests.sampling import noise
 from toca_compile import Fora
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
+from toca_compile.ir.graph import value_of
 from toca_compile.ir.program import Program
 
 aten = torch.ops.aten
@@ -27,6 +28,41 @@ def test_keys_and_values_of_the_text_stand_first(program: Program) -> None:
     assert aten.linear.default in [n.target for n in first.nodes]
     assert not any(s.constant for s in others)
     assert not any(s.constant for s in program.segments)  # nothing is read but the picture
+
+
+def test_shifts_scales_and_gates_stand_first() -> None:
+    """Those of each block as a segment of its own, all the same graph; the model's own behind what they are made of."""
+    program = program_of(randomize(PlainDiT()), noise(), torch.full((2,), 500), torch.arange(2))
+    outside, *blocks = [s for s in program.segments if s.timed]
+    assert outside.nodes[0] not in {n for s in blocks for n in s.nodes}
+    assert len({s.template for s in blocks}) == 1
+    assert [aten.linear.default in [n.target for n in s.nodes] for s in blocks] == [True] * 3
+    assert all(s.in_block for s in blocks)
+    behind = program.segments[len(blocks) + 1 :]
+    assert not any(s.timed for s in behind)
+    made = {n for s in (outside, *blocks) for n in s.outputs}
+    read = [n for s in behind for n in s.inputs if n in made]
+    assert all(value_of(n).shape in ((2, 1, 16), (2, 16)) for n in read)
+
+
+class OverTokens(nn.Module):
+    """Adds its embedding of the time to every token, and that is nothing that is kept by time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.qkv = nn.Linear(1, 8), nn.Linear(8, 24)
+        self.places = nn.Parameter(torch.randn(1, 12, 8))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        added = self.time(t.sin()[:, None])[:, None] * self.places
+        q, k, v = self.qkv(x + added).reshape(2, 12, 3, 8).permute(2, 0, 1, 3)[:, :, None]
+        return x + added * nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+def test_what_has_tokens_is_made_at_each_step() -> None:
+    program = program_of(OverTokens(), torch.randn(2, 12, 8), torch.ones(2))
+    (timed,) = (s for s in program.segments if s.timed)
+    assert [tuple(value_of(n).shape) for n in timed.outputs] == [(2, 1, 8)]
 
 
 def test_what_is_hoisted_is_shown(tmp_path: Path) -> None:

@@ -59,12 +59,17 @@ class CostModel:
         }
 
     def step(self, plan: StepPlan) -> int:
-        """FLOPs of one step of a plan, without what is computed once a run."""
+        """FLOPs of one step of a plan, without what is computed once a run. What follows from the time is counted as
+        if each step came at a time of its own."""
         total = 0
         skipped = {i for i, action in enumerate(plan.sites) if action.by_blocks}
         inside = [i for i, s in enumerate(self.program.segments) if skipped & set(s.sites)]
-        for i, segment in enumerate(self.program.segments):
-            if not self._counted(segment, constant=False) or (inside and inside[0] <= i <= inside[-1]):
+        left_out = self.program.segments[inside[0] : inside[-1] + 1] if inside else ()
+        unread = {n for s in left_out for n in s.nodes}
+        for segment in self.program.segments:
+            if not self._counted(segment, constant=False) or segment in left_out:
+                continue
+            if segment.timed and all(unread.issuperset(n.users) for n in segment.outputs):
                 continue
             sites = [self.program.sites[i] for i in segment.sites]
             total += self._number(segment, sites, [plan.sites[i] for i in segment.sites])

@@ -64,11 +64,11 @@ def find_clock(program: Program) -> Program:
 
 
 def hoist(program: Program) -> Program:
-    """What does not change during a run stands first, to be computed once."""
+    """What does not change during a run, or follows from the timestep beside it, stands first, to be computed once."""
+    assert program.types is not None
     varying, clock = frozenset(program.varying), frozenset(program.clock)
-    return replace(
-        program, segments=_hoist.hoist(program.module.graph, program.segments, program.sites, varying, clock)
-    )
+    graph, types = program.module.graph, program.types
+    return replace(program, segments=_hoist.hoist(graph, program.segments, program.sites, types, varying, clock))
 
 
 def static_nodes(program: Program) -> frozenset[fx.Node]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, value_of
 from toca_compile.ir.plan import Plan, Selector
 from toca_compile.ir.printer import print_variant, variant_name
-from toca_compile.ir.program import Form, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.program import Chain, Form, Kind, Program, Segment, StandIn, Stream, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
-from toca_compile.lowerings import Lowering
+from toca_compile.lowerings import Lowering, of_rare_calls
+from toca_compile.passes.variants.chain import chained
 from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.passes.variants.skip_range import stand_in
 from toca_compile.runtime.cache_state import like_buffer
@@ -40,7 +42,7 @@ class ProgramVariants:
     def __init__(self, program: Program, lower: Lowering, *, dense: bool) -> None:
         self.program, self.lower, self.dense = program, lower, dense
         self.checked: Checked = {}
-        self._unranked: dict[tuple[int | Segment, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
+        self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
         """A segment's variant as a callable, which of the segment's inputs it takes, and its slots.
@@ -53,11 +55,12 @@ class ProgramVariants:
         if (segment.kind, forms) in self._unranked:
             return self._unranked[segment.kind, forms]
         variant = self.build(segment, forms, plan)
-        name = variant_name(segment.kind, forms)
+        name = variant_name(segment, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
         examples = [_example(segment.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(segment), forms, plan.selector) for slot in variant.slots]
-        graph = self.lower(variant, examples), variant.values, variant.slots
+        lower = of_rare_calls(self.lower) if segment.timed else self.lower
+        graph = lower(variant, examples), variant.values, variant.slots
         if not variant.ranks:
             self._unranked[segment.kind, forms] = graph
         return graph
@@ -72,6 +75,8 @@ class ProgramVariants:
             if segment.outputs:  # what a probe tells is no value of the graph
                 verify_variant(variant, segment)
             return variant
+        if isinstance(segment, Chain):
+            return self._chain(segment, forms, plan)
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
         exemplar = next(s for s in program.segments if s.template == segment.template)
         sites = [program.sites[i] for i in exemplar.sites]
@@ -89,6 +94,21 @@ class ProgramVariants:
             self.checked[exemplar.template, forms] = time.perf_counter() - began
         return variant
 
+    def _chain(self, chain: Chain, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """The graph of several segments, of those of their own."""
+        parts: dict[Any, Variant] = {}
+        variants = []
+        given = iter(forms)
+        for part in chain.parts:
+            own = tuple(islice(given, len(part.sites)))
+            key = part.kind, own
+            if key not in parts:
+                parts[key] = self.build(part, own, plan)
+            variants.append(parts[key])
+        variant = chained(chain, variants)
+        verify_variant(variant, chain)
+        return variant
+
     def _is_due(self, segment: Segment, sites: list[Site], forms: tuple[Form, ...]) -> bool:
         """Whether a variant that computes rows is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
         asked = numeric_check.wanted()
@@ -102,6 +122,8 @@ class ProgramVariants:
         """Whose slots its variants have, by position."""
         if isinstance(segment, StandIn):
             return segment.owners
+        if isinstance(segment, Chain):
+            return [owner for part in segment.parts for owner in self._owners(part)]
         return [self.program.sites[i] for i in segment.sites]
 
     def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: Selector) -> Any:

@@ -12,7 +12,7 @@ from torch import fx
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, value_of
 from toca_compile.ir.names import Names
-from toca_compile.ir.program import Form, Program, Segment, StandIn, Variant
+from toca_compile.ir.program import Chain, Form, Program, Segment, StandIn, Variant
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Site, Type
 
@@ -60,9 +60,15 @@ def done(action: Form) -> str:
     return str(action)
 
 
-def variant_name(kind: int | Segment, actions: Sequence[Form]) -> str:
-    """A variant as it is called in reports and logs: ``template1[reuse; rows]``, or ``blocks[skip]``."""
-    return f"blocks[{kind.does}]" if isinstance(kind, StandIn) else f"template{kind}[{'; '.join(map(done, actions))}]"
+def variant_name(segment: Segment, actions: Sequence[Form]) -> str:
+    """A variant as it is called in reports and logs: ``template1[reuse; rows]``, ``blocks[skip]``, or
+    ``segments1-5[reuse]``."""
+    for part in _parts(segment):
+        if isinstance(part, StandIn):
+            return f"blocks[{part.does}]"
+    if isinstance(segment, Chain):
+        return f"segments{segment.at[0]}-{segment.at[-1]}[{'; '.join(dict.fromkeys(map(done, actions)))}]"
+    return f"template{segment.template}[{'; '.join(map(done, actions))}]"
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
@@ -75,12 +81,27 @@ def print_variant(variant: Variant, program: Program, segment: Segment, actions:
         owners = [_Owner(s.name, (names.types.type_of(s.output),)) for s in segment.owners]
         head = f"// {segment.does} segments {segment.range.first} to {segment.range.last - 1}"
         return _Typed(names, {}, {}).text(head, variant, segment.inputs, owners)
-    sites = [program.sites[i] for i in segment.sites]
+    streams = {s.index: s for part in _parts(segment) if isinstance(part, StandIn) for s in part.owners}
+    sites = [program.sites[i] for i in segment.sites if i not in streams]
+    owners = [
+        _Owner(streams[i].name, (names.types.type_of(streams[i].output),))
+        if i in streams
+        else _Owner(program.sites[i].name, _buffer_types(program.sites[i], program, names))
+        for i in segment.sites
+    ]
+    if isinstance(segment, Chain):
+        does = "; ".join(dict.fromkeys(map(done, actions)))
+        head = f"// segments {segment.at[0]} to {segment.at[-1]} as one: {does}"
+        originals = {n.meta.get(CAPTURED_AS, n.name): n for s in program.segments for n in s.nodes}
+        return _Typed(names, originals, {}).text(head, variant, segment.inputs, owners)
     does = "; ".join(f"{s.name} {done(a)}" for s, a in zip(sites, actions, strict=True)) or "no site"
-    owners = [_Owner(s.name, _buffer_types(s, program, names)) for s in sites]
     notes = {n: [s.name for s in sites if n in s.region] for n in segment.nodes}
     typed = _Typed(names, {n.meta.get(CAPTURED_AS, n.name): n for n in segment.nodes}, notes)
     return typed.text(f"// template {segment.template}: {does}", variant, segment.inputs, owners)
+
+
+def _parts(segment: Segment) -> Sequence[Segment]:
+    return segment.parts if isinstance(segment, Chain) else (segment,)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Programs: a graph cut into segments, and the rewritten variants of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Attention, AxisTypes, Layout, Site
 
+Kind = Hashable  # of a segment
+
 
 @dataclass(frozen=True)
 class Segment:
     """A convex part of the graph, run as one call: values in, nodes in graph order, values out.
 
     ``template`` numbers the segments that are the same graph; of those, inputs, outputs and sites correspond by
-    position. A ``constant`` one depends on inputs that stay the same during a run (the text); it may be a part of a
-    block.
+    position. A ``constant`` one depends on inputs that stay the same during a run (the text), a ``timed`` one on those
+    and the denoising time; either may be a part of a block.
     """
 
     template: int
@@ -27,10 +29,11 @@ class Segment:
     outputs: tuple[fx.Node, ...]
     sites: tuple[int, ...] = ()
     constant: bool = False
+    timed: bool = False
     in_block: bool = False
 
     @property
-    def kind(self) -> "int | Segment":
+    def kind(self) -> Kind:
         """What its variants are kept by: segments of one kind share them."""
         return self.template
 
@@ -164,8 +167,46 @@ class StandIn(Segment):
         return tuple(s for s in self.range.owners if s.index in self.sites)
 
     @property
-    def kind(self) -> "int | Segment":
+    def kind(self) -> Kind:
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Segment):
+    """Segments that a step runs as one call, since it computes none of their branches.
+
+    Attributes:
+        at: the place of each part among the plan's segments.
+        leads: for each site, by position, the first whose host numbers are the same in all steps.
+    """
+
+    parts: tuple[Segment, ...]
+    at: tuple[int, ...]
+    leads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Segment], at: Sequence[int], leads: Sequence[int], read: Container[fx.Node]) -> "Chain":
+        """Parts in order. ``read``: the values that something behind them asks for."""
+        made: set[fx.Node] = set()
+        inputs: dict[fx.Node, None] = {}
+        for part in parts:
+            inputs |= dict.fromkeys(n for n in part.inputs if n not in made)
+            made.update(part.outputs)
+        outputs = dict.fromkeys(n for part in parts for n in part.outputs if n in read)
+        return cls(
+            template=-1,
+            inputs=tuple(inputs),
+            nodes=tuple(n for part in parts for n in part.nodes),
+            outputs=tuple(outputs),
+            sites=tuple(i for part in parts for i in part.sites),
+            parts=tuple(parts),
+            at=tuple(at),
+            leads=tuple(leads),
+        )
+
+    @property
+    def kind(self) -> Kind:
+        return (*(part.kind for part in self.parts), self.at, self.leads, self.outputs)
 
 
 @dataclass(frozen=True)

@@ -163,13 +163,23 @@ def _clock_inputs(program: Program, names: Names) -> list[str]:
 
 
 def _hoisted(program: Program) -> str:
-    constant = [s for s in program.segments if s.constant]
-    calls = sum(len(s.nodes) for s in constant)
-    return f"{_count(len(constant), 'segment')} of {calls} calls once a run" if constant else "nothing to do once a run"
+    told = []
+    for when in ("once a run", "once a timestep"):
+        found = [s for s in program.segments if _when(s) == when]
+        if found:
+            told.append(f"{_count(len(found), 'segment')} of {sum(len(s.nodes) for s in found)} calls {when}")
+        elif when == "once a run":
+            told.append("nothing to do once a run")
+    return ", ".join(told)
 
 
 def _constants(program: Program, names: Names) -> list[str]:
-    return [f"segment {i}: {_list(s.outputs)}" for i, s in enumerate(program.segments) if s.constant]
+    return [f"segment {i}: {_list(s.outputs)}, {_when(s)}" for i, s in enumerate(program.segments) if _when(s)]
+
+
+def _when(segment: Segment) -> str:
+    """When a segment in front is computed; nothing for those that each step computes."""
+    return "once a run" if segment.constant else "once a timestep" if segment.timed else ""
 
 
 FINDINGS = {
@@ -215,7 +225,8 @@ def _graph(program: Program, names: Names | None) -> list[str]:
 
 
 def _head(i: int, segment: Segment, program: Program) -> str:
-    notes = [program.sites[s].name for s in segment.sites] + (["constant during a run"] if segment.constant else [])
+    notes = [program.sites[s].name for s in segment.sites]
+    notes += ["constant during a run"] * segment.constant + ["follows from the time"] * segment.timed
     ends = f"({_list(segment.inputs)}) -> ({_list(segment.outputs)})"
     return print_line(f"segment {i} = template {segment.template}{ends}", "", notes)
 

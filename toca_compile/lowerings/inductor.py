@@ -40,7 +40,7 @@ loads = 0
 """How many of them an earlier process had compiled."""
 
 
-@lowering("inductor")
+@lowering("inductor", compiles=True)
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     """The compiled artifact.
 

@@ -11,7 +11,8 @@ class Lowering(Protocol):
     """Turn a variant into a callable.
 
     ``examples`` are a fake tensor or a plausible host number for each of the variant's inputs, in order. A lowering
-    with an attribute ``dense = True`` is given variants that compute partial branches for all tokens.
+    with an attribute ``dense = True`` is given variants that compute partial branches for all tokens, one with
+    ``compiles = True`` is not given what is computed once for many steps.
     """
 
     def __call__(self, variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]: ...
@@ -22,12 +23,13 @@ L = TypeVar("L", bound=Lowering)
 LOWERINGS: dict[str, Lowering] = {}
 
 
-def lowering(name: str, *, dense: bool = False) -> Callable[[L], L]:
+def lowering(name: str, *, dense: bool = False, compiles: bool = False) -> Callable[[L], L]:
     """A decorator: the function is the lowering of that name.
 
     Args:
         name: as ``optimize(..., lowering=name)`` asks for it.
         dense: whether it is given the plain meaning of a variant, in which all tokens are computed and blended by mask.
+        compiles: whether it takes so long that it pays for what is computed at each step alone.
 
     Raises:
         TocaError: another lowering has that name.
@@ -37,7 +39,7 @@ def lowering(name: str, *, dense: bool = False) -> Callable[[L], L]:
         # A module that is loaded anew makes its functions anew.
         if name in LOWERINGS and LOWERINGS[name].__module__ != lower.__module__:
             raise TocaError(f"there is a lowering {name!r} already: give the other one another name")
-        lower.dense = dense  # type: ignore[attr-defined]
+        lower.dense, lower.compiles = dense, compiles  # type: ignore[attr-defined]
         LOWERINGS[name] = lower
         return lower
 
@@ -53,6 +55,11 @@ def find_lowering(name: str) -> Lowering:
     if name not in LOWERINGS:
         raise TocaError(f"unknown lowering {name!r}; choose one of {', '.join(sorted(LOWERINGS))}")
     return LOWERINGS[name]
+
+
+def of_rare_calls(lower: Lowering) -> Lowering:
+    """The lowering of what is computed once for many steps."""
+    return LOWERINGS["eager"] if getattr(lower, "compiles", False) else lower
 
 
 def is_dense(lower: Lowering) -> bool:

@@ -256,7 +256,7 @@ class Report:
                 if kind in segments:  # which blocks that another plan skips are not
                     variant = executor.variants.build(segments[kind], forms, plan)
                     text = print_variant(variant, program, segments[kind], forms)
-                    texts[prefix + variant_name(kind, forms)] = text
+                    texts[prefix + variant_name(segments[kind], forms)] = text
         return texts
 
     def __str__(self) -> str:

@@ -47,6 +47,7 @@ class Summary:
         seconds_saved: against as many full steps, each as long as the mean of this sampling's own; an estimate. None
             where no full step was timed.
         cache_bytes, peak_cache_bytes: now, and at most.
+        conditioning_bytes: what is kept, from one sampling to the next, of what follows from the timestep.
         graphs: how many were compiled; ``breaks``: why torch.compile split the model; ``recompiles``: graphs that it
             made after the first call (another shape, another Python number).
         warnings: what was warned of.
@@ -65,6 +66,7 @@ class Summary:
     seconds_saved: float | None
     cache_bytes: int
     peak_cache_bytes: int
+    conditioning_bytes: int
     graphs: int
     breaks: tuple[str, ...]
     recompiles: int
@@ -127,6 +129,7 @@ def summarise(subjects: Mapping[str, Subject]) -> Summary:
         seconds_saved=sum(saved) if saved else None,
         cache_bytes=sum(p.cache_bytes for p in every),
         peak_cache_bytes=sum(p.peak_cache_bytes for p in every),
+        conditioning_bytes=sum(p.conditioning_bytes for p in every),
         graphs=sum(p.graphs for p in every),
         breaks=tuple(dict.fromkeys(b for p in every for b in p.breaks)),
         recompiles=sum(p.recompiles for p in every),
@@ -165,6 +168,7 @@ def _of(name: str, subject: Subject) -> Summary:
         seconds_saved=mean * timed - seconds if mean is not None else None,
         cache_bytes=session.control.cache_bytes,
         peak_cache_bytes=session.control.peak_bytes,
+        conditioning_bytes=session.control.conditioning_bytes,
         graphs=len(session.executors),
         breaks=tuple(session.breaks),
         recompiles=session.recompiles,
@@ -211,6 +215,10 @@ def _text(name: str, part: Summary) -> list[str]:
     else:
         lines += labelled("time", "no full step without compiling, so what was saved is not known: sample again")
     lines += labelled("cache", f"{megabytes(part.peak_cache_bytes)} at most, {megabytes(part.cache_bytes)} now")
+    if part.conditioning_bytes:
+        lines += labelled(
+            "timesteps", f"{megabytes(part.conditioning_bytes)} of embeddings and modulations, kept by time"
+        )
     broken = f"{len(part.breaks)} graph breaks: {', '.join(part.breaks)}" if part.breaks else "no graph break"
     again = {0: "no recompile", 1: "1 recompile"}.get(part.recompiles, f"{part.recompiles} recompiles")
     lines += labelled("graphs", f"{part.graphs}, {again}, {broken}")

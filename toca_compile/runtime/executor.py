@@ -13,21 +13,23 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan, Selector
-from toca_compile.ir.program import Form, GraphPlan, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Variant
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
 from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
 from toca_compile.runtime.carry_over import carry_over
+from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
 log = logging.getLogger(__name__)
 
 Graph = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
-_Variant = tuple[int | Segment, tuple[Form, ...]]  # the kind of segment, and what its sites do
+_Variant = tuple[Kind, tuple[Form, ...]]  # the kind of segment, and what its sites do
 
 FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
 
@@ -71,6 +73,14 @@ class _BoundCall:
     moves: tuple[tuple[int, tuple[Number, int]], ...]
     results: tuple[int, ...]
     free: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundCalls:
+    """Those of a step, and the places that they read of what follows from the time."""
+
+    calls: list[_BoundCall]
+    timed: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -123,10 +133,18 @@ class Executor:
         self._varying = [self._place[n] for n in program.varying]
         read = {n for s in program.segments[: self._constant] for n in s.inputs}
         self._watched = sorted(self._place[n] for n in read if n in self._place)
+        # Behind them those that follow from the time.
+        self._front = self._constant + sum(s.timed for s in program.segments)
+        made = [n for s in program.segments[self._constant : self._front] for n in s.outputs]
+        given = sorted(self._place[n] for n in ancestors(made) if n in self._place)
+        labels = [i for i in given if i in self._varying and i not in self._clock]
+        weights = [i for i in given if i not in self._varying]
+        self._conditioning = Conditioning(self._clock, labels, weights)
         self._constants = [(n, _attribute(program.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
         for segment in program.segments:
             for node in segment.outputs:
                 self._place.setdefault(node, len(self._place))
+        self._timed = {self._place[n] for s in program.segments[self._constant : self._front] for n in s.outputs}
         for node, _ in self._constants:
             self._place[node] = len(self._place)
         # The values of a step beside the inputs, before anything is computed.
@@ -171,6 +189,7 @@ class Executor:
             seen = {i: inputs[i] for i in self._varying}
             clock = [inputs[i] for i in self._clock]
             run, key = self.control.enter_graph(self.number, instance, self.schedule.steps, seen, clock)
+            self.control.expected(self.is_cached(run, key))
             try:
                 results = self._execute(inputs, run, key)
             except BaseException:
@@ -178,6 +197,17 @@ class Executor:
                 raise
             self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
         return results
+
+    def is_cached(self, run: Run, key: tuple[int, ...] | None = None) -> bool:
+        """Whether the graph's next step in a run takes some branch from a cache, whatever is met on the way."""
+        keys = [k for k in run.schedules if k[0] == self.number] if key is None else [key]
+        schedule = run.schedules.get(keys[0]) if len(keys) == 1 else None
+        if schedule is None or schedule.plan is not self.plan or schedule.probe is not None:
+            return False
+        if run.last[keys[0]] != run.step - 1:
+            return False
+        row = schedule.rows[min(run.step, len(schedule.rows) - 1)]
+        return not all(action.dense for action in row)
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
@@ -246,23 +276,32 @@ class Executor:
         step = _Step(schedule, index, moves, [*inputs, *self._unset])
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
         bound = self._bound(calls, now, run, key)
-        if self._constant:
-            if not self._restore(inputs, step.values, run, key):
-                step.run(bound[: self._constant])
-                self._keep(inputs, step.values, run, key)
-            done = self._constant
+        if self._constant and not self._restore(inputs, step.values, run, key):
+            step.run(bound.calls[: self._constant])
+            self._keep(inputs, step.values, run, key)
+        full = all(action.dense for action in schedule.unskipped[index])
+        done = self._front
+        self._condition(step, bound, key, full=full and calls is uncut)
         if schedule.probe is not None and calls is not uncut:
-            step.run(bound[done : schedule.probe.at])
+            step.run(bound.calls[done : schedule.probe.at])
             done = schedule.probe.at
             if not self._skips(step, past, now, run, key):
                 calls = uncut
                 bound = self._bound(calls, now, run, key)
+                self._condition(step, bound, key, full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
-        step.run(bound[done:])
+        step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
         return fx.node.map_arg(self._output, lambda n: _as_traced(n, step.values[self._place[n]]))
+
+    def _condition(self, step: "_Step", bound: "_BoundCalls", key: tuple[int, ...], *, full: bool) -> None:
+        """Put what follows from the time where the step reads it."""
+        if bound.timed:
+            parts = bound.calls[self._constant : self._front]
+            tables = self.control.tables.setdefault(key, [])
+            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full)
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
         """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
@@ -324,16 +363,23 @@ class Executor:
             what = f"compiling variant {place}: {does or 'what stands between the blocks'}"
             if isinstance(segment, StandIn):
                 what = f"compiling what stands in for skipped blocks: {segment.does}"
+            if isinstance(segment, Chain):
+                does = ", ".join(dict.fromkeys(str(form.action) for form in forms))
+                what = f"compiling variant {place}: {len(segment.parts)} segments as one, {does}"
             with working(what):
                 ready = self.variants.compiled(segment, forms, now.schedule.plan)
             now.ready[call.variant] = ready
         return ready
 
-    def _bound(self, calls: Calls, now: _Followed, run: Run, key: tuple[int, ...]) -> Sequence[_BoundCall]:
+    def _bound(self, calls: Calls, now: _Followed, run: Run, key: tuple[int, ...]) -> "_BoundCalls":
         """The variants of a step with this run's buffers."""
         known = run.bound.setdefault(key, {})
         if id(calls) not in known:
-            known[id(calls)] = [self._bind(call, now, run, key) for call in calls]
+            bound = [self._bind(call, now, run, key) for call in now.schedule.joined(calls)]
+            probe = now.schedule.probe
+            read = [self._bind(probe, now, run, key)] if self._timed and probe is not None else []
+            read += bound[self._front :]
+            known[id(calls)] = _BoundCalls(bound, frozenset(p for b in read for p in b.values if p in self._timed))
         return known[id(calls)]
 
     def _bind(self, call: SegmentCall, now: _Followed, run: Run, key: tuple[int, ...]) -> _BoundCall:
@@ -355,7 +401,8 @@ class Executor:
                 moves.append((position, (slot.kind, slot.index)))
         places = tuple(self._place[segment.inputs[i]] for i in used)
         results = tuple(self._place[n] for n in segment.outputs)
-        free = now.free[call.at] if call is not schedule.probe else ()
+        at = segment.at if isinstance(segment, Chain) else (call.at,) if call is not schedule.probe else ()
+        free = tuple(place for i in at for place in now.free[i])
         known[call] = _BoundCall(compiled, places, tuple(buffers), tuple(numbers), tuple(moves), results, free)
         return known[call]
 
@@ -418,7 +465,9 @@ class _Step:
 
 def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
     """All variants of a plan, and the first call of each."""
-    steps = {id(calls): calls for both in zip(schedule.uncut, schedule.calls, strict=True) for calls in both}
+    steps = {
+        id(calls): schedule.joined(calls) for both in zip(schedule.uncut, schedule.calls, strict=True) for calls in both
+    }
     probe = [schedule.probe] if schedule.probe is not None else []
     planned: dict[_Variant, SegmentCall] = {}
     for call in (*(call for calls in steps.values() for call in calls), *probe):

@@ -4,14 +4,16 @@ numbers. It knows no tensors, so it can be made, kept and compared without a mod
 It is linear in the steps: plans say the same object many times, so whatever follows from one is found by identity.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
 from toca_compile.ir.actions import Action, Compute, Keep, SkipBlocks
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan, StepPlan, scored_sites
-from toca_compile.ir.program import BlockRange, Form, GraphPlan, Program, Segment, Stream
+from toca_compile.ir.program import BlockRange, Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream
 from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import Site, StepKind
 
@@ -21,14 +23,14 @@ Row = tuple[Action, ...]
 @dataclass(frozen=True, eq=False)
 class SegmentCall:
     """One segment in one step: one object for all steps in which its sites have these forms. ``at``: its place among
-    the schedule's segments."""
+    the schedule's segments, or that of its first part."""
 
     segment: Segment
     forms: tuple[Form, ...]
     at: int
 
     @property
-    def variant(self) -> tuple[int | Segment, tuple[Form, ...]]:
+    def variant(self) -> tuple[Kind, tuple[Form, ...]]:
         """What it is compiled as."""
         return self.segment.kind, self.forms
 
@@ -83,6 +85,7 @@ class Schedule:
         self._made: dict[tuple[int, ...], SegmentCall] = {}
         self._calls: dict[Calls, Calls] = {}
         self._steps: dict[tuple[int, frozenset[int], bool], Calls] = {}
+        self._joined: dict[int, Calls] = {}
         self.uncut = [self._step(i, skips=False) for i in range(len(self.rows))]
         self.calls = [
             calls if row is whole else self._step(i, skips=True)
@@ -100,10 +103,64 @@ class Schedule:
         return None if self.plan.endless else len(self.plan.steps)
 
     @property
-    def kinds(self) -> dict[int | Segment, Segment]:
+    def kinds(self) -> dict[Kind, Segment]:
         """The first segment of each kind."""
         probe = [self.probe.segment] if self.probe is not None else []
-        return {segment.kind: segment for segment in (*reversed(self.segments), *probe)}
+        chains = [call.segment for calls in self._joined.values() for call in calls]
+        return {segment.kind: segment for segment in (*chains, *reversed(self.segments), *probe)}
+
+    def joined(self, calls: Calls) -> Calls:
+        """The calls of a step as they are made: neighbours that compute no branch are one, with what stands between
+        and around them."""
+        if id(calls) not in self._joined:
+            self._joined[id(calls)] = self._join(calls)
+        return self._joined[id(calls)]
+
+    def _join(self, calls: Calls) -> Calls:
+        # Before the probe a step stops, to decide what is next.
+        first = self.probe.at if self.probe is not None else 0
+        read = {n: i for i, call in enumerate(calls) for n in call.segment.inputs}
+        read |= dict.fromkeys(self.program.module.graph.output_node().all_input_nodes, len(calls))
+        found: list[SegmentCall] = list(calls[:first])
+        for idle, group in groupby(range(first, len(calls)), lambda i: self._computes_no_branch(calls[i])):
+            places = list(group)
+            own = [calls[i] for i in places]
+            if not idle or len(own) < 2 or not any(call.forms for call in own):
+                found += own
+                continue
+            behind = {n for n, last in read.items() if last > places[-1]}
+            parts, at = [call.segment for call in own], [call.at for call in own]
+            chain = Chain.of(parts, at, self._leads([i for part in parts for i in part.sites]), behind)
+            found.append(SegmentCall(chain, tuple(form for call in own for form in call.forms), at[0]))
+        return tuple(found)
+
+    def _computes_no_branch(self, call: SegmentCall) -> bool:
+        segment = call.segment
+        if isinstance(segment, StandIn):
+            return segment.does == "skip"
+        sites = [self.program.sites[i] for i in segment.sites]
+        return not (segment.constant or segment.timed) and not any(
+            form.action.dense or form.action.proof(site) is not None
+            for site, form in zip(sites, call.forms, strict=True)
+        )
+
+    def _leads(self, owners: Sequence[int]) -> list[int]:
+        """For each of them, by position, the first whose numbers are the same in all steps."""
+        first: dict[Hashable, int] = {}
+        return [first.setdefault(self._alike[i], position) for position, i in enumerate(owners)]
+
+    @cached_property
+    def _alike(self) -> list[Hashable]:
+        """What is equal for owners whose numbers are the same in all steps: what they do, and when they were
+        computed."""
+        told: dict[tuple[int, int], tuple[Row, tuple[Past, ...]]] = {}
+        for row, pasts in zip(self.unskipped, self._pasts, strict=True):
+            told.setdefault((id(row), id(pasts)), (row, pasts))
+        sites = [
+            (id(self.keeps[i]), *((id(row[i]), id(pasts[i])) for row, pasts in told.values()))
+            for i in range(len(self.program.sites))
+        ]
+        return [*sites, *((i,) for i in range(len(sites), len(self.owners)))]
 
     def number(self, step: int, site: Site, kind: Number, index: int) -> int:
         """A host number of a site in a step."""

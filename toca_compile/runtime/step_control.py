@@ -15,7 +15,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,10 +162,15 @@ class _Stream:
         self.restarts = 0
 
 
+class Unexpected(Exception):
+    """A call that was made without Dynamo's guards, as a step that computes nothing anew, is none."""
+
+
 class _Call(threading.local):
-    """The model call that a thread is in."""
+    """The model call that a thread is in. ``unguarded``: made without Dynamo's guards."""
 
     bounded = False
+    unguarded = False
     inputs: Mapping[Any, Any] | None = None
     run: Run | None = None
     stream: _Stream | None = None
@@ -239,6 +245,7 @@ class StepControl:
         self.calls = 0  # that are over
         self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
         self.lock = threading.RLock()  # a model runs one call at a time
+        self.tables: dict[tuple[int, ...], list[Any]] = {}  # the executors' own, by graph: what follows from the time
 
     # -- what users do ----------------------------------------------------------------------------------------------
 
@@ -254,6 +261,7 @@ class StepControl:
             self._void.update([_owner()] if mine else [owner for owner in (o() for o, _ in self._records) if owner])
         if context is None and not mine:
             self._directions.clear()
+            self.tables.clear()
 
     def undo(self, context: str) -> None:
         """As if there had been no call in this context."""
@@ -263,6 +271,7 @@ class StepControl:
 
     def forget_graphs(self, numbers: set[int]) -> None:
         """Forget the runs that began with one of these graphs."""
+        self.tables = {key: tables for key, tables in self.tables.items() if key[0] not in numbers}
         for streams in list(self._streams.values()):
             for stream in streams.values():
                 for which in [w for w in stream.runs if w[1] in numbers]:
@@ -304,6 +313,11 @@ class StepControl:
         return sum(b.numel() * b.element_size() for b in alive)
 
     @property
+    def conditioning_bytes(self) -> int:
+        """Bytes of what is kept by time, from one sampling to the next (``conditioning.py``)."""
+        return sum(table.bytes for tables in self.tables.values() for table in tables)
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was alive in the last sampling. Buffers are made as steps need them and freed at a run's end,
         so that this is known by looking before each end."""
@@ -332,6 +346,34 @@ class StepControl:
         call = self._call
         call.bounded, call.inputs, call.run, call.stream, call.seen = True, inputs, None, None, {}
         call.clock, call.stages = Clock(device_of(inputs.values())), stages()
+
+    def coming(self) -> Run | None:
+        """The run that the next call of this thread or task goes on with, if it is a step of the same sampling: None
+        where there is none, or several take turns."""
+        stream = self._streams.get(_owner(), {}).get((self.context or "default",))
+        runs = list(stream.runs.values()) if stream is not None else []
+        return runs[0] if len(runs) == 1 and runs[0].step and not runs[0].is_over else None
+
+    @contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """Graphs that run inside raise ``Unexpected`` where they would compute all of a step."""
+        self._call.unguarded = True
+        try:
+            yield
+        except Unexpected:
+            self._call.seen = {}  # the call is judged; its graphs are about to run
+            raise
+        finally:
+            self._call.unguarded = False
+
+    def expected(self, cached: bool) -> None:
+        """Whether a graph about to run takes what it computes from caches.
+
+        Raises:
+            Unexpected: it does not, and nobody looked at the model's guards.
+        """
+        if self._call.unguarded and not cached:
+            raise Unexpected
 
     def end_call(self, error: bool, outputs: Sequence[tuple[int, ...]] = ()) -> bool:
         """The call ended; says whether any compiled graph ran in it. After an exception the run is void."""

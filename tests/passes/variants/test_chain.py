@@ -1,0 +1,81 @@
+"""Chain: what computes no branch is one graph, and means what its parts mean."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.runs import TIMES, kinds, optimized, steps
+from tests.sampling import noise
+from toca_compile import BlockCache, DuCa, Fora, TaylorSeer, ToCa
+from toca_compile.policies import Anchors, Composition, Every, Polynomial, Rule
+from toca_compile.runtime.schedule import Schedule
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomize(PlainDiT(depth=4))
+
+
+def variants(opt: Any) -> dict[str, str]:
+    """The text of every chain that was built, by its name."""
+    return {n: text for n, text in toca_compile.explain(opt).graphs().items() if n.startswith("segments")}
+
+
+POLICIES = {
+    "reuse": Fora(8, 4),
+    "forecast": TaylorSeer(8, 4, 2),
+    "newton": TaylorSeer(8, 4, 2, basis="newton"),
+    "anchors": Composition(8, Every(4), (Rule(Anchors(Polynomial(), 3)),)),
+    "blocks": BlockCache(8, 1, interval=4, order=1),
+    "all blocks": BlockCache(8, 0, interval=4),
+    "half": ToCa(8, 4, 0.3),
+    "in turns": DuCa(8, 4),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_chain_is_its_parts(model: nn.Module, name: str) -> None:
+    out = steps(optimized(model, POLICIES[name]), noise(), TIMES)
+    with patch.object(Schedule, "joined", lambda self, calls: calls):
+        apart = steps(optimized(model, POLICIES[name]), noise(), TIMES)
+    assert torch.equal(out, apart)
+
+
+def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    schedule = opt._toca.session.executors[0].schedule
+    front = sum(s.timed for s in schedule.program.segments)
+    assert len(schedule.joined(schedule.calls[1])) == front + 1
+    (text,) = variants(opt).values()
+    assert text.count("= linear(") == 1  # the last layer's
+
+
+def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> None:
+    opt = optimized(model, TaylorSeer(8, 4, 2))
+    steps(opt, noise(), TIMES)
+    text = variants(opt)["segments5-10[forecast]"]
+    assert text.count(" = number move") == 1  # so far there were two full steps, so one difference
+    assert text.count(" = buffer history") == 8
+
+
+def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(model: nn.Module) -> None:
+    opt = optimized(model, BlockCache(8, threshold=0.5))
+    out = steps(opt, noise(), TIMES)
+    schedule = opt._toca.session.executors[0].schedule
+    assert schedule.probe is not None
+    for calls in (schedule.calls[1], schedule.uncut[1]):
+        assert schedule.joined(calls)[: schedule.probe.at] == calls[: schedule.probe.at]
+    assert len(schedule.joined(schedule.calls[1])) == schedule.probe.at + 1
+    with patch.object(Schedule, "joined", lambda self, calls: calls):
+        apart = optimized(model, BlockCache(8, threshold=0.5))
+        assert torch.equal(out, steps(apart, noise(), TIMES))
+    assert kinds(opt) == kinds(apart)
+    assert "s" in kinds(opt)

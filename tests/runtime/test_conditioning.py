@@ -1,0 +1,222 @@
+"""Conditioning: what follows from the time is made once, kept by time, and made anew when what it is made from changes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import toca_compile
+from tests.models import PlainDiT, randomize
+from tests.runs import TIMES, optimized, steps
+from tests.sampling import noise
+from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer
+from toca_compile.ir.program import Variant
+from toca_compile.lowerings import LOWERINGS
+from toca_compile.runtime import conditioning
+from toca_compile.runtime.conditioning import Conditioning
+
+LABELS, OTHERS = torch.tensor([1, 2]), torch.tensor([3, 4])
+POLICY = Fora(8, 4)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomize(PlainDiT())
+
+
+@contextmanager
+def made() -> Iterator[list[str]]:
+    """What is made inside: a row, or rows of several times at once."""
+    found: list[str] = []
+    row, rows = Conditioning._make, Conditioning._make_rows
+
+    def one(self: Any, *args: Any) -> Any:
+        found.append("row")
+        return row(self, *args)
+
+    def many(self: Any, table: Any, *args: Any) -> Any:
+        rows(self, table, *args)
+        found.extend(["rows"] if table.rows else [])
+
+    with patch.object(Conditioning, "_make", one), patch.object(Conditioning, "_make_rows", many):
+        yield found
+
+
+def test_a_second_sampling_makes_nothing_anew(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    with made() as first:
+        a = steps(opt, noise(), TIMES, LABELS)
+    with made() as second:
+        b = steps(opt, noise(), TIMES, LABELS)
+    assert first == ["row"] * 8
+    assert second == []
+    assert torch.equal(a, b)
+
+
+def test_a_full_step_is_the_model_to_the_last_bit(model: nn.Module) -> None:
+    opt = optimized(model, FullCompute())
+    assert torch.equal(steps(opt, noise(), TIMES, LABELS), steps(model, noise(), TIMES, LABELS))
+    assert torch.equal(steps(opt, noise(seed=9), TIMES, LABELS), steps(model, noise(seed=9), TIMES, LABELS))
+
+
+@pytest.mark.parametrize("policy", [FullCompute(), POLICY, TaylorSeer(8, 3, 1), BlockCache(8, 0, interval=3)], ids=str)
+def test_other_labels_make_all_rows_at_once(model: nn.Module, policy: Any) -> None:
+    opt, fresh = optimized(model, policy), optimized(model, policy)
+    steps(opt, noise(), TIMES, LABELS)
+    with made() as found:
+        out = steps(opt, noise(), TIMES, OTHERS)
+    assert found == ["rows"]
+    torch.testing.assert_close(out, steps(fresh, noise(), TIMES, OTHERS), rtol=1e-6, atol=1e-6)
+
+
+def test_other_times_are_rows_of_their_own(model: nn.Module) -> None:
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    steps(opt, noise(), TIMES, LABELS)
+    times = [t + 3 for t in TIMES]
+    with made() as found:
+        out = steps(opt, noise(), times, LABELS)
+    assert found == ["row"] * 8
+    assert torch.equal(out, steps(fresh, noise(), times, LABELS))
+
+
+def test_labels_in_turns_keep_their_rows(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    for labels in (LABELS, OTHERS):
+        steps(opt, noise(), TIMES, labels)
+    with made() as found:
+        for labels in (LABELS, OTHERS, LABELS.clone()):  # equal labels are the same
+            steps(opt, noise(), TIMES, labels)
+    assert found == []
+
+
+def _behind_the_counter(p: nn.Parameter) -> None:
+    p.data.mul_(2)
+
+
+def _in_place(p: nn.Parameter) -> None:
+    with torch.no_grad():
+        p.mul_(2)
+
+
+def _replaced(p: nn.Parameter) -> None:
+    p.data = p.data * 2
+
+
+@pytest.mark.parametrize("way", [_behind_the_counter, _in_place, _replaced])
+def test_changed_weights_are_used_from_the_next_full_step_on(way: Callable[[nn.Parameter], None]) -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model, POLICY)
+    steps(opt, noise(), TIMES, LABELS)
+    x, t = noise(), torch.full((2,), TIMES[4])
+    with torch.no_grad():
+        for time in TIMES[:2]:
+            opt(x, torch.full((2,), time), LABELS)
+        way(model.blocks[1].modulation[1].weight)  # type: ignore[arg-type, union-attr, index]
+        for time in TIMES[2:4]:
+            opt(x, torch.full((2,), time), LABELS)
+        torch.testing.assert_close(opt(x, t, LABELS), model(x, t, LABELS), rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_step_skips_is_not_conditioned(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first sampling, when rows are made: what of them nothing reads is left out."""
+    counted: list[int] = []
+
+    def counting(variant: Variant, examples: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                out = variant.module(*args)
+            counted.append(counter.get_total_flops())
+            return out
+
+        return call
+
+    monkeypatch.setitem(LOWERINGS, "counting", counting)
+    opt = toca_compile.optimize(model, BlockCache(8, 0, interval=8), lowering="counting")
+    steps(opt, noise(), TIMES[:1], LABELS)
+    counted.clear()
+    steps(opt, noise(), TIMES[1:2], LABELS)
+    assert [r.kind for r in opt.steps] == ["full", "skip"]
+    assert toca_compile.explain(opt).flops("skip", counting="torch") == sum(counted) > 0
+
+
+def test_rows_beyond_the_limit_are_made_at_each_step(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = optimized(model, POLICY)
+    expected = steps(opt, noise(), TIMES, LABELS)
+    (tables,) = opt._toca.session.control.tables.values()
+    opt.reset()
+    monkeypatch.setattr(conditioning, "LIMIT", tables[0].bytes // 2)
+    for _ in range(2):
+        assert torch.equal(steps(opt, noise(), TIMES, LABELS), expected)
+    (tables,) = opt._toca.session.control.tables.values()
+    assert 0 < tables[0].bytes <= conditioning.LIMIT
+
+
+def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: nn.Module) -> None:
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    steps(opt, noise(), TIMES, LABELS)
+    with patch("torch.func.vmap", side_effect=RuntimeError("no batching rule")), made() as found:
+        out = steps(opt, noise(), TIMES, OTHERS)
+    assert found == ["row"] * 8
+    assert torch.equal(out, steps(fresh, noise(), TIMES, OTHERS))
+
+
+def test_reset_forgets_the_rows(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    steps(opt, noise(), TIMES, LABELS)
+    opt.reset()
+    with made() as found:
+        steps(opt, noise(), TIMES, LABELS)
+    assert found == ["row"] * 8
+
+
+def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    x, t, y = noise(), torch.full((2,), 500), LABELS.clone()
+    with torch.no_grad():
+        first = opt(x, t, y)
+        t.fill_(400)
+        y.copy_(OTHERS)
+        opt(x, t, y)
+        opt.reset()
+        torch.testing.assert_close(opt(x, torch.full((2,), 500), LABELS), first, rtol=0, atol=0)
+
+
+def test_samplings_in_inference_mode_share_rows_too(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    with torch.inference_mode(), made() as found:
+        for _ in range(2):
+            steps(opt, noise(), TIMES, torch.tensor([1, 2]))
+    assert found == ["row"] * 8
+
+
+class Noted(nn.Module):
+    """A model that also returns its conditioning, to which its caller writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = PlainDiT()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, c = self.model.prepare(x, t, y)
+        for block in self.model.blocks:
+            x = block(x, c)
+        return self.model.finish(x, c), c
+
+
+def test_what_is_handed_out_is_not_what_is_kept() -> None:
+    model = randomize(Noted())
+    opt = optimized(model, POLICY)
+    with torch.no_grad():
+        for _ in range(2):
+            for time in TIMES:
+                out, c = opt(noise(), torch.full((2,), time), LABELS)
+                if time == TIMES[0]:
+                    expected, told = model(noise(), torch.full((2,), time), LABELS)
+                    assert torch.equal(out, expected)
+                    assert torch.equal(c, told)
+                c.zero_()

@@ -1,0 +1,222 @@
+"""Conditioning: what follows from the denoising time and from what stays as it is during a run, kept by time.
+
+Embeddings of the timestep and every block's shifts, scales and gates are the same in every sampling with the same
+timesteps, labels and weights. Their segments stand in front (``passes/hoist.py``); a *row* is what they make for one
+timestep, and rows are kept from one sampling to the next. With other labels (or weights) the rows of all timesteps met
+before are made at once, so that each layer is one product for all of them.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from toca_compile.runtime.sight import on_host
+from toca_compile.runtime.step_control import RunConstants
+
+log = logging.getLogger(__name__)
+
+LIMIT = 512 << 20
+"""Bytes of rows that a table holds; the row of a timestep beyond that is made in each step."""
+TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have labels of their own
+_LARGE = 1 << 20  # numbers of an input beyond which not all are compared
+_SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
+_LARGEST = 4096  # numbers of a time that is looked up
+
+Time = tuple[Any, ...]
+Row = dict[int, torch.Tensor]  # by place among a step's values
+
+
+class Part(Protocol):
+    """A segment in front: a call of the values at some places, which makes those at others."""
+
+    @property
+    def call(self) -> Callable[..., Sequence[Any]]: ...
+    @property
+    def values(self) -> tuple[int, ...]: ...
+    @property
+    def results(self) -> tuple[int, ...]: ...
+
+
+class Seen:
+    """What some inputs were, to be told apart at little cost. Those on the host are told by their values, weights and
+    what is as large by object, version, address and some of their numbers: a write through ``.data`` (as when LoRA is
+    fused) leaves no other trace. What lies on a device is told as ``RunConstants`` tells it."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        ways: dict[Callable[[Any], bool] | None, list[int]] = {_is_small: [], _is_watched: [], None: []}
+        for i, value in enumerate(inputs):
+            ways[next((way for way in (_is_small, _is_watched) if way(value)), None)].append(i)
+        self._small, self._watched, self._others = ways.values()
+        self._values = [inputs[i].clone() for i in self._small]
+        self._made = [(weakref.ref(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
+        # Views: as long as the objects and their addresses are the same, they show what the weights are now.
+        self._views = [_sampled(inputs[i]) for i in self._watched]
+        self._numbers = self._sample()
+        self._unseen = RunConstants.of([inputs[i] for i in self._others], {})
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether these are the same inputs, unchanged."""
+        return (
+            all(torch.equal(value, inputs[i]) for value, i in zip(self._values, self._small, strict=True))
+            and all(
+                made() is inputs[i] and (version, address) == (inputs[i]._version, inputs[i].data_ptr())
+                for (made, version, address), i in zip(self._made, self._watched, strict=True)
+            )
+            and all(torch.equal(a, b) for a, b in zip(self._numbers, self._sample(), strict=True))
+            and self._unseen.holds([inputs[i] for i in self._others])
+        )
+
+    def _sample(self) -> list[torch.Tensor]:
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for view in self._views:
+            by_dtype.setdefault(view.dtype, []).append(view)
+        return [torch.cat(views) for views in by_dtype.values()]
+
+
+def _is_small(value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor) and on_host(value) and not isinstance(value, torch.nn.Parameter)
+    return plain and value.numel() <= _LARGE
+
+
+def _is_watched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and on_host(value) and value.is_contiguous() and not value.is_inference()
+
+
+def _sampled(weight: torch.Tensor) -> torch.Tensor:
+    """Numbers of a weight at even distances, from changing places in its rows."""
+    flat = weight.detach().view(-1)
+    return flat[:: (flat.numel() // _SAMPLED) | 1]
+
+
+@dataclass
+class Table:
+    """The rows for some labels and weights. ``clocks``: the inputs that told the time of each."""
+
+    labels: Seen
+    weights: Seen
+    rows: dict[Time, Row] = field(default_factory=dict)
+    clocks: dict[Time, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    bytes: int = 0
+
+    def keep(self, time: Time, clocks: tuple[torch.Tensor, ...], row: Row) -> None:
+        """Keep a row, or what is new of it, if there is room."""
+        new = {place: value for place, value in row.items() if place not in self.rows.get(time, ())}
+        size = sum(value.numel() * value.element_size() for value in new.values())
+        if self.bytes + size <= LIMIT:
+            self.bytes += size
+            self.rows[time], self.clocks[time] = row, clocks
+
+
+class Conditioning:
+    """The segments of a graph that follow from the time, and how their values are found.
+
+    Args:
+        clock: the graph's inputs that tell the time, by number.
+        labels: its other inputs that are no parameters and that the segments read.
+        weights: the parameters that they read.
+    """
+
+    def __init__(self, clock: Sequence[int], labels: Sequence[int], weights: Sequence[int]) -> None:
+        self._clock, self._labels, self._weights = clock, labels, weights
+        self._at_once = True  # whether the parts can be computed for several times at once, as far as is known
+
+    def fill(
+        self,
+        values: list[Any],
+        parts: Sequence[Part],
+        wanted: frozenset[int],
+        tables: list[Table],
+        *,
+        full: bool,
+    ) -> None:
+        """Put the values at the places ``wanted`` of one step.
+
+        Args:
+            values: of the step; its inputs are there.
+            parts: the segments, in order.
+            tables: those of the graph, the last used first; a new one is added.
+            full: whether the step computes everything. Only then weights are looked at: what other steps take from
+                caches was made with those of the last full step too.
+        """
+        table = self._table(values, tables, full=full)
+        time = self._time(values)
+        row = table.rows.get(time) if time is not None else None
+        if row is None and time is not None and not table.rows and self._at_once:
+            self._make_rows(table, time, values, parts, tables[1:])
+            row = table.rows.get(time)
+        if row is None or not wanted <= row.keys():
+            row = self._make(values, parts, wanted, row or {})
+            if time is not None:
+                table.keep(time, tuple(values[i].clone() for i in self._clock), row)
+        for place in wanted:
+            values[place] = row[place]
+
+    def _table(self, values: Sequence[Any], tables: list[Table], *, full: bool) -> Table:
+        labels, weights = [values[i] for i in self._labels], [values[i] for i in self._weights]
+        for i, table in enumerate(tables):
+            # One that the run did not begin with may be of weights that were changed meanwhile.
+            if table.labels.holds(labels) and (table.weights.holds(weights) if full or i else True):
+                tables.insert(0, tables.pop(i))
+                return table
+        tables.insert(0, Table(Seen(labels), Seen(weights)))
+        del tables[TABLES:]
+        return tables[0]
+
+    def _time(self, values: Sequence[Any]) -> Time | None:
+        """The time as it is looked up; None where it is too much to compare."""
+        clock = [values[i] for i in self._clock]
+        if sum(c.numel() for c in clock) > _LARGEST:
+            return None
+        return tuple(x for c in clock for x in c.reshape(-1).tolist())
+
+    def _make(self, values: Sequence[Any], parts: Sequence[Part], wanted: frozenset[int], row: Row) -> Row:
+        """A row in which the places ``wanted`` are filled. Parts whose values nothing in the step reads are left
+        out: those of blocks that it skips."""
+        needed, chosen = set(wanted), []
+        for part in reversed(parts):
+            if needed.intersection(part.results) and not row.keys() >= set(part.results):
+                chosen.append(part)
+                needed.update(part.values)
+        own, made = list(values), dict(row)
+        for place, value in row.items():
+            own[place] = value
+        for part in reversed(chosen):
+            results = part.call(*(own[place] for place in part.values))
+            for place, value in zip(part.results, results, strict=True):
+                # Nothing of the caller's, who may write to it; and as the graphs behind were compiled to take it.
+                own[place] = made[place] = value.clone(memory_format=torch.contiguous_format)
+        return made
+
+    def _make_rows(
+        self, table: Table, time: Time, values: Sequence[Any], parts: Sequence[Part], others: Sequence[Table]
+    ) -> None:
+        """Make the rows of all times among which another table has this one, with these labels and weights."""
+        known = next((other.clocks for other in others if time in other.clocks), {})
+        if len(known) < 2:
+            return
+        own = list(values)
+        for i, clocks in zip(self._clock, zip(*known.values(), strict=True), strict=True):
+            own[i] = torch.stack(clocks)
+        several = set(self._clock)
+        try:
+            for part in parts:
+                dims = tuple(0 if place in several else None for place in part.values)
+                arguments = [own[place] for place in part.values]
+                if any(d == 0 for d in dims):
+                    results = torch.func.vmap(part.call, in_dims=dims)(*arguments)
+                    several.update(part.results)
+                else:
+                    results = part.call(*arguments)
+                for place, value in zip(part.results, results, strict=True):
+                    own[place] = value.clone(memory_format=torch.contiguous_format)
+        except Exception as error:  # whatever an op makes of a dimension more
+            log.info("rows for several timesteps are made one by one: %s", error)
+            self._at_once = False
+            return
+        places = [place for part in parts for place in part.results]
+        for i, (key, clocks) in enumerate(known.items()):
+            table.keep(key, clocks, {p: own[p][i] if p in several else own[p] for p in places})
