@@ -276,3 +276,57 @@ class Texted(PlainDiT):
             weights = (h @ words.transpose(1, 2)).softmax(-1)
             h = block(h + weights @ words, c)
         return self.finish(h, c)
+
+
+class JointBlock(nn.Module):
+    """Words and patches attend together, and have an MLP each."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.qkv, self.proj = (
+            nn.ModuleList(nn.Linear(width, size) for _ in range(2)) for size in (3 * width, width)
+        )  # fmt: skip
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(2)
+        )
+
+    def attention(self, words: Tensor, patches: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """What both streams gain by it."""
+        normed = self.norms[0](words) + c, self.norms[1](patches) + c
+        parts = [linear(x).unflatten(-1, (3, self.heads, -1)) for linear, x in zip(self.qkv, normed, strict=True)]
+        q, k, v = torch.cat(parts, 1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj[0](out[:, : words.shape[1]]), self.proj[1](out[:, words.shape[1] :])
+
+    def mlp(self, stream: int, x: Tensor, c: Tensor) -> Tensor:
+        """What a stream gains by its MLP."""
+        return self.mlps[stream](self.norms[2 + stream](x) + c)
+
+    def forward(self, words: Tensor, patches: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams, ``[batch, tokens, width]``."""
+        own = self.attention(words, patches, c)
+        words, patches = words + own[0], patches + own[1]
+        return words + self.mlp(0, words, c), patches + self.mlp(1, patches, c)
+
+
+class JointDiT(nn.Module):
+    """Joint attention, as in SD3: ``model(x, t, text)`` on ``[batch, patches, 4]`` and ``[batch, words, 6]``."""
+
+    def __init__(self, width: int = 8, heads: int = 2, depth: int = 2) -> None:
+        super().__init__()
+        self.patches, self.words, self.time = nn.Linear(4, width), nn.Linear(6, width), nn.Linear(8, width)
+        self.blocks = nn.ModuleList(JointBlock(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, 4)
+
+    def prepare(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, patches and the conditioning that enter the blocks."""
+        return self.words(text), self.patches(x), self.time(timestep_features(t, 8))[:, None]
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The predicted noise."""
+        words, patches, c = self.prepare(x, t, text)
+        for block in self.blocks:
+            words, patches = block(words, patches, c)
+        return self.head(patches)

@@ -15,9 +15,9 @@ from toca_compile.compiler.pipeline import PIPELINE
 from toca_compile.errors import PassError, UnsupportedGraphError
 from toca_compile.ir.actions import Keep, Partial, Reuse
 from toca_compile.ir.history import CacheSpec
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.printer import print_graph
 from toca_compile.ir.program import Form, Pass, Program, Variant
+from toca_compile.ir.selectors import Selector
 from toca_compile.passes.variants.rewrite import rewrite
 
 REUSED, ROWS = Form(Reuse(), Keep(CacheSpec())), Form(Partial(), Keep(CacheSpec()))

@@ -19,7 +19,7 @@ from examples.opensora.stdit3 import STDiT3
 from tests.models import diffusers_dit, randomize
 from tests.pipelines import flux, pixart
 from toca_compile import Composition, PolicyError
-from toca_compile.policies import Every, Forecast, Partial, Queries, Reuse, Rule, Selector, Share, SkipBlocks
+from toca_compile.policies import Clusters, Every, Forecast, Partial, Queries, Reuse, Rule, Selector, Share, SkipBlocks
 
 pytest.importorskip("diffusers")
 
@@ -97,6 +97,20 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for file, site in files.items():
         sections = {"found": found, **variants_at(site, texts)}
         compare(FOLDER / f"{file}.txt", "\n\n".join(f"==== {title}\n{text}" for title, text in sections.items()))
+
+
+def test_golden_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same site of the first model, whose tokens are selected in another way."""
+    monkeypatch.setenv("TOCA_VERIFY", "0")
+    build, inputs, files = MODELS["dit"]
+    policy = Composition(STEPS, Every(2), (Rule(Partial(1)),), which=Clusters(4, 0.25, 2))
+    opt = toca_compile.optimize(build(), policy, lowering="eager")
+    with torch.no_grad():
+        for step in range(STEPS):
+            opt(**inputs, timestep=torch.full((2,), 900 - 100 * step))
+    made = {n: t for n, t in toca_compile.explain(opt).graphs().items() if "[" in n}
+    shown = variants_at(files["dit"], {"partial": made})
+    compare(FOLDER / "dit-clusters.txt", "\n\n".join(f"==== {title}\n{text}" for title, text in shown.items()))
 
 
 def variants_of(model: Any, inputs: dict[str, Any]) -> tuple[str, dict[str, dict[str, str]]]:

@@ -21,6 +21,7 @@ from toca_compile.api import controls, disable_cache, enable_cache, explain, is_
 from toca_compile.model import OptimizedModel
 from toca_compile.policies import (
     BlockCache,
+    ClusCa,
     Composition,
     DuCa,
     Fora,
@@ -38,6 +39,7 @@ from toca_compile.quality.tuning import Target, tune
 
 __all__ = [
     "BlockCache",
+    "ClusCa",
     "Composition",
     "DuCa",
     "EvaluationSettings",

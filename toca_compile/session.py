@@ -22,7 +22,7 @@ from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense
-from toca_compile.passes.variants.measure_scores import check_score
+from toca_compile.passes.variants.select import SELECTIONS
 from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
 from toca_compile.rules.registry import RULES
@@ -213,19 +213,10 @@ class Session:
                     "(first=…)"
                 )
         partial = [s for s in program.sites if plan.selects(s.index)]
-        rule = plan.selector.rule
-        for site in partial if rule.measured else ():
-            scorer = rule.source(site)
-            if scorer is not None and program.sites[scorer.site].attention:
-                check_score(program.sites[scorer.site].attention[-1], rule.name, program.types)
-            elif scorer is None:
-                self.warn_once(f"no {rule.what} runs over the tokens of {site.name}: they are ranked by age alone")
-        if plan.selector.bonus and partial and all(s.axis.grid is None for s in partial):
-            self.warn_once(
-                "neither the graph nor the inputs show how the tokens lie in a picture, so none gets the bonus of a "
-                "grid cell: if they are one, say optimize(…, grid=(height, width)) in tokens; if not, take a policy "
-                "with bonus=0"
-            )
+        for source in filter(None, map(plan.selector.source, partial)):
+            SELECTIONS.find(plan.selector).check(plan.selector, program.sites[source.site], program.types)
+        for doubt in plan.selector.doubts(partial):
+            self.warn_once(doubt)
 
     def _explain_refusals(self, policy: Policy, program: Program) -> None:
         """Say where a policy computes some tokens of its sites and none of them can."""

@@ -1,8 +1,8 @@
-"""Chain: segments that compute no branch in a step are one graph.
+"""Chain: the segments of a step that computes no branch are one graph.
 
-Where a step takes every branch of some blocks from the cache, or forecasts it, what is left of them is a line each.
-One after the other in one graph, with what stands between them, they are one loop over the tokens for the compiler, and
-one call for the host::
+Where a step takes every branch from the cache, or forecasts it, what is left of a block is a line or two. One after the
+other in one graph, with what stands before and behind them, they are one loop over the tokens for the compiler, and one
+call for the host::
 
     block:  x = x + g₁·C₁; x = x + g₂·C₂   (×28, 28 calls)     ⇒      x = x + g₁·C₁ + … + g₅₆·C₅₆
 """

@@ -10,8 +10,8 @@ from toca_compile.ir.program import Form
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 from toca_compile.passes.variants.emit import Emissions, SegmentBuilder
-from toca_compile.passes.variants.measure_scores import measure
 from toca_compile.passes.variants.restrict import place
+from toca_compile.passes.variants.select import selection_of
 from toca_compile.passes.variants.series import Series, series_of
 
 toca = torch.ops.toca
@@ -41,10 +41,13 @@ def places(site: Site) -> tuple[int, ...]:
 
 @EMISSIONS.of(Compute)
 def compute(builder: SegmentBuilder, position: int, site: Site, form: Form) -> None:
-    """The model's own op, kept: its scores first, which may ask what was kept before."""
+    """The model's own op, kept: first what tokens are selected by, which may ask what was kept before."""
     builder.env[site.output] = builder.copy(site.output)
     if form.keep.score:
-        builder.call(toca.store_.default, builder.slot(State.SCORE, position), _scores(builder, position, site, form))
+        slots = [builder.slot(State.SCORE, position, i) for i in range(form.keep.score)]
+        selection = selection_of(builder, position, site)
+        for slot, value in zip(slots, selection.measure(lambda: _expected(builder, position, site, form)), strict=True):
+            builder.call(toca.store_.default, slot, value)
     if form.keep.history is not None:
         series = site_series(builder, position, site, form)
         assert isinstance(form.action, Compute)
@@ -65,11 +68,7 @@ def forecast(builder: SegmentBuilder, position: int, site: Site, form: Form) -> 
     builder.env[site.output] = builder.cast(series.forecast(series.age()), site.output)
 
 
-def _scores(builder: SegmentBuilder, position: int, site: Site, form: Form) -> fx.Node:
-    """The scores of all tokens at a step that computes them all, before anything of it is kept."""
-
-    def expected() -> fx.Node:
-        series = site_series(builder, position, site, form)
-        return series.forecast(series.age())
-
-    return measure(builder, site, expected, places)
+def _expected(builder: SegmentBuilder, position: int, site: Site, form: Form) -> fx.Node:
+    """The forecast of a site's output, before anything of the step is kept."""
+    series = site_series(builder, position, site, form)
+    return series.forecast(series.age())

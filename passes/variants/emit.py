@@ -8,8 +8,8 @@ from torch import fx
 
 import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Form, Segment, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import AxisTypes, Site
 
@@ -85,7 +85,7 @@ class SegmentBuilder(Builder):
         sites: Sequence[Site],
         forms: Sequence[Form],
         types: AxisTypes,
-        selector: Selector,
+        selector: TokenSelector,
         *,
         dense: bool,
     ) -> None:
@@ -95,7 +95,7 @@ class SegmentBuilder(Builder):
         self.ranks = False  # whether anybody asked for the selector
 
     @property
-    def selector(self) -> Selector:
+    def selector(self) -> TokenSelector:
         """How tokens are selected, which only some emissions need to know."""
         self.ranks = True
         return self._selector

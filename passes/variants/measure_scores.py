@@ -13,10 +13,9 @@ from torch import fx
 from toca_compile.errors import PolicyError
 from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import source_line, value_of
-from toca_compile.ir.plan import Selector
+from toca_compile.ir.selectors import Selector
 from toca_compile.ir.types import Attention, AxisTypes, RowProof, Site, Type
 from toca_compile.passes.infer_axes import call_of
-from toca_compile.passes.variants.emit import SegmentBuilder
 
 aten = torch.ops.aten
 toca = torch.ops.toca
@@ -38,36 +37,6 @@ def check_score(attention: Attention, score: str, types: AxisTypes) -> None:
             f"score {score!r} needs an attention whose rows can be told apart, and the one at "
             f"{source_line(attention.node)} is written out; use score='attention' or 'random'"
         )
-
-
-def measure(
-    builder: SegmentBuilder, site: Site, expected: Callable[[], fx.Node], places: Callable[[Site], tuple[int, ...]]
-) -> fx.Node:
-    """The scores of all tokens, by the last attention of ``site`` or by what its forecast missed.
-
-    Args:
-        expected: emits the forecast of the site's output.
-        places: where the tokens and the batch lie in that output.
-
-    Returns:
-        A float32 value ``[batch, tokens]``: s1 and the norms before normalisation, 1 + s2's entropy.
-    """
-    name = builder.selector.score
-    if name in OF_ATTENTION:
-        return OF_ATTENTION[name](builder.call, builder.env, site, builder.selector, builder.types)
-    missed = builder.call(aten.sub.Tensor, builder.env[site.output], expected())
-    norms = builder.call(toca.token_norm.default, missed, *places(site))
-    return builder.call(aten.reshape.default, norms, [builder.types.factors.size(site.batch), site.axis.size])
-
-
-def measure_rows(
-    builder: SegmentBuilder, site: Site, proof: RowProof, values: Mapping[fx.Node, fx.Node]
-) -> fx.Node | None:
-    """The scores of the selected tokens, where a step that computes them tells those too; None where it does not."""
-    measured = OF_ROWS.get(builder.selector.score)
-    if measured is None or not can_measure_rows(site, proof):
-        return None
-    return measured(builder.call, values, site, builder.selector, builder.types)
 
 
 def received(

@@ -19,8 +19,8 @@ from torch import fx
 
 from toca_compile.errors import PassError, VerifyError
 from toca_compile.ir.graph import operand_nodes
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Form, Segment, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Slot, State
 from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.ir.verify import verify_kept
@@ -37,7 +37,7 @@ def rewrite(
     sites: Sequence[Site],
     forms: Sequence[Form],
     types: AxisTypes,
-    selector: Selector,
+    selector: TokenSelector,
     *,
     dense: bool = False,
 ) -> Variant:

@@ -18,9 +18,8 @@ from toca_compile.ir.types import RowProof, Site
 from toca_compile.passes.proof.prove import reads_whole
 from toca_compile.passes.variants.compute import EMISSIONS, site_series
 from toca_compile.passes.variants.emit import SegmentBuilder
-from toca_compile.passes.variants.measure_scores import measure_rows
 from toca_compile.passes.variants.restrict import Restriction, in_turn, place
-from toca_compile.passes.variants.select import select
+from toca_compile.passes.variants.select import selection_of
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -48,7 +47,8 @@ class _Rows:
         moved = series.forecast(age) if self.form.keep.by_token or alone else None
         if moved is series.output:
             moved = builder.call(aten._to_copy.default, moved)  # the cache stays as it is
-        index = select(builder, self.position, site)
+        selection = selection_of(builder, self.position, site)
+        index = selection.select()
         whole, parts = self._whole(index)
         values = self._dense_values(whole) if builder.dense else self._row_values(index, whole, parts)
         made = values[site.output]
@@ -60,10 +60,14 @@ class _Rows:
             fresh = builder.call(toca.scatter_tokens_.default, moved, index, made, *out)
             if age is not None and not alone:
                 series.keep_rows(made, index, age)
-        scores = measure_rows(builder, site, self.proof, {**builder.env, **values, **whole})
-        if scores is not None:
-            # The rows of the map that this step makes anew tell their tokens' scores anew.
-            builder.call(self._update, builder.slot(State.SCORE, self.position), index, scores, 1, 0)
+        change = selection.spread(fresh, index, out)
+        if change is not None:
+            fresh = builder.call(toca.shift_.default, fresh, change)
+            if moved is not None and not alone:
+                builder.call(toca.shift_.default, series.output, change)
+        # What this step computes of them may tell anew what its tokens are selected by.
+        for i, told in enumerate(selection.measure_rows(self.proof, {**builder.env, **values, **whole})):
+            builder.call(self._update, builder.slot(State.SCORE, self.position, i), index, told, 1, 0)
         if moved is None:
             builder.env[site.output] = builder.as_made(site.output, fresh, self.position)
         else:

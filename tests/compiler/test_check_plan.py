@@ -18,7 +18,8 @@ from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TaylorToCa
 from toca_compile.ir.actions import Action, Compute, Forecast, Partial, Queries, Reuse, SkipBlocks
 from toca_compile.ir.history import CacheSpec
-from toca_compile.ir.plan import Plan, Selector, Skip, StepPlan, step_kind
+from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
+from toca_compile.ir.selectors import Selector
 from toca_compile.ir.types import StepKind
 
 N = 16  # tokens of the model, whose sites are an attention and an MLP
@@ -125,7 +126,7 @@ LIES: list[tuple[Any, str]] = [
     *((lambda k=k: plan(step(altered(QUERIES, keys=k), FULL)), "step 0: .*would read a cache") for k in ("keep", "update")),
     # Selectors, memories, skips.
     (lambda: plan(full(), selector=Selector("loud")), "score must be one of .*not 'loud'"), (lambda: plan(full(), selector=Selector(stride=-2)), "stride .*not -2"),
-    (lambda: plan(full(), selector=Selector(cell=0)), "cell .*not 0"), (lambda: plan(full(), selector="error"), r"plan\.selector must be a Selector, not 'error'"),
+    (lambda: plan(full(), selector=Selector(cell=0)), "cell .*not 0"), (lambda: plan(full(), selector="error"), r"plan\.selector must be one of Selector, Clusters, not 'error'"),
     (lambda: plan(full(), memory=CacheSpec(dtype=torch.int8)), r"plan\.memory\.dtype .*not torch\.int8"), (lambda: plan(full(), memory=CacheSpec(dtype="bfloat16")), r"plan\.memory\.dtype .*not 'bfloat16'"),
     (lambda: plan(full(), memory=CacheSpec(dtype=torch.float8_e8m0fnu)), r"plan\.memory\.dtype .*both signs"), (lambda: plan(full(), memory=CacheSpec(basis="fourier")), r"plan\.memory\.basis .*not 'fourier'"),
     (lambda: plan(full(), memory=None), r"plan\.memory must be a CacheSpec, not None"), (lambda: plan(full(), skip=Skip(threshold=float("nan"))), r"plan\.skip\.threshold .*not nan"),

@@ -24,6 +24,8 @@ from toca_compile.policies import (
     Anchors,
     BlockCache,
     Chebyshev,
+    ClusCa,
+    Clusters,
     Composition,
     Dmd,
     DuCa,
@@ -130,6 +132,7 @@ WRONG: list[tuple[Any, str]] = [
     (composition(how_many=0.3), r"how_many .* 'part' is one of Share, not 0\.3"), (composition(when=None), "when .* Every, .* not None"),
     (composition(when={"part": "Share"}), "when .* Every, .* not 'Share'"), (composition(when={"interval": 3}), "when .* 'part' is one of"),
     (rule({"part": "Every"}), r"rules\[1\]\.do .* Compute, .* not 'Every'"), (rule({"part": ["Reuse"]}), r"rules\[1\]\.do .* not \['Reuse'\]"),
+    (composition(which={"part": "Clusters", "clusters": 1}), r"which\.clusters .* from 2 to 4096, not 1"), ({"policy": "ClusCa", "gamma": 2}, "gamma .* not 2"),
     (rule({"part": "Queries", "refresh": 2}), r"rules\[1\]\.do: keys that are fresh"), (toca(ratios={}), "ratios .* 'part' is one of RatioSchedule, not {}"),
     (toca(ratios=[1.0]), r"ratios .* not \[1\.0\]"), (composition(which={"part": "Selector", "score": "loud"}), r"which\.score .* not 'loud'"),
     (toca(periods={"mlp": 3}), "periods need schedule='periodic'"),
@@ -158,7 +161,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 PARTS = [
     FullCompute(), Fora(), ToCa(), DuCa(), TaylorSeer(), TaylorToCa(), BlockCache(), Composition(), RatioSchedule(), Selector(), Share(),
     Rule(Reuse()), Reuse(), Forecast(), Partial(), Queries(), SkipBlocks(), Every(), Periodic(), IntervalFunction(), Spread(),
-    Listed((0,)), EndAligned(), Adaptive(), Level(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(), Dmd(),
+    Listed((0,)), EndAligned(), Adaptive(), Level(), ClusCa(), Clusters(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(), Dmd(),
 ]  # fmt: skip
 
 
@@ -177,7 +180,7 @@ def test_no_field_takes_just_anything(part: Any) -> None:
     ("make", "why"),
     [(lambda: ToCa(num_steps=True), "num_steps .* not True"), (lambda: ToCa(num_steps=10_001), "from 1 to 10000"), (lambda: Forecast(2.0), "order .* not 2.0"),
      (lambda: Rule(Forecast), "do .* one of Compute, .* not <class"), (lambda: Composition(rules=Rule(Reuse())), "rules .* not Rule"), (lambda: Rule(Reuse(), "mlp"), "kinds"),
-     (lambda: Composition(when=Share()), "when .* Every.* not Share"), (lambda: Composition(which="error"), "which must be a Selector, not 'error'"),
+     (lambda: Composition(when=Share()), "when .* Every.* not Share"), (lambda: Composition(which="error"), "which must be one of Selector, Clusters, not 'error'"),
      (lambda: Share(np.float32("nan")), "ratio .*nan"), (lambda: ToCa(shared_pair=np.True_), "shared_pair"), (lambda: ToCa(ratios={"layer": (1, 2)}), "ratios"),
      (lambda: Listed(range(3)), "full"), (lambda: ToCa(interval=np.int64(0)), "interval"), (lambda: ToCa(10**5000), "num_steps .* a value of type int")],
 )  # fmt: skip
@@ -255,6 +258,7 @@ def test_what_is_no_policy_is_told_what_to_write(given_policy: Any, why: str) ->
 BASES = [
     ToCa(6, 2, 0.3), DuCa(6, 3), Fora(5), FullCompute(), TaylorSeer(6, full=(0, 2)), TaylorToCa(6, 3, keys="update"), BlockCache(6, 1, threshold=0.1, limit=2),
     preset("opensora-1.2/rflow-30", num_steps=8), preset("pixart-alpha/dpm-20", num_steps=7).composition(), DuCa(6).composition(),
+    ClusCa(6, 3, 4), Composition(6, Every(3), (Rule(Partial()),), which=Clusters(4)),
     Composition(6, Spread(2, 0.8), (Rule(Queries("keep", 2), ("mlp",), (0.0, 0.5)), Rule(Partial(1)), Rule(Forecast(2)))),
 ]  # fmt: skip
 JUNK: list[Any] = [

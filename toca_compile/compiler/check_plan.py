@@ -132,6 +132,9 @@ def _check_site(site: Site, plan: Plan, undecided: bool) -> None:
         raise PolicyError(
             f"{site.name} keeps tokens one by one, which have a history each: {remedy}, or update=False in its steps"
         )
+    why = plan.selector.refused(site) if plan.selects(site.index) else None
+    if why is not None:
+        raise PolicyError(f"{site.name} {why}")
     last = plan.steps[-1].sites[site.index]
     if plan.endless and not last.endless:
         raise PolicyError(

@@ -5,7 +5,7 @@ Two counting rules:
 * ``published``: as the ToCa authors count (a multiply-add is 2, softmax 5 an element, GELU 6, a norm 2, linears on the
   conditioning once per multiply-add), over the transformer blocks;
 * ``torch``: what ``torch.utils.flop_counter`` counts, products only, over the whole graph; a run's also hold the
-  products by which tokens are scored.
+  products by which tokens are selected.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from torch import fx
 from toca_compile.errors import TocaError
 from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.graph import ancestors, value_of
-from toca_compile.ir.plan import Plan, Selector, StepPlan, scored_sites
+from toca_compile.ir.plan import Plan, StepPlan, scored_sites
 from toca_compile.ir.program import Form, Program, Segment
 from toca_compile.ir.types import FactorPos, Site
 from toca_compile.passes.proof.follow import label_at
@@ -79,18 +79,9 @@ class CostModel:
         """FLOPs of all steps of a plan."""
         total = sum(self.step(step) for step in plan.steps) + int(self._constants().subs(self.values))
         if self.counting == "torch":
-            scored = [self.program.sites[i] for step in scored_sites(plan, self.program.sites) for i in step]
-            total += sum(self.scoring(site, plan.selector) for site in scored)
+            measured = [self.program.sites[i] for step in scored_sites(plan, self.program.sites) for i in step]
+            total += sum(plan.selector.products(site) for site in measured)
         return total
-
-    def scoring(self, site: Site, selector: Selector) -> int:
-        """FLOPs of the product of queries and keys that scoring a site's attention repeats."""
-        attention, stride = site.attention[-1], selector.rule.row_flops(selector.stride)
-        if stride is None or attention.map is not None:
-            return 0
-        query, key = (value_of(n) for n in attention.operands[:2])
-        rows: int = -(-query.shape[-2] // stride)
-        return 2 * (query.numel() // query.shape[-2]) * rows * int(key.shape[-2])
 
     def symbolic(self, actions: Sequence[Action]) -> sympy.Expr:
         """FLOPs of a step in which each site does what ``actions`` says, every partial one with K tokens. Where all

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from toca_compile.compiler import numeric_check
 from toca_compile.compiler.trace import show
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, value_of
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import Chain, Form, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
@@ -89,7 +89,7 @@ class ProgramVariants:
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
                 examples[slot] = self._slot(slot, sites, forms, plan.selector)
-            names, shared = [s.name for s in sites], plan.selector.shared_pair
+            names, shared = [s.name for s in sites], plan.selector.paired
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
             self.checked[exemplar.template, forms] = time.perf_counter() - began
         return variant
@@ -98,9 +98,7 @@ class ProgramVariants:
         """The graph of several segments, of those of their own."""
         parts: dict[Any, Variant] = {}
         variants = []
-        given = iter(forms)
-        for part in chain.parts:
-            own = tuple(islice(given, len(part.sites)))
+        for part, own in chain.apart(forms):
             key = part.kind, own
             if key not in parts:
                 parts[key] = self.build(part, own, plan)
@@ -126,14 +124,14 @@ class ProgramVariants:
             return [owner for part in segment.parts for owner in self._owners(part)]
         return [self.program.sites[i] for i in segment.sites]
 
-    def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: Selector) -> Any:
+    def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: TokenSelector) -> Any:
         """A fake buffer, or a number that could be one: some K, some step."""
         owner, keep = owners[slot.position], forms[slot.position].keep
         if isinstance(slot.kind, State):
             return like_buffer(slot.kind, slot.index, owner, keep, self.program, selector)
         return max(1, owner.axis.size // 2) if slot.kind is Number.K and isinstance(owner, Site) else 3
 
-    def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: Selector) -> None:
+    def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: TokenSelector) -> None:
         """Give every node of a variant its value, as fake tensors, with some K."""
         examples: list[Any] = [value_of(exemplar.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(exemplar), forms, selector) for slot in variant.slots]

@@ -36,7 +36,7 @@ class Keep:
     stale_inputs: bool = False
     keys: bool = False
     stamp: bool = False
-    score: bool = False  # of a step that computes all: whether its tokens are scored
+    score: int = 0  # of a step that computes all: how many buffers what is measured of it fills
 
     def __or__(self, other: "Keep") -> "Keep":
         histories = [h for h in (self.history, other.history) if h is not None]
@@ -46,7 +46,7 @@ class Keep:
             self.stale_inputs or other.stale_inputs,
             self.keys or other.keys,
             self.stamp or other.stamp,
-            self.score or other.score,
+            max(self.score, other.score),
         )
 
     @property
@@ -184,7 +184,7 @@ class Compute(Action):
         return replace(keep, history=keep.history.form(), tokenwise=keep.by_token, stamp=False)
 
     def writes(self, site: Site, keep: Keep) -> Buffers:
-        written: Buffers = {(State.SCORE, 0)} if keep.score else set()
+        written: Buffers = {(State.SCORE, i) for i in range(keep.score)}
         if keep.history is not None:
             written |= {(State.OUTPUT, 0)}
             count = keep.history.written(site.output.meta["val"], self.order)

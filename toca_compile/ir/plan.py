@@ -1,18 +1,17 @@
 """Plans: what every site does at every step. Host data, complete before the first launch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from toca_compile.ir.actions import Action, Keep, union
-from toca_compile.ir.fields import Checked, Count, OneOf, Seed, Threshold, Weight
+from toca_compile.ir.fields import Count, Threshold
 from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
-from toca_compile.ir.scores import SCORES, Score
+from toca_compile.ir.selectors import Selector, TokenSelector
 from toca_compile.ir.types import Site, StepKind
 
 RANK = {k: i for i, k in enumerate(("reuse", "forecast", "full", "partial", "skip"))}
-ScoreName = Annotated[str, OneOf(tuple(SCORES))]
 
 
 @dataclass(frozen=True)
@@ -21,26 +20,6 @@ class StepPlan:
 
     kind: StepKind
     sites: tuple[Action, ...]
-
-
-@dataclass(frozen=True)
-class Selector(Checked):
-    """How tokens are ranked (toca-compile's ``select_tokens``): base score, weight of one missed step, and the bonus
-    of the best token of each ``cell`` × ``cell`` patch. ``stride``: every how many-th query row is asked for the
-    attention score. ``shared_pair``: the two halves of the batch select the same tokens."""
-
-    score: ScoreName = "attention"
-    weight: Weight = 0.0
-    cell: Count = 1
-    bonus: Weight = 0.0
-    stride: Count = 1
-    seed: Seed = 0
-    shared_pair: bool = False
-
-    @property
-    def rule(self) -> Score:
-        """The score itself."""
-        return SCORES[self.score]
 
 
 @dataclass(frozen=True)
@@ -69,7 +48,7 @@ class Plan:
     starts a new run."""
 
     steps: tuple[StepPlan, ...]
-    selector: Selector = Selector()
+    selector: TokenSelector = field(default_factory=Selector)
     endless: bool = False
     memory: CacheSpec = OUTPUT_ONLY
     skip: Skip = Skip()
@@ -121,18 +100,17 @@ def kind_of(kinds: frozenset[StepKind]) -> StepKind:
 
 
 def scored_sites(plan: Plan, sites: Sequence[Site]) -> list[set[int]]:
-    """For each step, the sites whose scores of that step some selecting site reads before they are made anew."""
+    """For each step, the sites of which it measures what some selecting site reads before it is measured anew."""
     read: set[int] = set()
     scored: list[set[int]] = []
     for step in reversed(plan.steps):
         computed = {i for i, action in enumerate(step.sites) if action.dense}
         scored.append(read & computed)
         read -= computed
-        if plan.selector.rule.measured:
-            selecting = [sites[i] for i, action in enumerate(step.sites) if action.kind is StepKind.PARTIAL]
-            scorers = [plan.selector.rule.source(site) for site in selecting]
-            # Those of this very step too: a site may stand before its scorer.
-            read |= {s.site for s in scorers if s is not None}
+        selecting = [sites[i] for i, action in enumerate(step.sites) if action.kind is StepKind.PARTIAL]
+        sources = [plan.selector.source(site) for site in selecting]
+        # Those of this very step too: a site may stand before its source.
+        read |= {s.site for s in sources if s is not None}
     return scored[::-1]
 
 

@@ -61,11 +61,10 @@ def done(action: Form) -> str:
 
 
 def variant_name(segment: Segment, actions: Sequence[Form]) -> str:
-    """A variant as it is called in reports and logs: ``template1[reuse; rows]``, ``blocks[skip]``, or
-    ``segments1-5[reuse]``."""
-    for part in _parts(segment):
-        if isinstance(part, StandIn):
-            return f"blocks[{part.does}]"
+    """A variant as it is called in reports and logs: ``template1[reuse; rows]``, ``blocks[skip]``, or, of several
+    segments as one, ``segments1-5[reuse]``."""
+    if isinstance(segment, StandIn):
+        return f"blocks[{segment.does}]"
     if isinstance(segment, Chain):
         return f"segments{segment.at[0]}-{segment.at[-1]}[{'; '.join(dict.fromkeys(map(done, actions)))}]"
     return f"template{segment.template}[{'; '.join(map(done, actions))}]"

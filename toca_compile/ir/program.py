@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import fx
@@ -173,7 +174,7 @@ class StandIn(Segment):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Segment):
-    """Segments that a step runs as one call, since it computes none of their branches.
+    """The segments of a step that computes no branch, as one.
 
     Attributes:
         at: the place of each part among the plan's segments.
@@ -207,6 +208,11 @@ class Chain(Segment):
     @property
     def kind(self) -> Kind:
         return (*(part.kind for part in self.parts), self.at, self.leads, self.outputs)
+
+    def apart(self, forms: "Sequence[Form]") -> "list[tuple[Segment, tuple[Form, ...]]]":
+        """Each part with what its sites do."""
+        given = iter(forms)
+        return [(part, tuple(islice(given, len(part.sites)))) for part in self.parts]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ class State(Enum):
     STALE_INPUT = "stale"  # a value of the branch that its rows take from the last full step
     KEYS = "keys"  # what queries read whole
     STAMP = "stamp"  # int32 [batch, tokens]: the step in which each token was last selected
-    SCORE = "score"  # float32 [batch, tokens]: how much each token matters
-    SOURCE_SCORE = "source_score"  # the score of the site whose attention ranks these tokens
+    SCORE = "score"  # what the selector measured of its tokens, such as float32 [batch, tokens]: how much each matters
+    SOURCE_SCORE = "source_score"  # the same of the site that its own tokens are selected by
     CHANGE = "change"  # what the blocks before a skipped range changed
 
 

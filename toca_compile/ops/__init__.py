@@ -1,8 +1,11 @@
-"""The ``toca::`` ops: what a rewritten graph does beside the model's own arithmetic. Importing this defines them all.
+"""The ``toca::`` ops: what a rewritten graph does beside the model's own arithmetic. Importing this defines them all:
+every file here holds ops, and defines them when it is imported.
 
 Token scores are float32 ``[batch, tokens]``; indices are int64 ``[batch, k]``.
 """
 
-from toca_compile.ops import dynamics, rows, scores, selection, series
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["dynamics", "rows", "scores", "selection", "series"]
+for _module in sorted(m.name for m in iter_modules(__path__)):
+    import_module(f"{__name__}.{_module}")

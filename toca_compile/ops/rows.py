@@ -75,11 +75,30 @@ def store_(cache: Tensor, value: Tensor) -> Tensor:
     return cache.copy_(value)
 
 
+@op("shift_(Tensor(a!) cache, Tensor change) -> Tensor(a!)")
+def shift_(cache: Tensor, change: Tensor) -> Tensor:
+    """Add ``change`` to ``cache`` in place; returns ``cache``."""
+    return cache.copy_(wide(cache) + change)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or a double as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def merged(x: Tensor, dim: int, batch_dim: int, span: int) -> tuple[Tensor, int]:
     """``x`` with its token dimensions as one, and where its batch then is."""
     if span == 1:
         return x, batch_dim
     return x.flatten(dim, dim + span - 1), batch_dim - (span - 1 if batch_dim > dim else 0)
+
+
+def by_token(x: Tensor, dim: int, batch_dim: int, span: int) -> Tensor:
+    """Each token's features, whatever dimensions they lie in: float32 ``[batch, tokens, features]``, or, of samples and
+    tokens in one dimension (``batch_dim`` is ``dim``), ``[1, batch · tokens, features]``."""
+    x, batch_dim = merged(x.float(), dim, -1 if batch_dim == dim else batch_dim, span)
+    front = x.movedim((batch_dim, dim), (0, 1)) if batch_dim >= 0 else x.movedim(dim, 0).unsqueeze(0)
+    return front.flatten(2)
 
 
 def spread(index: Tensor, like: Tensor, dim: int, batch_dim: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from toca_compile.ops.registry import op
-from toca_compile.ops.rows import merged
+from toca_compile.ops.rows import by_token
 
 _SCORE_BLOCK = 128  # query rows of the attention map alive at a time: at 1024 tokens they stay in the cache of a CPU
 _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high resolution
@@ -12,11 +12,8 @@ _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high re
 
 @op("token_norm(Tensor x, int dim, int batch_dim, int span=1) -> Tensor")
 def token_norm(x: Tensor, dim: int, batch_dim: int, span: int = 1) -> Tensor:
-    """‖x‖₂ of each token's features, whatever dimensions they lie in: float32 ``[batch, tokens]``, or, of samples and
-    tokens in one dimension (``batch_dim`` is ``dim``), ``[1, batch · tokens]``."""
-    x, batch_dim = merged(x.float(), dim, -1 if batch_dim == dim else batch_dim, span)
-    front = x.movedim((batch_dim, dim), (0, 1)) if batch_dim >= 0 else x.movedim(dim, 0).unsqueeze(0)
-    return front.flatten(2).norm(dim=-1)
+    """‖x‖₂ of each token's features, as ``by_token`` lays them out."""
+    return by_token(x, dim, batch_dim, span).norm(dim=-1)
 
 
 @op("attention_received(Tensor query, Tensor key, Tensor? mask, float? scale, bool causal, int stride) -> Tensor")

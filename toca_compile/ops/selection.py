@@ -41,12 +41,16 @@ def select_tokens(
     score = base + weight * age.to(torch.float32)
     if grid and bonus:
         score = _cell_bonus(score, grid, cell, bonus)
-    # A total order: score bits made monotonic, then the token's index. Top-k of distinct keys has one answer.
+    return distinct(score).topk(k, dim=1, sorted=False).indices
+
+
+def distinct(score: Tensor) -> Tensor:
+    """int64 keys of float32 scores ``[batch, tokens]`` in a total order: score bits made monotonic, then the token's
+    index, the first highest. Top-k of distinct keys has one answer."""
     bits = score.contiguous().view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = torch.arange(score.shape[1] - 1, -1, -1, device=score.device, dtype=torch.int64)
-    keys = bits.to(torch.int64) * (1 << 32) + order
-    return keys.topk(k, dim=1, sorted=False).indices
+    return bits.to(torch.int64) * (1 << 32) + order
 
 
 def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tensor:

@@ -1,9 +1,10 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.registry import import_files, register
+from toca_compile.ir.selectors import Selector
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
+from toca_compile.policies.clusca import ClusCa, Clusters
 from toca_compile.policies.composition import (
     Composition,
     Compute,
@@ -33,6 +34,8 @@ __all__ = [
     "Anchors",
     "BlockCache",
     "Chebyshev",
+    "ClusCa",
+    "Clusters",
     "Composition",
     "Compute",
     "Dmd",

@@ -17,8 +17,9 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.actions import Action, Compute, Facts, Forecast, Partial, Queries, Reuse, SkipBlocks, skips
 from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Steps
 from toca_compile.ir.history import CacheSpec
-from toca_compile.ir.plan import Plan, Selector, Skip, StepPlan, step_kind
+from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.registry import register
+from toca_compile.ir.selectors import Selector, TokenSelector
 from toca_compile.ir.types import Site
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.schedules import RatioSchedule, counted
@@ -77,8 +78,8 @@ class Composition(CachingPolicy):
         rules: what sites do on the other steps; of the rules that match a site the first holds, and without one it is
             reused.
         alternate: the rules at even phases, if there are any: two kinds of steps take turns (DuCa).
-        which: how tokens are ranked.
-        how_many: of them are selected.
+        which: how tokens are selected.
+        how_many: of them, unless ``which`` says it.
         basis: of forecasts: ``"taylor"`` as published, or ``"newton"``, exact on polynomials of its order.
         cache_dtype: a dtype's name, such as ``"bfloat16"``; None: the outputs' own.
         differences_from: the call from which on full steps make differences.
@@ -91,7 +92,7 @@ class Composition(CachingPolicy):
     when: When = field(default_factory=Every)
     rules: tuple[Rule, ...] = ()
     alternate: tuple[Rule, ...] = ()
-    which: Selector = field(default_factory=lambda: Selector("none"))
+    which: TokenSelector = field(default_factory=lambda: Selector("none"))
     how_many: Share = field(default_factory=Share)
     basis: Basis = "taylor"
     cache_dtype: DtypeName | None = None
@@ -126,12 +127,11 @@ class Composition(CachingPolicy):
         return tuple(call for call, phase in enumerate(self.when.phases(self.num_steps, kind)) if phase == 0)
 
     def for_run(self, num_steps: int, guided: bool) -> "Composition":
-        # Without guidance the halves of a batch are unrelated pictures, which select tokens of their own.
-        which = replace(self.which, shared_pair=self.which.shared_pair and guided)
         rules, alternate = (
             tuple(replace(rule, do=rule.do.for_run(num_steps)) for rule in rules)
             for rules in (self.rules, self.alternate)
         )
+        which = self.which.for_run(guided)
         return replace(self, num_steps=num_steps, which=which, rules=rules, alternate=alternate)
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
@@ -167,7 +167,8 @@ class Composition(CachingPolicy):
         return next((rule.do for rule in rules if rule.matches(site)), Reuse())
 
     def _tokens(self, site: Site, call: int) -> int:
-        return self.how_many.tokens(site, call, self.num_steps)
+        tokens = self.which.tokens(site)
+        return self.how_many.tokens(site, call, self.num_steps) if tokens is None else tokens
 
     def _check_able(self, sites: tuple[Site, ...], blocks: int) -> None:
         """Refuse a rule that no site can follow."""
@@ -175,6 +176,13 @@ class Composition(CachingPolicy):
             why = rule.do.misfit([site for site in sites if rule.matches(site)], blocks)
             if why is not None:
                 raise PolicyError(why)
+        selecting = [s for s in sites if any(r.matches(s) and r.do.proof(s) for r in (*self.rules, *self.alternate))]
+        why = self.which.misfit(selecting)
+        if why is not None:
+            raise PolicyError(why)
+        if self.how_many != Share() and any(self.which.tokens(site) is not None for site in selecting):
+            name = type(self.which).__name__
+            raise PolicyError(f"{name} says itself how many tokens are computed: leave how_many out")
 
     def _skip(self) -> Skip:
         ranges = skips(rule.do for rule in (*self.rules, *self.alternate))

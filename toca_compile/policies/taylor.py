@@ -6,8 +6,8 @@ from typing import Annotated
 
 from toca_compile.ir.actions import Keys
 from toca_compile.ir.fields import Basis, Call, Count, DtypeName, Fraction, OneOf, Order, Seed, Weight
-from toca_compile.ir.plan import ScoreName, Selector
 from toca_compile.ir.registry import register
+from toca_compile.ir.selectors import ScoreName, Selector
 from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Forecast, Partial, Queries, Rule, Share
 from toca_compile.policies.when import Bend, Every, Listed, Spread, When

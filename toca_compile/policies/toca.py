@@ -7,8 +7,8 @@ from typing import Annotated, TypeVar
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Count, Counting, Fraction, Kind, Number, OneOf, Seed, Weight
-from toca_compile.ir.plan import ScoreName, Selector
 from toca_compile.ir.registry import register
+from toca_compile.ir.selectors import ScoreName, Selector
 from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Partial, Rule, Share, SkipBlocks
 from toca_compile.policies.schedules import RatioSchedule

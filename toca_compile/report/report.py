@@ -19,7 +19,7 @@ from toca_compile.ir.actions import Action, Compute, Partial, Reuse, legal_actio
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.plan import Plan, Policy, StepPlan, step_kind
 from toca_compile.ir.printer import print_variant, variant_name
-from toca_compile.ir.program import Program
+from toca_compile.ir.program import Chain, Program
 from toca_compile.ir.types import StepKind
 from toca_compile.policies.storage import as_data
 from toca_compile.report.data import LETTERS, GraphReport, SiteReport, StepCounts, StepReport
@@ -244,7 +244,8 @@ class Report:
 
     def graphs(self) -> dict[str, str]:
         """As text: what was known after each pass, by its name; every variant built so far, as ``template1[reuse;
-        rows]``; and what stands in for blocks that the plan skips, as ``blocks[skip]``."""
+        rows]``; what stands in for blocks that the plan skips, as ``blocks[skip]``; and segments that are one graph,
+        as ``segments1-5[reuse]``, beside the parts."""
         texts: dict[str, str] = {}
         for i, graph in enumerate(self._graphs):
             prefix = f"graph{i}/" if len(self._graphs) > 1 else ""
@@ -252,11 +253,14 @@ class Report:
             program, plan = executor.program, executor.plan
             texts |= {prefix + name: text for name, text in manager.graphs.items()}
             segments = executor.schedule.kinds
-            for kind, forms in executor.ready:
-                if kind in segments:  # which blocks that another plan skips are not
-                    variant = executor.variants.build(segments[kind], forms, plan)
-                    text = print_variant(variant, program, segments[kind], forms)
-                    texts[prefix + variant_name(segments[kind], forms)] = text
+            # Blocks that another plan skips are not among the segments.
+            ready = [(segments[kind], forms) for kind, forms in executor.ready if kind in segments]
+            ready += [part for segment, forms in ready if isinstance(segment, Chain) for part in segment.apart(forms)]
+            for segment, forms in ready:
+                name = prefix + variant_name(segment, forms)
+                if name not in texts:
+                    variant = executor.variants.build(segment, forms, plan)
+                    texts[name] = print_variant(variant, program, segment, forms)
         return texts
 
     def __str__(self) -> str:

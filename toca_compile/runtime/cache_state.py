@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from toca_compile.ir.actions import Keep
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Program, Stream
+from toca_compile.ir.selectors import TokenSelector, by_token
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 
@@ -17,16 +17,16 @@ Buffers = dict[tuple[Any, ...], torch.Tensor]  # of one run, by graph, kind, sit
 
 
 def like_buffer(
-    kind: State, index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector
+    kind: State, index: int, site: Site | Stream, keep: Keep, program: Program, selector: TokenSelector
 ) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a site's buffer, or of one of what leaves skipped blocks.
     ``keep``: what is kept of it."""
     return _LIKE[kind](index, site, keep, program, selector)
 
 
-def owner(kind: State, site: Site | Stream, selector: Selector) -> tuple[State, int]:
-    """What a buffer is and whose: the score that ranks a site's tokens is that of the site whose attention tells it."""
-    source = selector.rule.source(site) if kind is State.SOURCE_SCORE and isinstance(site, Site) else None
+def owner(kind: State, site: Site | Stream, selector: TokenSelector) -> tuple[State, int]:
+    """What a buffer is and whose: what a site's tokens are selected by may be measured of another."""
+    source = selector.source(site) if kind is State.SOURCE_SCORE and isinstance(site, Site) else None
     return (State.SCORE, source.site) if source is not None else (kind, site.index)
 
 
@@ -44,43 +44,38 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _output(index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _output(index: int, site: Site | Stream, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     return _kept(site.output, keep)
 
 
-def _history(index: int, site: Site | Stream, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _history(index: int, site: Site | Stream, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     assert keep.history is not None
     return keep.history.buffers(_kept(site.output, keep))[index - 1]
 
 
-def _stale_input(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _stale_input(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     assert site.row_proof is not None
     return _kept(site.row_proof.stale_inputs[index], keep)
 
 
-def _keys(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _keys(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     assert site.query_proof is not None
     return _kept(site.query_proof.dense_inputs[index], keep)
 
 
-def _stamp(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
-    return _by_token(site, program, site.axis.size, torch.int32)
-
-
-def _score(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _stamp(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     assert program.types is not None
-    return _by_token(site, program, program.types.factors.size(selector.rule.tokens(site)), torch.float32)
+    return by_token(site, program.types, site.axis.size, torch.int32)
 
 
-def _source_score(index: int, site: Site, keep: Keep, program: Program, selector: Selector) -> torch.Tensor:
+def _score(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
+    assert program.types is not None
+    return selector.measured(site, program.types)[index]
+
+
+def _source_score(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     source = program.sites[owner(State.SOURCE_SCORE, site, selector)[1]]
-    return _score(0, source, keep, program, selector)
-
-
-def _by_token(site: Site, program: Program, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    assert program.types is not None
-    output: torch.Tensor = site.output.meta["val"]
-    return output.new_empty([program.types.factors.size(site.batch), tokens], dtype=dtype)
+    return _score(index, source, keep, program, selector)
 
 
 def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
@@ -88,7 +83,7 @@ def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
     return value.new_empty(value.shape, dtype=keep.history.dtype if keep.history is not None else None)
 
 
-_LIKE: dict[State, Callable[[int, Any, Keep, Program, Selector], torch.Tensor]] = {
+_LIKE: dict[State, Callable[[int, Any, Keep, Program, TokenSelector], torch.Tensor]] = {
     State.OUTPUT: _output,
     State.CHANGE: _output,
     State.HISTORY: _history,

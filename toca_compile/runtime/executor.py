@@ -15,8 +15,9 @@ from torch import fx
 
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
-from toca_compile.ir.plan import Plan, Selector
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
@@ -151,7 +152,7 @@ class Executor:
         self._unset = [None] * (len(self._place) - self._inputs - len(self._constants))
         self._unset += [constant for _, constant in self._constants]
         self._output = graph.output_node().args[0]
-        self._shared: dict[Selector, dict[_Variant, Graph]] = {}
+        self._shared: dict[TokenSelector, dict[_Variant, Graph]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
         self.set_plan(planned)

@@ -7,7 +7,6 @@ It is linear in the steps: plans say the same object many times, so whatever fol
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 
 from toca_compile.ir.actions import Action, Compute, Keep, SkipBlocks
 from toca_compile.ir.graph import value_of
@@ -110,36 +109,32 @@ class Schedule:
         return {segment.kind: segment for segment in (*chains, *reversed(self.segments), *probe)}
 
     def joined(self, calls: Calls) -> Calls:
-        """The calls of a step as they are made: neighbours that compute no branch are one, with what stands between
-        and around them."""
+        """The calls of a step as they are made: those of one that computes no branch are one."""
         if id(calls) not in self._joined:
             self._joined[id(calls)] = self._join(calls)
         return self._joined[id(calls)]
 
     def _join(self, calls: Calls) -> Calls:
-        # Before the probe a step stops, to decide what is next.
-        first = self.probe.at if self.probe is not None else 0
-        read = {n: i for i, call in enumerate(calls) for n in call.segment.inputs}
-        read |= dict.fromkeys(self.program.module.graph.output_node().all_input_nodes, len(calls))
-        found: list[SegmentCall] = list(calls[:first])
-        for idle, group in groupby(range(first, len(calls)), lambda i: self._computes_no_branch(calls[i])):
-            places = list(group)
-            own = [calls[i] for i in places]
-            if not idle or len(own) < 2 or not any(call.forms for call in own):
-                found += own
-                continue
-            behind = {n for n, last in read.items() if last > places[-1]}
-            parts, at = [call.segment for call in own], [call.at for call in own]
-            chain = Chain.of(parts, at, self._leads([i for part in parts for i in part.sites]), behind)
-            found.append(SegmentCall(chain, tuple(form for call in own for form in call.forms), at[0]))
-        return tuple(found)
+        # What stands in front is computed less often; and before the probe a step stops, to decide what is next.
+        first = sum(call.segment.constant or call.segment.timed for call in calls)
+        first = max(first, self.probe.at if self.probe is not None else 0)
+        own = calls[first:]
+        # Where tokens are selected, some blocks may have none left to compute: each is compiled on its own, so that
+        # other ratios compile nothing.
+        selects = any(keep.stamp for keep in self.keeps)
+        if len(own) < 2 or selects or any(self._computes_a_branch(call) for call in own):
+            return calls
+        parts = [call.segment for call in own]
+        leads = self._leads([i for part in parts for i in part.sites])
+        read = set(self.program.module.graph.output_node().all_input_nodes)
+        chain = Chain.of(parts, [call.at for call in own], leads, read)
+        return (*calls[:first], SegmentCall(chain, tuple(form for call in own for form in call.forms), own[0].at))
 
-    def _computes_no_branch(self, call: SegmentCall) -> bool:
-        segment = call.segment
-        if isinstance(segment, StandIn):
-            return segment.does == "skip"
-        sites = [self.program.sites[i] for i in segment.sites]
-        return not (segment.constant or segment.timed) and not any(
+    def _computes_a_branch(self, call: SegmentCall) -> bool:
+        if isinstance(call.segment, StandIn):
+            return call.segment.does != "skip"
+        sites = [self.program.sites[i] for i in call.segment.sites]
+        return any(
             form.action.dense or form.action.proof(site) is not None
             for site, form in zip(sites, call.forms, strict=True)
         )
@@ -188,7 +183,8 @@ class Schedule:
         scored = set().union(*self._scored) if self._scored else set()
         found: list[tuple[State, int, Site | Stream]] = []
         for owner, keep in zip(self.owners, self.keeps, strict=True):
-            count = {State.SCORE: int(owner.index in scored), State.STAMP: int(keep.stamp)}
+            count = {State.SCORE: self._measured(owner.index) if owner.index in scored else 0}
+            count[State.STAMP] = int(keep.stamp)
             if keep.history is not None:
                 count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(value_of(owner.output)))}
             elif isinstance(owner, Stream):
@@ -240,9 +236,14 @@ class Schedule:
         keep = self.keeps[owner]
         key = (id(action), id(keep), scored)
         if key not in self._forms:
-            form = Form.of(action, replace(keep, score=scored))
+            form = Form.of(action, replace(keep, score=self._measured(owner) if scored else 0))
             self._forms[key] = self._equal.setdefault(form, form)
         return self._forms[key]
+
+    def _measured(self, site: int) -> int:
+        """How many buffers hold what is measured of a site to select tokens by."""
+        assert self.program.types is not None
+        return len(self.plan.selector.measured(self.program.sites[site], self.program.types))
 
     def _histories(self) -> Iterator[tuple[Past, ...]]:
         """For each step, of each site: the steps before it that computed all."""

@@ -58,6 +58,15 @@ def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
     assert text.count("= linear(") == 1  # the last layer's
 
 
+@pytest.mark.parametrize("policy", [ToCa(8, 4, 0.05), DuCa(8, 4)], ids=str)
+def test_where_tokens_are_selected_blocks_stay_apart(model: nn.Module, policy: Any) -> None:
+    """Or another ratio, under which some have no token left to compute, would compile anew."""
+    opt = optimized(model, policy)
+    steps(opt, noise(), TIMES)
+    assert "p" in kinds(opt)
+    assert not variants(opt)
+
+
 def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> None:
     opt = optimized(model, TaylorSeer(8, 4, 2))
     steps(opt, noise(), TIMES)

@@ -8,8 +8,8 @@ from tests.programs import REUSED, Tiny, program_of, variant_of
 from toca_compile import PolicyError
 from toca_compile.ir.actions import Compute, Keep
 from toca_compile.ir.history import CacheSpec
-from toca_compile.ir.plan import Selector
 from toca_compile.ir.program import Form, Program
+from toca_compile.ir.selectors import Selector
 from toca_compile.passes.variants.measure_scores import check_score
 
 toca = torch.ops.toca
