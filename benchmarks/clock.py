@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import dit, interleaved, save
-from paper_systems import System, sample
+from paper_systems import System, calling_pixart, sample
 from peers import Peer, _reset_hooks
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,15 +84,7 @@ def model_pixart() -> System:
         num_layers=12, num_attention_heads=8, attention_head_dim=64, cross_attention_dim=512, sample_size=64,
         caption_channels=256, use_additional_conditions=False,
     )  # fmt: skip
-    text, mask = torch.randn(1, 64, 256), torch.ones(1, 64)
-    extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-
-    def call(model: Any, x: Tensor, t: Tensor) -> Tensor:
-        out = model(
-            x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=extra,
-        )  # fmt: skip
-        return out.sample[:, :4]
-
+    call = calling_pixart(torch.randn(1, 64, 256), torch.ones(1, 64))
     return System("PixArt", "12 × 512, 1024 tokens", model.eval(), torch.randn(1, 4, 64, 64), call, {})
 
 

@@ -96,17 +96,21 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(name: str, device: str, sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def save(
+    name: str, device: str, sections: Mapping[str, Sequence[Mapping[str, Any]]], *, about: str | None = None
+) -> None:
     """Write ``results/name.json`` and ``.md``, keeping other sections from the same hardware, and print the latter. The
-    JSON also says how far repeats of one call lay apart (``noise``), which ``compare.py`` asks."""
+    JSON also says how far repeats of one call lay apart (``noise``), which ``compare.py`` asks. ``about``: what the
+    numbers are, where nothing was timed."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     noise, earlier = statistics.median(_SPREADS or [0.0]), before.pop("noise", 0.0)
-    if before.pop("hardware", None) == hardware(device):
+    where = about or hardware(device)
+    if before.pop("hardware", None) == where:
         noise, sections = max(noise, earlier), {**before, **sections}
-    path.write_text(json.dumps({"hardware": hardware(device), "noise": noise, **sections}, indent=1) + "\n")
-    text = f"# {name}\n\nMeasured on: {hardware(device)}.\n"
+    path.write_text(json.dumps({"hardware": where, "noise": noise, **sections}, indent=1) + "\n")
+    text = f"# {name}\n\n{about or 'Measured on: ' + where}.\n"
     for title, rows in sections.items():
         text += f"\n## {title}\n\n{table(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)

@@ -32,7 +32,8 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class System:
-    """A model, what it is called with beside the latents and the timestep, and how it was reduced."""
+    """A model, what it is called with beside the latents and the timestep, and how it was reduced. Functions that make
+    one take the device and, where it is not the usual, the number of ``blocks`` of each kind."""
 
     name: str
     size: str
@@ -42,9 +43,10 @@ class System:
     policies: dict[str, ToCa]
 
 
-def system_dit(device: str) -> System:
+def system_dit(device: str, blocks: int | None = None) -> System:
     """DiT-XL/2 at 256²: 256 tokens, a guidance pair."""
     depth, dtype = (28, torch.bfloat16) if device != "cpu" else (4, torch.float32)
+    depth = blocks or depth
     labels = torch.tensor([1, 1000], device=device)
 
     def call(model: Any, x: Tensor, t: Tensor) -> Tensor:
@@ -56,17 +58,8 @@ def system_dit(device: str) -> System:
     return System("DiT-XL/2", size, dit(1152, depth, 32, device, dtype), latents, call, policies)
 
 
-def system_pixart(device: str) -> System:
-    """PixArt-α at 256² (on a GPU 1024²), text of 120 words, a guidance pair."""
-    from diffusers import PixArtTransformer2DModel
-
-    depth, side, dtype = (28, 128, torch.bfloat16) if device != "cpu" else (4, 32, torch.float32)
-    torch.manual_seed(0)
-    model: Any = PixArtTransformer2DModel(
-        num_layers=depth, sample_size=side, caption_channels=4096, use_additional_conditions=False
-    )
-    text = torch.randn(2, 120, 4096, device=device, dtype=dtype)
-    mask = torch.ones(2, 120, device=device)
+def calling_pixart(text: Tensor, mask: Tensor) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """How a PixArt is called with this text."""
     extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
 
     def call(model: Any, x: Tensor, t: Tensor) -> Tensor:
@@ -75,15 +68,31 @@ def system_pixart(device: str) -> System:
         )  # fmt: skip
         return out.sample[:, :4]
 
+    return call
+
+
+def system_pixart(device: str, blocks: int | None = None) -> System:
+    """PixArt-α at 256² (on a GPU 1024²), text of 120 words, a guidance pair."""
+    from diffusers import PixArtTransformer2DModel
+
+    depth, side, dtype = (28, 128, torch.bfloat16) if device != "cpu" else (4, 32, torch.float32)
+    depth = blocks or depth
+    torch.manual_seed(0)
+    model: Any = PixArtTransformer2DModel(
+        num_layers=depth, sample_size=side, caption_channels=4096, use_additional_conditions=False
+    )
+    text = torch.randn(2, 120, 4096, device=device, dtype=dtype)
+    call = calling_pixart(text, torch.ones(2, 120, device=device))
     latents = torch.randn(2, 4, side, side, device=device, dtype=dtype)
     policies = {name: preset(f"pixart-alpha/{name}") for name in ("dpm-20", "dpm-20-n2")}
     size = f"width 1152, depth {depth}, {side * side // 4} tokens"
     return System("PixArt-α", size, model.eval().to(device, dtype), latents, call, policies)
 
 
-def system_opensora(device: str) -> System:
+def system_opensora(device: str, blocks: int | None = None) -> System:
     """OpenSora 1.2 at 480p, 51 frames: 15 × 30 × 53 tokens, text of 300 words, a guidance pair."""
     width, heads, depth, dtype = (1152, 16, 28, torch.bfloat16) if device != "cpu" else (288, 4, 2, torch.float32)
+    depth = blocks or depth
     torch.manual_seed(0)
     model: Any = STDiT3(width=width, heads=heads, depth=depth)
     text = torch.randn(2, 300, 4096, device=device, dtype=dtype)
@@ -98,11 +107,12 @@ def system_opensora(device: str) -> System:
     return System("OpenSora 1.2", size, model.eval().to(device, dtype), latents, call, policies)
 
 
-def system_flux(device: str) -> System:
+def system_flux(device: str, blocks: int | None = None) -> System:
     """FLUX.1-dev at 1024²: 4096 tokens of the picture and 512 of the text."""
     from diffusers import FluxTransformer2DModel
 
     heads, double, single, dtype = (24, 19, 38, torch.bfloat16) if device != "cpu" else (3, 2, 4, torch.float32)
+    double, single = blocks or double, blocks or single
     torch.manual_seed(0)
     model: Any = FluxTransformer2DModel(
         num_attention_heads=heads, num_layers=double, num_single_layers=single, guidance_embeds=True

@@ -6,36 +6,27 @@ and no aliasing ops; every node keeps the user's source line and module path. Al
     hidden.add_(block(hidden))                    →    add = torch.ops.aten.add.Tensor(hidden, linear_7)
 """
 
-import logging
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from toca_compile.errors import RuleError, UnsupportedGraphError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.infer_axes import call_of
+from toca_compile.passes.tracing.inline import Inlining
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
-higher_order = torch.ops.higher_order
-
-# What runs a graph inside the graph, and where among its arguments those of that graph begin. Without gradients a
-# checkpoint means nothing else.
-_INNER = {higher_order.tag_activation_checkpoint: 1, higher_order.invoke_subgraph: 2}
 
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
@@ -50,37 +41,47 @@ _NEW = {
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
-def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def capture(
+    gm: fx.GraphModule, inputs: Sequence[Any], writable: Sequence[bool] = ()
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
     """The canonical graph of ``gm``, with one placeholder per input in the same order.
 
     Sizes are specialised: another shape is another graph, and a guard on it is left with Dynamo.
 
+    Args:
+        writable: which inputs the graph may change in place.
+
+    Returns:
+        The graph, and which inputs it changes: what they become stands behind its results, in this order.
+
     Raises:
-        UnsupportedGraphError: the graph changes one of its inputs in place, which a cached step could not repeat, or
-            has a transform of functions that cannot be traced.
+        UnsupportedGraphError: the graph changes another of its inputs in place, which a cached step could not repeat,
+            or has a transform of functions that cannot be traced.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(mode, value) for value in inputs]
     mutated: list[int] = []
 
     def run(*args: Any) -> Any:
-        out = _Inlining(gm).run(*args)
+        out = Inlining(gm).run(*args)
+        changed = torch._functionalize_has_data_mutation  # type: ignore[attr-defined]
         for i, arg in enumerate(args):
-            changed = torch._functionalize_has_data_mutation  # type: ignore[attr-defined]
             if isinstance(arg, FunctionalTensor) and changed(arg.elem):
                 mutated.append(i)
-        return out
+        return (*out, *(args[i] for i in mutated))
 
     functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
-    with preserve_node_meta(), tracing(None), mode, _transforms_undone(gm):
+    with preserve_node_meta(), tracing(None), mode:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
-    if mutated:
-        changed = [n for n in gm.graph.nodes if n.op == "placeholder"][mutated[0]]
-        at = next((f" ({source_line(n)})" for n in changed.users if writes(n, changed)), "")
-        raise UnsupportedGraphError(
-            f"the model changes its input {changed.name!r} in place{at}; a cached step would skip that. "
-            "Clone it in forward, or keep the state outside the model."
-        )
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for i in mutated:
+        why = "a cached step would skip that" if not any(writable[i : i + 1]) else _shared(gm, inputs, i)
+        if why:
+            at = next((f" ({source_line(n)})" for n in placeholders[i].users if writes(n, placeholders[i])), "")
+            raise UnsupportedGraphError(
+                f"the model changes its input {placeholders[i].name!r} in place{at}; {why}. Clone it in forward, or "
+                "keep the state outside the model."
+            )
     for node in captured.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(captured, node.target, None), FakeTensor):
             raise UnsupportedGraphError(
@@ -99,31 +100,23 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for node in captured.graph.nodes:
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
-    return captured
+    return captured, tuple(mutated)
 
 
-@contextmanager
-def _transforms_undone(gm: fx.GraphModule) -> Iterator[None]:
-    """Dynamo spells ``torch.vmap`` and its like out as calls that begin and end it: where tracing stops between them,
-    end it, since what is begun is a state of the process.
-
-    Raises:
-        UnsupportedGraphError: tracing stopped there.
-    """
-    depth = get_dynamic_layer_stack_depth()
-    try:
-        yield
-    except Exception as error:
-        if get_dynamic_layer_stack_depth() == depth:
-            raise
-        begun = next(n for n in gm.graph.nodes if getattr(n.target, "__name__", "").endswith("_increment_nesting"))
-        raise UnsupportedGraphError(
-            f"the model uses torch.vmap, or another transform of functions, which cannot be traced here "
-            f"({source_line(begun)}): make what it makes (a block mask, say) outside of forward, or without it"
-        ) from error
-    finally:
-        while get_dynamic_layer_stack_depth() > depth:  # one by one: 2.11 cannot undo a stack of one
-            pop_dynamic_layer_stack()
+def _shared(gm: fx.GraphModule, inputs: Sequence[Any], written: int) -> str:
+    """With what an input that is written to shares its memory, so that this would see the write, or not; or nothing."""
+    storage = inputs[written].untyped_storage()._cdata
+    others = (x for i, x in enumerate(inputs) if i != written and isinstance(x, torch.Tensor))
+    if any(x.untyped_storage()._cdata == storage for x in others):
+        return "another of its inputs shares its memory"
+    like = gm.graph.find_nodes(op="placeholder")[written].meta.get("example_value")
+    if like is None:
+        return "what it gives back may share its memory"
+    own = like.untyped_storage()._cdata
+    results = (n.meta.get("example_value") for n in gm.graph.output_node().all_input_nodes)
+    if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == own for x in results):
+        return "what it gives back shares its memory"
+    return ""
 
 
 class _Functional(FunctionalTensorMode):
@@ -139,79 +132,6 @@ class _Functional(FunctionalTensorMode):
             with self:
                 return wrapper.__torch_dispatch__(func, types, args, kwargs or {})
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class _Inlining(fx.Interpreter):
-    """Runs graphs inside the graph as if they stood in it, and spells out what ``torch.autocast`` in it casts: an op
-    whose result Dynamo saw in another dtype than its operands give had them cast to that one."""
-
-    def __init__(self, module: fx.GraphModule, casting: Sequence[bool] = ()) -> None:
-        super().__init__(module)
-        self.casting = list(casting)  # whether each autocast that is open, the innermost last, casts
-        self.dtype: torch.dtype | None = None  # what operands are cast to
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is _enter_autocast:
-            self.casting.append(_casts(n.args))
-            return None
-        if n.target is _exit_autocast:
-            return self.casting.pop() and None
-        seen = next(iter(tensors(n.meta.get("example_value"))), None)
-        if not any(self.casting[-1:]) or n.op not in ("call_function", "call_method") or seen is None:
-            return super().run_node(n)
-        try:
-            with _quiet():
-                result = super().run_node(n)
-            if next(iter(tensors(result))).dtype == seen.dtype:
-                return result
-        except RuntimeError:  # the operands' dtypes do not go together
-            pass
-        self.dtype = seen.dtype
-        try:
-            return super().run_node(n)
-        finally:
-            self.dtype = None
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def cast(value: Any) -> Any:
-            return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-        found = super().fetch_args_kwargs_from_env(n)
-        return found if self.dtype is None else pytree.tree_map(cast, found)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.Tensor and isinstance(args[0], torch.Tensor):  # Dynamo's word for one without its subclass
-            return args[0].detach()
-        if target in _INNER:
-            return _Inlining(args[0], self.casting).run(*args[_INNER[target] :])
-        return super().call_function(target, args, kwargs)
-
-
-def _casts(arguments: Any) -> bool:
-    """Whether an autocast in the graph casts, by its device, dtype and switch.
-
-    Raises:
-        UnsupportedGraphError: the call itself stands under another one, which would cast all the same.
-    """
-    device, dtype, enabled, *_ = arguments
-    around = torch.is_autocast_enabled(device)
-    if around and not (enabled and dtype in (None, torch.get_autocast_dtype(device))):
-        raise UnsupportedGraphError(
-            "the model is called under torch.autocast and switches it off or to another dtype for a part of it, which "
-            "cannot be traced: open torch.autocast inside forward alone, or call the model without"
-        )
-    return bool(enabled)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's own report of an op that fails: the operands may be about to be cast."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _canonical(node: fx.Node) -> None:

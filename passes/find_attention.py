@@ -7,6 +7,7 @@ axis. Nothing else in a graph says what a token is.
 """
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -44,7 +45,8 @@ def _fused(node: fx.Node, types: AxisTypes) -> Attention:
     query, key, value = operand_nodes(node)[:3]
     q, k = types.type_of(query), types.type_of(key)
     lead = tuple(f for dim in q[:-2] for f in dim)
-    return Attention(node, q[-2], k[-2], lead, (query, key, value), value=value)
+    plain = node.target is aten.scaled_dot_product_attention.default  # of others no pass can tell the weights
+    return Attention(node, q[-2], k[-2], lead, (query, key, value) if plain else (), value=value)
 
 
 def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
@@ -55,9 +57,9 @@ def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
         return []
     start = occurrence_of(types, softmax, spec.results[0], (over, 0))
     assert start is not None
-    found, todo = [], [(softmax, start)]
+    found, todo = [], [(softmax, start, False)]
     while todo:
-        node, at = todo.pop()
+        node, at, cut = todo.pop()
         for user in node.users:
             use = types.specs.get(user)
             if use is None or user.target is operator.getitem:
@@ -67,12 +69,17 @@ def _written_out(softmax: fx.Node, types: AxisTypes) -> list[Attention]:
                 if label is None:
                     continue
                 if work_of(user) is Work.CONTRACT and not _in_results(use.results[0], label[0]):
-                    found.append(_product(softmax, user, i, types.label(softmax, over), types))
+                    whole = _product(softmax, user, i, types.label(softmax, over), types)
+                    found.append(replace(whole, map=None) if cut else whole)
                 elif label[0] in use.carried and work_of(user) is Work.NONE:
                     # Past another product the weights are weights no more.
                     moved = occurrence_of(types, user, use.results[0], label)
                     if moved is not None:
-                        todo.append((user, moved))
+                        todo.append((user, moved, cut))
+                else:  # some of the keys are no tokens: a sink that takes weight and gives nothing
+                    windows = [(name, 0) for name, window in use.windows.items() if window.source == label[0]]
+                    places = [occurrence_of(types, user, use.results[0], name) for name in windows]
+                    todo += [(user, place, True) for place in places if place is not None]
     return found
 
 
@@ -91,7 +98,7 @@ def _product(softmax: fx.Node, product: fx.Node, position: int, over: Product, t
     keys: Product = ()
     lead: Product = ()
     for label in (label for dim in weights for label in dim):
-        if not _in_results(spec.results[0], label) and set(types.label(product, label)) <= set(over):
+        if not _in_results(spec.results[0], label) and set(types.label(product, label)) <= types.factors.atoms(over):
             keys += types.label(product, label)
         elif label in value_labels:
             lead += types.label(product, label)

@@ -54,9 +54,9 @@ def _place(types: AxisTypes, keys: Product, site: Site) -> tuple[int, int] | tup
     """Where the site's tokens lie among the keys; the empty tuple: they are all; None: they are not there."""
     if keys == site.axis.factors:
         return ()
-    start = 0
-    for part in types.factors.segments(keys):
-        if part == site.axis.factors:
+    parts, own, start = types.factors.segments(keys), types.factors.segments(site.axis.factors), 0
+    for i, part in enumerate(parts):
+        if parts[i : i + len(own)] == own:  # several where the tokens are joined too (registers before a picture)
             return start, start + site.axis.size
         start += types.factors.size(part)
     return None

@@ -67,7 +67,8 @@ def find_sites(
         for tokens in choices:
             proof, batch = _prove(types, branch, tokens, inside)
             tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch, inside)))
-        able = [t for t in tried if isinstance(t[1], RowProof)] + [t for t in tried if isinstance(t[3], RowProof)]
+        able = [t for t in tried if isinstance(t[1], RowProof)]
+        able += sorted((t for t in tried if isinstance(t[3], RowProof)), key=_parted)
         whole = [t for t in tried if fill_dims(types, output, t[0])]
         tokens, proof, batch, queries = [*able, *whole, *tried][0]
         factors = _factors(types, output, tokens)
@@ -93,6 +94,11 @@ def find_sites(
             )
         )
     return tuple(replace(s, name=name) for s, name in zip(sites, distinct_names(sites), strict=True))
+
+
+def _parted(tried: tuple[object, ...]) -> bool:
+    """Whether rows read windows of their own: what reads one for all comes first."""
+    return any(isinstance(part, RowProof) and part.parted for part in tried)
 
 
 def _prove(

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
+from toca_compile.ir.graph import ancestors, in_order, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
 from toca_compile.ir.types import AxisTypes, Site
 from toca_compile.rules.registry import Work, work_of
@@ -50,7 +50,8 @@ def hoist(
         timed = _without_tokens([n for n in free if not reads[n] & (moving - clock)], sites, types)
     read = [n for n in timed if reads[n] & clock and not timed.issuperset(n.users)]
     found = _in_front(segments, constants, timed=False)
-    return _in_front(found, _worthwhile(read) - constants, timed=True)
+    before = {n for s in found if s.constant for n in s.nodes}
+    return _in_front(found, _worthwhile(read) - before, timed=True)
 
 
 def _reads(graph: fx.Graph, varying: AbstractSet[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
@@ -136,14 +137,24 @@ def _in_front(segments: tuple[Segment, ...], chosen: AbstractSet[fx.Node], *, ti
                     outputs=tuple(n for n in segment.outputs if n not in chosen),
                 )
             )
+    ordered = _ordered(front)
+    if ordered is None:
+        return segments
     first = [s for s in rest if s.constant or s.timed]
-    result = (*first, *front, *rest[len(first) :])
+    result = (*first, *ordered, *rest[len(first) :])
     if any(isinstance(value_of(n), (tuple, list)) for s in result for n in (*s.inputs, *s.outputs)):
         return segments
     numbers: dict[int, int] = {}
     for segment in (*rest, *front) if timed else result:
         numbers.setdefault(segment.template, len(numbers))
     return tuple(replace(s, template=numbers[s.template]) for s in result)
+
+
+def _ordered(front: list[Segment]) -> list[Segment] | None:
+    """The segments so that each follows those that it needs; None where two need each other."""
+    made = {n: i for i, s in enumerate(front) for n in s.outputs}
+    order = in_order([{made[n] for n in s.inputs if n in made} for s in front])
+    return None if order is None else [front[i] for i in order]
 
 
 def _closed(nodes: AbstractSet[fx.Node], graph: fx.Graph) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from toca_compile.ir.graph import ancestors, outer_inputs, signature, value_of
+from toca_compile.ir.graph import ancestors, in_order, outer_inputs, signature, value_of
 from toca_compile.ir.program import Segment
 from toca_compile.ir.types import Site
 
@@ -279,15 +279,10 @@ def _with_glue(graph: fx.Graph, blocks: list[Segment], order: dict[fx.Node, int]
 def _sorted(blocks: Sequence[Segment], order: dict[fx.Node, int]) -> list[Segment] | None:
     """The blocks so that each follows those that it needs, else as the graph has them; None where two need each
     other."""
+    blocks = sorted(blocks, key=lambda block: order[block.nodes[-1]])
     owner = {n: i for i, block in enumerate(blocks) for n in block.nodes}
-    needs = [{owner[n] for n in ancestors(block.inputs) if n in owner} for block in blocks]
-    found: list[int] = []
-    while len(found) < len(blocks):
-        ready = [i for i in range(len(blocks)) if i not in found and needs[i] <= set(found)]
-        if not ready:
-            return None
-        found.append(min(ready, key=lambda i: order[blocks[i].nodes[-1]]))
-    return [blocks[i] for i in found]
+    found = in_order([{owner[n] for n in ancestors(block.inputs) if n in owner} for block in blocks])
+    return None if found is None else [blocks[i] for i in found]
 
 
 def _renumbered(segments: list[Segment]) -> tuple[Segment, ...]:

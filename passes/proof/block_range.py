@@ -48,6 +48,10 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     for node in outputs:
         if not any(f in tokens for dim in program.types.type_of(node) for f in dim):
             raise PolicyError(f"the blocks cannot be skipped: {_told(node)} is made among them and read after them")
+        if node in program.writes:
+            raise PolicyError(
+                f"the blocks cannot be skipped: {_told(node)} is made among them, and written to an input"
+            )
     entries = [_entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs]
     numbered = enumerate(zip(outputs, entries, strict=True), len(program.sites))
     probe = _probe(program, first, sources) if skip.threshold is not None else None

@@ -54,23 +54,40 @@ class Walk:
 
     Attributes:
         whole: values of the branch that an op reads whole, where that is allowed; None: it stops the walk.
+        whole_reads: the ops, and which of their operands, that read so.
+        row_reads: and those that do not.
         windows: the values in which the factor is a part of a concatenation, and which: start and size.
         cuts: the ops that cut a window out.
         joins: the concatenations that end one, and the operand that it is.
         parts: the values that are one part of the whole, and which: start and size.
         unions: the concatenations of all parts: of each operand, in order, which part it is.
+        parted: whether something is read whole along some of the tokens' factors, and by the others.
+        placed: the ops that must be told which tokens they are given.
         visited: the ops that the factor passes.
         seen: for every value asked for, in which window, and which part.
     """
 
     whole: dict[fx.Node, None] | None = None
+    whole_reads: set[tuple[fx.Node, int]] = field(default_factory=set)
+    row_reads: set[tuple[fx.Node, int]] = field(default_factory=set)
     windows: dict[fx.Node, Window] = field(default_factory=dict)
     cuts: set[fx.Node] = field(default_factory=set)
     joins: dict[fx.Node, fx.Node] = field(default_factory=dict)
     parts: dict[fx.Node, Window] = field(default_factory=dict)
     unions: dict[fx.Node, tuple[tuple[fx.Node, Window], ...]] = field(default_factory=dict)
+    parted: bool = False
+    placed: set[fx.Node] = field(default_factory=set)
     visited: set[fx.Node] = field(default_factory=set)
     seen: dict[fx.Node, tuple[Window | None, Window | None]] = field(default_factory=dict)
+
+    def again(self) -> bool:
+        """Whether something that is read by some of the tokens' factors is read whole by others: a window's keys. Then
+        forget all but that, to walk again and stop there."""
+        if self.whole is None or self.whole_reads.isdisjoint(self.row_reads):
+            return False
+        self.whole.clear()
+        vars(self).update(vars(Walk(self.whole, self.whole_reads)))
+        return True
 
     @property
     def straight(self) -> bool:
@@ -130,7 +147,8 @@ class _Follow:
         label = label_at(self.types, node, spec.results[result], at)
         parts = spec.concat.get(label[0], ()) if label is not None else ()
         joined = len(parts) == 1 or (parts and (window is not None or part is None))
-        passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined)
+        placed = label is not None and label[0] in spec.placed and self.walk.whole is not None
+        passes = label is not None and (label[0] in spec.carried or label[0] in spec.windows or joined or placed)
         if label is None or not passes:
             if label is None or label[0] not in spec.mixed:
                 return Blocked(node, "rearranges the tokens")
@@ -139,6 +157,8 @@ class _Follow:
             return twice
         if result == 0:
             self.place[node] = at
+        if placed:
+            self.walk.placed.add(node)
         return None
 
     def operands(self, node: fx.Node, pending: set[fx.Node]) -> Blocked | None:
@@ -164,10 +184,12 @@ class _Follow:
             begin = cut.start + (window[0] if window is not None else 0)
             window, label = (begin, spec.sizes[label[0]]), (cut.source, 0)
             self.walk.cuts.add(node)
-        for operand, dims in zip(operand_nodes(node), spec.operands, strict=True):
+        for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands, strict=True)):
             inside = operand in self.branch.region or operand is self.branch.source
             within = window
             at = occurrence_of(self.types, node, dims, label)
+            if at is not None and (node, i) in self.walk.whole_reads:
+                at, self.walk.parted = None, True
             if label[0] in spec.concat:
                 covered = self._part(node, label[0], dims, window)
                 if covered is None:
@@ -182,7 +204,9 @@ class _Follow:
                 if self.walk.whole is None:
                     return Blocked(node, "mixes the tokens")
                 self.walk.whole[operand] = None
+                self.walk.whole_reads.add((node, i))
                 continue
+            self.walk.row_reads.add((node, i))
             reason = self.demand(operand, at, within, part)
             if reason is not None:
                 return reason

@@ -9,16 +9,15 @@ names the op that reads the axis whole. It may also end at values that are *held
 for all tokens, and the rest for the selected ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from toca_compile.ir.graph import operand_nodes
-from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import AxisTypes, FactorPos, RowProof
-from toca_compile.passes.proof.follow import Blocked, Branch, Trace, Walk, follow, label_at, occurrence_of
-from toca_compile.rules.registry import RULES, Work
+from toca_compile.passes.proof.follow import Blocked, Branch, Trace, Walk, follow
+from toca_compile.passes.proof.layout import check_layout
 
 
 def prove(
@@ -33,7 +32,8 @@ def prove(
     ``batch`` traces the factors carried all the way beside the tokens (``batch_of``), so that the selection may differ
     from sample to sample. ``walk``: as in ``follow``.
     """
-    traces, walk = [], walk or Walk()
+    walk = walk or Walk()
+    traces: list[Trace] = []
     for occurrence in tokens:
         joined = types.factors.segments((types.type_of(branch.output)[occurrence.dim][occurrence.index],))
         for factor in range(max(len(part) for part in joined) if len(joined) > 1 else 1):
@@ -41,6 +41,8 @@ def prove(
             if isinstance(trace, Blocked):
                 return trace
             traces.append(trace)
+    if walk.again():
+        return prove(types, branch, tokens, batch, walk)
     nodes = list(traces[0])
     if branch.source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(branch.output, "does not need the tokens of its input")
@@ -56,8 +58,10 @@ def prove(
         joins=dict(walk.joins),
         parts=dict(walk.parts),
         unions=dict(walk.unions),
+        placed=frozenset(walk.placed),
+        parted=walk.parted,
     )
-    return _layout(types, branch, proof) or proof
+    return check_layout(types, branch, proof) or proof
 
 
 def prove_queries(
@@ -105,119 +109,3 @@ def batch_of(types: AxisTypes, branch: Branch, tokens: tuple[FactorPos, ...]) ->
             if isinstance(trace, dict) and walk.straight:
                 found[occurrence] = trace
     return found
-
-
-def reads_whole(types: AxisTypes, node: fx.Node, proof: RowProof) -> list[bool]:
-    """For each operand of an op of the branch, whether the op reads it for all tokens and not by its rows. One op may
-    read one value both ways: an attention of a value with itself."""
-    if node not in proof.tokens:  # an op with several results, of which the first is not needed
-        return [False] * len(operand_nodes(node))
-    return [not any(leaf_places(types, node, proof, dims)[0]) for dims in types.specs[node].operands]
-
-
-def leaf_places(
-    types: AxisTypes, node: fx.Node, proof: RowProof, dims: Dims
-) -> tuple[tuple[FactorPos | None, ...], tuple[FactorPos | None, ...]]:
-    """Where the tokens and the batch lie in an operand of ``node`` (its dimensions ``dims``); None: it broadcasts."""
-    if node not in proof.tokens:
-        return (), ()
-    spec = types.specs[node]
-
-    def locate(places: tuple[FactorPos, ...]) -> tuple[FactorPos | None, ...]:
-        labels = [label_at(types, node, spec.results[0], o) for o in places]
-        return tuple(occurrence_of(types, node, dims, label) if label else None for label in labels)
-
-    return locate(proof.tokens[node]), locate(proof.batch[node])
-
-
-def span(places: Sequence[FactorPos | None]) -> tuple[int, int]:
-    """The dimensions that hold these factors, first and last; (−1, −1) where there are none."""
-    dims = [p.dim for p in places if p is not None]
-    return (min(dims), max(dims)) if dims else (-1, -1)
-
-
-def _layout(types: AxisTypes, branch: Branch, proof: RowProof) -> Blocked | None:
-    """What in a proven restriction cannot be gathered or scattered as rows.
-
-    Tokens that lie in several neighbouring dimensions (frames and patches) become one dimension of rows. An op that
-    counts dimensions gets the others back, of size 1: each row is then a place in the first.
-    """
-    for node, places in proof.tokens.items():
-        first, last = span(places)
-        if last > first and not _whole(types, node, places):
-            return Blocked(node, "spreads the tokens over several dimensions")
-        ends = node in (branch.source, branch.output) or node in proof.stale_inputs
-        together = _together(types, node, places, proof.batch[node])
-        if ends and not together and not (_whole(types, node, places) and _whole(types, node, proof.batch[node])):
-            return Blocked(node, "has tokens or samples in one dimension with something else")
-        if ends and len({p.dim for p in proof.batch[node]}) > 1:
-            return Blocked(node, "has samples in several dimensions")
-    for node in proof.rows:
-        spec = types.specs.get(node)
-        if spec is not None and restored(types, node, proof) is None:
-            return Blocked(node, "spreads the tokens over several dimensions")
-        for i, (operand, dims) in enumerate(zip(operand_nodes(node), spec.operands if spec else (), strict=False)):
-            if operand in proof.tokens:
-                continue
-            tokens, batch = leaf_places(types, node, proof, dims)
-            if not any(tokens):
-                continue
-            pointwise = RULES[node.target].pointwise  # type: ignore[index]
-            together = _together(types, operand, tokens, batch) and node not in {*proof.windows, *proof.parts}
-            partly = None in tokens or not (together or _whole(types, operand, tokens))  # type: ignore[arg-type]
-            if partly and not (pointwise and _aligned(types, operand, tokens)):
-                return Blocked(node, "reads a value that varies along part of the token axis only")
-            shared = proof.batch[node] and not any(batch)
-            # A fused attention's mask broadcasts as operands of a pointwise op do.
-            mask = i == 3 and RULES[node.target].work is Work.ATTENTION  # type: ignore[index]
-            if shared and not (pointwise or mask):
-                return Blocked(node, "reads a table of tokens that all samples share")
-            if None in batch and any(batch):
-                return Blocked(node, "reads a value that varies along part of the batch only")
-            if not together and not _whole(types, operand, batch if any(batch) else ()):  # type: ignore[arg-type]
-                return Blocked(node, "reads a value with samples in one dimension with something else")
-    return None
-
-
-def _spread(proof: RowProof, node: fx.Node) -> bool:
-    first, last = span(proof.tokens.get(node, ()))
-    return last > first
-
-
-def restored(types: AxisTypes, node: fx.Node, proof: RowProof) -> frozenset[int] | None:
-    """Which operands an op that counts dimensions reads by rows of tokens that are spread: they need their dimensions
-    back. None where that cannot be: the op spreads tokens itself, or not all that it reads by rows are spread alike."""
-    operands = operand_nodes(node)
-    spread = any(_spread(proof, operand) for operand in operands)
-    if RULES[node.target].any_rank or not (spread or _spread(proof, node)):  # type: ignore[index]
-        return frozenset()
-    rows = [i for i, whole in enumerate(reads_whole(types, node, proof)) if not whole]
-    spans = [span(proof.tokens.get(operands[i], ())) for i in rows]
-    wide = {last - first for first, last in spans}
-    return frozenset(rows) if spread and len(wide) == 1 and min(wide) > 0 else None
-
-
-def _aligned(types: AxisTypes, node: fx.Node, places: Sequence[FactorPos | None]) -> bool:
-    """Whether an operand that broadcasts along some of the tokens holds the others in dimensions of their own."""
-    there = [p for p in places if p is not None]
-    return all(len({p for p in there if p.dim == d}) == len(types.type_of(node)[d]) for d in {p.dim for p in there})
-
-
-def _together(
-    types: AxisTypes, node: fx.Node, tokens: Sequence[FactorPos | None], batch: Sequence[FactorPos | None]
-) -> bool:
-    """Whether samples and tokens fill one dimension, sample by sample."""
-    places = [*batch, *tokens]
-    if not any(batch) or None in places or len({p.dim for p in places if p is not None}) > 1:
-        return False
-    first, _ = span(places)
-    return places == [FactorPos(first, i) for i in range(len(types.type_of(node)[first]))]
-
-
-def _whole(types: AxisTypes, node: fx.Node, places: tuple[FactorPos, ...]) -> bool:
-    """Whether the places fill whole neighbouring dimensions of the value, in order (or there are none)."""
-    if not places:
-        return True
-    first, last = span(places)
-    held = [FactorPos(d, i) for d in range(first, last + 1) for i in range(len(types.type_of(node)[d]))]
-    return list(places) == held

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from toca_compile.ir.calls import Call
 from toca_compile.ir.graph import operand_nodes, value_of
+from toca_compile.ir.spec import Dims
 from toca_compile.ir.types import FactorPos, RowProof
-from toca_compile.passes.proof.prove import leaf_places, reads_whole, restored, span
+from toca_compile.passes.infer_axes import call_of
+from toca_compile.passes.proof.layout import by_row, dims_of, leaf_places, own_rows, reads_whole, restored, span
 from toca_compile.passes.variants.emit import SegmentBuilder
 from toca_compile.passes.variants.narrow import by_linear, emit_pieces, pieces
 from toca_compile.rules.registry import RULES
@@ -23,11 +26,29 @@ from toca_compile.rules.registry import RULES
 toca = torch.ops.toca
 aten = torch.ops.aten
 
+Told = tuple[Any, tuple[Any, ...]]
+
 
 def place(proof: RowProof, node: fx.Node) -> tuple[int, ...]:
     """Where the tokens and the batch lie in a value: the last arguments of gather and scatter."""
     first, last = span(proof.tokens[node])
     return (first, _dim(proof.batch[node])) + ((last - first + 1,) if last > first else ())
+
+
+def _causal(call: Call, operands: Sequence[fx.Node]) -> Told:
+    return toca.causal_attention.default, (*operands, call.kwargs.get("scale"), call.kwargs.get("enable_gqa", False))
+
+
+def _flexed(call: Call, operands: Sequence[fx.Node]) -> Told:
+    query, key, value, *others = operands
+    return toca.flex_attention_rows.default, (query, key, value, others, call.args[4])
+
+
+TOLD: dict[Any, Callable[[Call, Sequence[fx.Node]], Told]] = {
+    aten.scaled_dot_product_attention.default: _causal,
+    toca.flex_attention.default: _flexed,
+}
+"""Of an op that counts its rows, and what it is given: the op that is told which they are, as its last argument."""
 
 
 class Restriction:
@@ -117,11 +138,14 @@ class Restriction:
                 operands.append(self._apart(operand) if i in back else self.rows[operand])
                 continue
             tokens, batch = leaf_places(self.types, node, self.proof, dims)
-            operands.append(self._leaf(operand, node, tokens, batch))
+            own = any(tokens) and by_row(self.types, node, self.proof, tokens)
+            operands.append(self._own(operand, node, dims) if own else self._leaf(operand, node, tokens, batch))
             if any(tokens):
                 self.gathered[operand] = operands[-1]
         size_arg = RULES[node.target].size_arg  # type: ignore[index]
         shape = self._shape(node) if size_arg is not None else []  # before the op that reads it
+        if node in self.proof.placed:
+            return self._placed(node, operands)
         copy = self.copy(node, in_turn(operands, self.values))
         copy.meta.pop("val", None)  # it has other sizes now
         if size_arg is not None:
@@ -131,30 +155,39 @@ class Restriction:
         self.restored.add(node)
         return self._merged(node, copy)
 
+    def _placed(self, node: fx.Node, operands: list[fx.Node]) -> fx.Node:
+        """An op that counts its rows, told which they are among those that it counted."""
+        start, _ = self.proof.windows.get(node, (0, 0))
+        index = self.emit(aten.add.Tensor, self.index, start) if start else self.index
+        told, arguments = TOLD[node.target](call_of(node), operands)
+        return self.emit(told, *arguments, index)
+
     def _apart(self, operand: fx.Node) -> fx.Node:
         """Rows of tokens that are spread over several dimensions with all of them: rows in the first, the others 1."""
-        first, last = span(self.proof.tokens[operand])
         value = self.rows[operand]
-        for dim in range(first + 1, last + 1):
+        for dim in dims_of(self.proof.tokens[operand])[1:]:
             value = self.emit(aten.unsqueeze.default, value, dim)
         return value
 
     def _merged(self, node: fx.Node, value: fx.Node) -> fx.Node:
         """And with one again, in the value of ``node`` (of several results, in each)."""
-        first, last = span(self.proof.tokens.get(node, ()))
-        single = isinstance(value_of(node), torch.Tensor)
-        return self.emit(aten.flatten.using_ints, value, first, last) if single and last > first else value
+        dims = dims_of(self.proof.tokens.get(node, ()))
+        if len(dims) < 2 or not isinstance(value_of(node), torch.Tensor):
+            return value
+        if dims[-1] - dims[0] + 1 == len(dims):  # whichever has the rows
+            return self.emit(aten.flatten.using_ints, value, dims[0], dims[-1])
+        return self.emit(aten.squeeze.dims, value, dims[1:])
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""
         tokens = self.proof.tokens[node]
-        first, last = span(tokens)
+        first, *others = dims_of(tokens)
         shape: list[Any] = []
         for d, product in enumerate(self.types.type_of(node)):
             size = self.types.factors.size(f for i, f in enumerate(product) if FactorPos(d, i) not in tokens)
             if d == first:
                 shape.append(self.k() if size == 1 else self.emit(operator.mul, self.k(), size))
-            elif not first < d <= last:
+            elif d not in others:
                 shape.append(size)
         return shape
 
@@ -176,7 +209,8 @@ class Restriction:
         if not any(tokens):
             if end > begin and pointwise:
                 shape = [1] * (of.dim() - value_of(operand).dim()) + list(value_of(operand).shape)
-                return self.emit(aten.reshape.default, value, shape[: begin + 1] + shape[end + 1 :])
+                gone = dims_of(self.proof.tokens[reader])[1:]
+                return self.emit(aten.reshape.default, value, [s for d, s in enumerate(shape) if d not in gone])
             return value
         batch_dim = _dim(batch)
         if (batch_dim < 0 and self.proof.batch[reader]) or end > begin:
@@ -196,6 +230,14 @@ class Restriction:
             index = self.emit(aten.clamp.default, self.emit(aten.sub.Tensor, index, begin), 0, size - 1)
         merged = (last - first + 1,) if last > first else ()
         return self.emit(toca.gather_tokens.default, value, index, first, batch_dim, *merged)
+
+    def _own(self, operand: fx.Node, reader: fx.Node, dims: Dims) -> fx.Node:
+        """Of a value from outside the branch (or one for all tokens) the part that each row of ``reader`` reads."""
+        how = own_rows(self.types, reader, self.proof, operand, dims)
+        assert how is not None
+        value = self.whole.get(operand) or self.values[operand]
+        parts = (list(part) for part in (how.sizes, how.kinds, how.tokens, how.order, how.groups))
+        return self.emit(toca.gather_own.default, value, self.index, *parts)
 
 
 def in_turn(operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:

@@ -15,7 +15,7 @@ from toca_compile.ir.graph import operand_nodes
 from toca_compile.ir.program import Form
 from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import RowProof, Site
-from toca_compile.passes.proof.prove import reads_whole
+from toca_compile.passes.proof.layout import reads_whole
 from toca_compile.passes.variants.compute import EMISSIONS, site_series
 from toca_compile.passes.variants.emit import SegmentBuilder
 from toca_compile.passes.variants.restrict import Restriction, in_turn, place

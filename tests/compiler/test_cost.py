@@ -10,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import toca_compile
 from examples.opensora.stdit3 import STDiT3
 from tests.models import PlainDiT, randomize, zoo
+from tests.recording import counting_products
 from tests.sampling import noise, sample
 from toca_compile import FullCompute, ToCa, preset
-from toca_compile.ir.program import Variant
-from toca_compile.lowerings import LOWERINGS
 
 TERA = 1e12
 
@@ -115,18 +114,7 @@ def _inputs(opt: Any) -> list[torch.Tensor]:
 
 def test_a_partial_step_costs_what_its_variant_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by torch on the rewritten graphs as they run."""
-    counted: list[int] = []
-
-    def counting(variant: Variant, examples: Any) -> Any:
-        def call(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
-                out = variant.module(*args)
-            counted.append(counter.get_total_flops())
-            return out
-
-        return call
-
-    monkeypatch.setitem(LOWERINGS, "counting", counting)
+    counted = counting_products(monkeypatch)
     model = randomize(PlainDiT())
     opt = toca_compile.optimize(
         model, ToCa(num_steps=4, fresh_ratio=0.3, schedule="constant", score="none"), lowering="counting"

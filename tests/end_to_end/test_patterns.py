@@ -506,19 +506,10 @@ class Padded(Windows):
     how = "padded"
 
 
-class Chunks(Block):
-    """Tokens attend within four of their neighbours in a row."""
-
-    def attend(self, x: Tensor) -> Tensor:
-        return super().attend(x.reshape(-1, 4, WIDTH)).reshape(x.shape)
-
-
 @pytest.mark.parametrize(
     ("style", "why"),
     [
-        (Windows, "attends within groups of 4 tokens"),
         (Moved, "attends within groups of 4 tokens"),
-        (Chunks, "attends within groups of 4 tokens"),
         (Padded, "rearranges the tokens"),
     ],
 )
@@ -620,15 +611,45 @@ def test_attention_without_a_softmax_over_tokens(style: type[nn.Module]) -> None
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
 
 
+class Sunk(Block):
+    """A weight that is learned stands beside those of the keys in the softmax, and is left out after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink, self.bias = nn.Parameter(torch.randn(HEADS)), nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT + self.bias
+        scores = torch.cat([scores, self.sink[None, :, None, None].expand(*scores.shape[:-1], 1)], -1)
+        return self.out((scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_sink_beside_the_keys_hides_no_attention() -> None:
+    attention, mlp = check(Sunk(), [PARTIAL, FRESH])
+    assert (attention.kind, "queries" in attention.actions, "partial" in mlp.actions) == ("self_attention", True, True)
+
+
 class Causal(Block):
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def test_what_counts_its_queries_says_so() -> None:
-    attention, _ = check(Causal(), [PARTIAL])
+class CausalOfMany(Causal):
+    """Samples beside heads, so that it is not the rows alone which are counted."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part).flatten(0, 1) for part in self.qkv(x).chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(out.unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2))
+
+
+def test_what_counts_its_queries_is_told_which_they_are() -> None:
+    attention, _ = check(Causal(), [PARTIAL, FRESH, UPDATE])
+    assert "queries" in attention.actions
+    attention, _ = check(CausalOfMany(), [PARTIAL])
     why = "is causal by is_causal=True, not by a mask, and counts the queries (test_patterns.py:"
     assert "queries" not in attention.actions
     assert why in str(attention.reason)
-    assert why in no_queries(Causal())
+    assert why in no_queries(CausalOfMany())

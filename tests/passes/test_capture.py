@@ -60,17 +60,3 @@ def test_what_is_written_in_place_becomes_a_value() -> None:
 def test_a_model_that_changes_its_input_is_refused() -> None:
     with pytest.raises(UnsupportedGraphError, match=r"changes its input 'l_x_' in place \(test_capture\.py:\d+\)"):
         program_of(Changing(own=False), torch.randn(2, 3))
-
-
-class Mapped(nn.Module):
-    """A table that ``torch.vmap`` makes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.vmap(lambda row: row.new_zeros(3) + row.sum())(x)
-
-
-def test_a_transform_that_cannot_be_traced_is_named_and_ended() -> None:
-    """What it begins is a state of the process: left open, Dynamo's own guard fails."""
-    with pytest.raises(UnsupportedGraphError, match=r"torch\.vmap.*test_capture\.py"):
-        program_of(Mapped(), torch.randn(2, 3))
-    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0

@@ -1,6 +1,9 @@
 """FindScores: whose attention ranks a site's tokens."""
 
-from tests.programs import reading_program
+import torch
+from torch import Tensor, nn
+
+from tests.programs import program_of, reading_program
 from toca_compile.ir.program import Program
 from toca_compile.ir.types import ScoreSource
 
@@ -15,3 +18,23 @@ def test_words_that_are_read_rank_no_tokens() -> None:
     sites = reading_program().sites
     assert [s.score_by_keys for s in sites] == [None, None]
     assert [s.score_by_queries for s in sites] == [ScoreSource(0)] * 2
+
+
+class Joined(nn.Module):
+    """Registers before a picture, and words before both in one attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.mlp = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, registers: Tensor, words: Tensor) -> Tensor:
+        x = torch.cat([registers, x], 1)
+        q, k, v = self.qkv(torch.cat([words, x], 1))[:, None].chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0, 5:])
+        return x + self.mlp(x).relu()
+
+
+def test_tokens_that_are_joined_are_found_among_the_keys() -> None:
+    inputs = torch.randn(2, 12, 8), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    sites = program_of(Joined(), *inputs).sites
+    assert [s.score_by_keys for s in sites] == [ScoreSource(0, (5, 20))] * 2

@@ -6,18 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import toca_compile
 from tests.models import JointDiT, PlainDiT, randomize
 from tests.oracles.clusca import Branches, JointOracle, PlainOracle
 from tests.programs import program_of
+from tests.recording import counting_products
 from tests.sampling import gaussian, noise, sample
 from toca_compile import ClusCa, Composition, PolicyError
 from toca_compile.compiler.check_plan import check_plan
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
-from toca_compile.ir.program import Variant
-from toca_compile.lowerings import LOWERINGS, inductor
+from toca_compile.lowerings import inductor
 from toca_compile.policies import Clusters, Compute, Every, Partial, Queries, Reuse, Rule, Selector, Share
 
 STEPS = 9
@@ -125,18 +124,7 @@ def test_without_a_share_nothing_changes_where_nothing_changes() -> None:
 
 def test_its_products_are_counted_as_torch_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the clusters too, on the graphs of a whole run as they run. (Fused attention is not, on a CPU.)"""
-    counted: list[int] = []
-
-    def counting(variant: Variant, examples: Any) -> Any:
-        def call(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
-                out = variant.module(*args)
-            counted.append(counter.get_total_flops())
-            return out
-
-        return call
-
-    monkeypatch.setitem(LOWERINGS, "counting", counting)
+    counted = counting_products(monkeypatch)
     model = randomize(PlainDiT(depth=2))
     x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
     counts = []

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 import toca_compile
 from tests.models import randomize
 from tests.zoo.entries import ENTRIES, Entry
-from toca_compile import BlockCache, Fora, FullCompute, PolicyError, TaylorSeer, ToCa, TocaError
+from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa, TocaError
 from toca_compile.ir.actions import Action, Compute, Selecting, can, legal_actions
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.ir.types import Site, StepKind
@@ -119,10 +119,6 @@ def follow_policies(opt: Any, entry: Entry, plain: Sequence[list[Tensor]], sites
     check(opt, entry, plain, 1e-5)
     assert kinds(opt) == ("fpp" if any(_first(s, WAYS[1]).kind is StepKind.PARTIAL for s in sites) else "fff")
     for steps, policy in POLICIES.items():
-        if steps == "fsfs" and entry.unskipped:
-            with pytest.raises(PolicyError, match=entry.unskipped):
-                opt.policy = policy
-            continue
         opt.policy = policy
         check(opt, entry, plain[:1] * len(steps), 1e-5)
         assert kinds(opt) == (steps if steps != "fpp" or any(s.row_proof for s in sites) else "frr")

@@ -17,11 +17,14 @@ from toca_compile.passes import find_sites as _find_sites
 from toca_compile.passes import hoist as _hoist
 from toca_compile.passes import infer_axes as _infer_axes
 from toca_compile.passes import outline as _outline
+from toca_compile.passes.proof.written import check_written
 
 
 def capture(program: Program) -> Program:
     """Dynamo's graph to functional ATen."""
-    return replace(program, module=_capture.capture(program.module, program.inputs), inputs=())
+    writable = [program.fragment and not fixed for fixed in program.static_inputs]
+    module, written = _capture.capture(program.module, program.inputs, writable)
+    return replace(program, module=module, inputs=(), written=written)
 
 
 def infer_axes(program: Program) -> Program:
@@ -42,6 +45,7 @@ def find_sites(program: Program) -> Program:
     sites = _find_sites.find_sites(
         program.module.graph, program.types, program.attentions, static, program.grid, fragment=program.fragment
     )
+    check_written(program.module.graph, sites, program.writes)
     return replace(program, sites=lay_out(sites, program.types.factors, program.layouts))
 
 

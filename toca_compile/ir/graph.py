@@ -2,7 +2,8 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def operand_nodes(node: fx.Node) -> list[fx.Node]:
 def uncast(node: fx.Node) -> fx.Node | None:
     """What a cast casts; None of other nodes. Models in half precision add to the stream in float32, and cast back."""
     return operand_nodes(node)[0] if node.target is torch.ops.aten._to_copy.default else None
+
+
+def in_order(needs: Sequence[AbstractSet[int]]) -> list[int] | None:
+    """The numbers from 0 on so that each follows those that it ``needs``, else the least first; None where two need
+    each other."""
+    found: list[int] = []
+    while len(found) < len(needs):
+        ready = next((i for i, own in enumerate(needs) if i not in found and own <= set(found)), None)
+        if ready is None:
+            return None
+        found.append(ready)
+    return found
 
 
 def ancestors(

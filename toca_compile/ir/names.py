@@ -76,6 +76,34 @@ class Names:
                 return None
         return f"[{', '.join(told)}]"
 
+    def spread(self, dims: Type, shape: Sequence[int]) -> str | None:
+        """The type of rows of tokens that lie in several dimensions: ``K`` in one of them, the others whole, gone or of
+        size 1; None where the shape is none of such rows."""
+        dims = tuple(map(self._factors.resolve, dims))
+        held = [d for d, dim in enumerate(dims) if set(dim) & set(self.tokens)]
+        for at in held:
+            rest = tuple(f for f in dims[at] if f not in self.tokens)
+            inner = " ".join(self._names.get(f, "?") for f in rest)
+            gone = {d for d in held if d != at and set(dims[d]) <= set(self.tokens)}
+            for without in (gone, set[int]()):
+                left = [
+                    d for d in range(len(dims)) if d not in without and (d == at or self._factors.size(dims[d]) > 1)
+                ]
+                told = []
+                for size in shape:
+                    if size == 1:
+                        told.append("1")
+                    elif left and left[0] == at and size % self._factors.size(rest) == 0:
+                        told.append(f"({inner} K)" if rest else "K")
+                        left.pop(0)
+                    elif left and left[0] != at and self._factors.size(dims[left[0]]) == size:
+                        told.append(self.dim(dims[left.pop(0)]))
+                    else:
+                        break
+                if not left and len(told) == len(shape):
+                    return f"[{', '.join(told)}]"
+        return None
+
     def legend(self, among: Callable[[str], bool] = lambda name: True) -> list[str]:
         """The sizes, ``h w = 4``, ``n = m + (h w) = 21``, …, of all names that ``among`` picks: those of one kind and
         size together, what is known first, in the order of the graph."""

@@ -171,6 +171,7 @@ class _Typed:
         for i, tensor in enumerate(tensors(value)):
             known = types if i == 0 else types[i : i + 1]
             fits = [(t, self.names.fitted(t, tensor.shape, some=some)) for some in (False, True) for t in known]
+            fits += [(t, self.names.spread(t, tensor.shape)) for t in known]
             kind, text = next(((t, text) for t, text in fits if text is not None), ((), "" if tensor.shape else "[]"))
             self.types[node] = (*self.types.get(node, ()), kind)
             told.append(text)

@@ -54,11 +54,18 @@ class Program:
     clock: tuple[fx.Node, ...] = ()  # the inputs that tell the denoising time
     segments: tuple[Segment, ...] = ()
     layouts: tuple[Layout, ...] = ()  # of tokens, as the inputs tell them
+    written: tuple[int, ...] = ()  # which inputs are changed in place: what they become stands behind the results
 
     @property
     def placeholders(self) -> tuple[fx.Node, ...]:
         """The graph's inputs."""
         return tuple(n for n in self.module.graph.nodes if n.op == "placeholder")
+
+    @property
+    def writes(self) -> tuple[fx.Node, ...]:
+        """What the inputs ``written`` become."""
+        results: Any = self.module.graph.output_node().args[0]
+        return tuple(results[len(results) - len(self.written) :])
 
     @property
     def varying(self) -> tuple[fx.Node, ...]:

@@ -35,6 +35,7 @@ class AxisSpec:
     results: tuple[Dims, ...]
     sizes: Mapping[str, int]
     mixed: frozenset[str] = frozenset()
+    placed: frozenset[str] = frozenset()  # mixed only in that the op counts: told which they are, a subset will do
     concat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
     because: Mapping[str, str] = field(default_factory=dict)  # of a mixed label: what the op does, if that can be said

@@ -108,7 +108,8 @@ class RowProof:
     in the branch's input, the proofs. In the values of ``windows`` the tokens are a part of a concatenation, from a
     start on and of a size; ``cuts`` are the ops that cut it out, ``joins`` the concatenations and which of their
     operands it is. The values of ``parts`` have a part of the tokens alone, from a start on and of a size; ``unions``
-    are the concatenations of all parts, with the part that each operand is.
+    are the concatenations of all parts, with the part that each operand is. The ops ``placed`` count their rows, and
+    are told which they are. ``parted``: rows read values whole within their windows, each its own.
     """
 
     tokens: Mapping[fx.Node, tuple[FactorPos, ...]]
@@ -122,6 +123,8 @@ class RowProof:
     joins: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     parts: Mapping[fx.Node, tuple[int, int]] = field(default_factory=dict)
     unions: Mapping[fx.Node, tuple[tuple[fx.Node, tuple[int, int]], ...]] = field(default_factory=dict)
+    placed: frozenset[fx.Node] = frozenset()
+    parted: bool = False
 
 
 @dataclass(frozen=True)

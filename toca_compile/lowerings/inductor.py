@@ -119,7 +119,8 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
             symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
             values.append(env.create_symintnode(symbol, hint=example, source=source))
     own = fx.GraphModule(module, _with_values(module.graph, values))
-    with _order_kept(), tracing(TracingContext(mode)):
+    # A buffer is written in place only if what reads it before is not moved behind the write.
+    with config.patch(reorder_for_locality=False), _order_kept(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
 

@@ -1,5 +1,7 @@
 """Rows of tokens in a value: taken out, written back, blended; and a whole value kept."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,40 @@ def gather_tokens(x: Tensor, index: Tensor, dim: int, batch_dim: int, span: int 
     return x.gather(dim, spread(index, x, dim, batch_dim))
 
 
+@op("gather_own(Tensor x, Tensor index, int[] sizes, int[] kinds, int[] tokens, int[] order, int[] groups) -> Tensor")
+def gather_own(
+    x: Tensor, index: Tensor, sizes: list[int], kinds: list[int], tokens: list[int], order: list[int], groups: list[int]
+) -> Tensor:
+    """The part of ``x`` that belongs to each of the tokens ``index``: of a window's keys all, of a table its row.
+
+    Args:
+        x: of dimensions that are ``sizes`` multiplied.
+        index: int64 ``[batch, k]``; a token is a place in all ``tokens`` multiplied.
+        kinds: of each size, which of ``tokens`` it is, −2 if it numbers samples, or −1.
+        order: of what is left, how it lies in the result: the numbers of the sizes that are −1, −1 for the rows, −2 for
+            samples.
+        groups: how many of these each dimension of the result holds, one after the other.
+    """
+    alike = [[i for i, kind in enumerate(kinds) if test(kind)] for test in ((-2).__eq__, (0).__le__, (-1).__eq__)]
+    samples, places, others = alike
+    apart = x.reshape(sizes).permute(*samples, *places, *others)
+    lead = [prod(sizes[i] for i in some) for some in (samples, places)]
+    apart = apart.reshape(*lead, *(sizes[i] for i in others)).expand(index.shape[0], *[-1] * (1 + len(others)))
+    flat = torch.zeros_like(index)
+    for i in places:
+        minor = prod(tokens[kinds[i] + 1 :])
+        flat = flat * sizes[i] + index.div(minor, rounding_mode="floor") % tokens[kinds[i]]
+    rows = apart.gather(1, spread(flat, apart, 1, 0))
+    rows = rows if -2 in order else rows[0]
+    ahead = 2 if -2 in order else 1
+    rows = rows.permute([ahead - 1 if o == -1 else 0 if o == -2 else ahead + o for o in order])
+    shape, at = [], 0
+    for count in groups:
+        shape.append(prod(rows.shape[at : at + count]))
+        at += count
+    return rows.reshape(shape)
+
+
 @op("join_tokens(Tensor[] rows, Tensor index, int[] starts, int dim, int batch_dim, int span=1) -> Tensor")
 def join_tokens(
     rows: list[Tensor], index: Tensor, starts: list[int], dim: int, batch_dim: int, span: int = 1
@@ -46,7 +82,18 @@ def scatter_tokens_(cache: Tensor, index: Tensor, rows: Tensor, dim: int, batch_
         scatter_tokens_(apart, index, rows.unflatten(dim, (index.shape[0], -1)), dim + 1, dim)
         return cache
     flat, batch_dim = merged(cache, dim, batch_dim, span)
-    flat.scatter_(dim, spread(index, flat, dim, batch_dim), rows.to(cache.dtype))
+    # Inductor puts rows in place, and would make copies of the whole cache for ``scatter_``.
+    places: list[Tensor | None] = [None] * (max(dim, batch_dim) + 1)
+    if batch_dim < 0:
+        places[dim] = index[0]
+    else:
+        beside = abs(dim - batch_dim) == 1
+        samples = torch.arange(index.shape[0], device=index.device)
+        along = batch_dim < dim or not beside
+        places[batch_dim], places[dim] = (samples[:, None], index) if along else (samples, index.t())
+        # The dimensions of indices that are not beside each other come first.
+        rows = rows if beside else rows.movedim((batch_dim, dim), (0, 1))
+    torch.ops.aten.index_put_.default(flat, places, rows.to(cache.dtype))
     return cache
 
 

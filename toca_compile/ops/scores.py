@@ -7,6 +7,7 @@ from toca_compile.ops.registry import op
 from toca_compile.ops.rows import by_token
 
 _SCORE_BLOCK = 128  # query rows of the attention map alive at a time: at 1024 tokens they stay in the cache of a CPU
+_SCORE_MAP = 2**26  # numbers of the map alive at a time elsewhere, where a block costs launches
 _SCORE_BLOCKS = 16  # at most, so that the unrolled graph stays small at high resolution
 
 
@@ -33,7 +34,7 @@ def attention_received(
         float32 ``[..., heads, keys]``.
     """
     total: Tensor | None = None
-    for rows in _blocks(query.shape[-2], stride):
+    for rows in _blocks(query, key, stride):
         received = _map_rows(query, key, mask, scale, causal, rows).sum(-2)
         total = received if total is None else total + received
     assert total is not None
@@ -56,9 +57,7 @@ def attention_entropy(
     Returns:
         float32 ``[batch, queries]``, in nats.
     """
-    parts = [
-        row_entropy(_map_rows(query, key, mask, scale, causal, rows), epsilon) for rows in _blocks(query.shape[-2], 1)
-    ]
+    parts = [row_entropy(_map_rows(query, key, mask, scale, causal, rows), epsilon) for rows in _blocks(query, key, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -78,13 +77,15 @@ def pair_mean(score: Tensor) -> Tensor:
     return ((first + second) / 2).repeat(2, 1)
 
 
-def _blocks(queries: int | torch.SymInt, stride: int) -> list[slice]:
+def _blocks(query: Tensor, key: Tensor, stride: int) -> list[slice]:
     """Every ``stride``-th query row, in blocks. How many rows a partial step has is open when it is traced: one
     block."""
+    queries, keys = query.shape[-2], key.shape[-2]
     if not isinstance(queries, int):
         return [slice(None, None, stride)]
     rows = range(0, queries, stride)
-    block = max(_SCORE_BLOCK, -(-len(rows) // _SCORE_BLOCKS))
+    fit = _SCORE_BLOCK if query.device.type == "cpu" else _SCORE_MAP // (query.shape[:-2].numel() * keys)
+    block = max(fit, -(-len(rows) // _SCORE_BLOCKS))
     parts = [rows[first : first + block] for first in range(0, len(rows), block)]
     return [slice(part.start, part[-1] + 1, stride) for part in parts]
 
@@ -135,7 +136,8 @@ def unit_scores(score: Tensor) -> Tensor:
 def random_scores(like: Tensor, step: int, site: int, seed: int) -> Tensor:
     """Uniform numbers in [0, 1) for each token, a function of step, site and token alone: the same in every run, and
     the same for a sample whatever its batch mates are. ``like`` gives shape ``[batch, tokens]`` and device."""
-    x = torch.arange(like.shape[1], device=like.device, dtype=torch.int64)
+    # Masked, or Inductor takes the products for places in memory, which it numbers with 32 bits on a GPU.
+    x = torch.arange(like.shape[1], device=like.device, dtype=torch.int64) & 0xFFFFFFFF
     x = x * 0x9E3779B1 + (step + 1) * 0x85EBCA77 + (site + 1) * 0xC2B2AE3D + (seed + 1) * 0x27D4EB2F
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = x & 0xFFFFFFFF

@@ -72,5 +72,5 @@ def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tens
 @op("mark_fresh_(Tensor(a!) stamp, Tensor index, SymInt step) -> Tensor(a!)")
 def mark_fresh_(stamp: Tensor, index: Tensor, step: int) -> Tensor:
     """Note that the tokens ``index`` were recomputed in ``step``, in place."""
-    now = torch.zeros(index.shape, dtype=stamp.dtype, device=stamp.device) + step
-    return stamp.scatter_(1, index, now)
+    samples = torch.arange(index.shape[0], device=index.device)
+    return stamp.index_put_((samples[:, None], index), torch.zeros((), dtype=stamp.dtype, device=stamp.device) + step)

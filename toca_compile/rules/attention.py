@@ -5,9 +5,12 @@ from random import Random
 from typing import Any
 
 import torch
+from torch import fx
+from torch.nn.attention.flex_attention import BlockMask
 
 from toca_compile.ir.calls import Call
 from toca_compile.ir.spec import AxisSpec, einsum
+from toca_compile.ops.flex import ALL, KNOWN, named
 from toca_compile.rules.registry import Args, Work, register
 from toca_compile.rules.samples import sizes
 
@@ -39,7 +42,7 @@ def _attention(rng: Random) -> Args:
 def attention(call: Call) -> AxisSpec:
     """Every query reads all keys and values; queries do not read each other.
 
-    A causal mask ties a query to its place among the keys, so its axis is then mixed. With grouped heads
+    A causal mask ties a query to its place among the keys: it must be told that of some of them. With grouped heads
     (``enable_gqa``) the heads of keys and values are a coarser index space, and a query's head has its place in it.
     Where weights are dropped at random, what is drawn depends on all sizes.
     """
@@ -53,5 +56,46 @@ def attention(call: Call) -> AxisSpec:
         terms.append("... h q k" if rank > 3 else " ".join(["h", "q", "k"][3 - rank :]))
     spec = einsum(",".join(terms) + "-> ... h q e", call.operands, call.results)
     if q == "q!":
-        spec = replace(spec, because={"q": "is causal by is_causal=True, not by a mask, and counts the queries"})
-    return replace(spec, mixed=frozenset(spec.sizes)) if call.arg(4, "dropout_p", 0.0) else spec
+        why = {"q": "is causal by is_causal=True, not by a mask, and counts the queries"}
+        spec = replace(spec, because=why, placed=frozenset("q"))
+    return replace(spec, mixed=frozenset(spec.sizes), placed=frozenset()) if call.arg(4, "dropout_p", 0.0) else spec
+
+
+def _flexed(rng: Random) -> Args:
+    """Every pair of a query and a key, those in order, or those of one sample or head otherwise than of the next."""
+    b, h, q, k, d = sizes(rng, 5)
+    of = rng.choice(["all", "causal", "by sample", "by head"])
+    index = {"all": "k * 0", "causal": "k - q", "by sample": "k - b", "by head": "k - h"}[of]
+    score, mask = fx.Graph(), fx.Graph()
+    first = score.placeholder("score")
+    for letter in "bhqk":
+        score.placeholder(letter)
+    score.output(first)
+    places = {letter: mask.placeholder(letter) for letter in "bhqk"}
+    a, sign, c = index.split()
+    other = mask.call_function(aten.mul.Tensor, (places[a], 0)) if sign == "*" else places[c]
+    mask.output(mask.call_function(aten.ge.Tensor, (other, places[a] if sign == "-" else other)))
+    ones, none = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    mod = fx.GraphModule({}, mask)
+    blocks = BlockMask.from_kv_blocks(ones, none, BLOCK_SIZE=ALL, mask_mod=mod, seq_lengths=(q, k)).as_tuple()
+    others, name = named([fx.GraphModule({}, score), blocks, d**-0.5, {"BACKEND": "AUTO"}, (), ()])
+    return (torch.randn(b, h, q, d), torch.randn(b, h, k, d), torch.randn(b, h, k, d), others, name), {}
+
+
+@register(torch.ops.toca.flex_attention.default, _flexed, work=Work.ATTENTION)
+def flexed(call: Call) -> AxisSpec:
+    """Every query reads those keys that functions of indices leave: what such a function reads the index of is mixed,
+    and queries whose blocks of keys are chosen for many of them at once."""
+    how = KNOWN[call.args[4]]
+    (_, h, *_), (_, g, *_), *_ = call.operands
+    mixed = {name for name in "bhq" if name in how.reads} | ({"h"} if g not in (1, h) else set())
+    mixed |= set() if how.whole else {"q"}
+    heads = "h" if g in (1, h) else "g"
+    terms = ["b h q d", f"b {heads} k d", f"b {heads} k e"]
+    for i, x in enumerate(call.operands[3:]):
+        lead = ["b", "h"] if i < how.blocks else []
+        terms.append(" ".join([*lead, *(f"o{i}_{d}" for d in range(len(lead), len(x)))]))
+    spec = einsum(",".join(terms) + "-> b h q e", call.operands, call.results)
+    why = "tells its queries apart by their places, or in blocks"
+    placed = {"q"} if how.whole or how.reads & {"q", "k"} else set()  # a block mask leaves out what the function does
+    return replace(spec, mixed=frozenset(mixed & set(spec.sizes)), placed=frozenset(placed & mixed), because={"q": why})

@@ -7,12 +7,14 @@ look-up and one list of arguments on top of the compiled variant.
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
+from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan
@@ -193,11 +195,29 @@ class Executor:
             self.control.expected(self.is_cached(run, key))
             try:
                 results = self._execute(inputs, run, key)
+                if self.program.written:
+                    results = self._write(inputs, results)
             except BaseException:
                 self.control.void()
                 raise
             self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
         return results
+
+    def _write(self, inputs: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
+        """Change the inputs that the graph changes in place; the results without what they become.
+
+        Raises:
+            UnsupportedGraphError: another input has come to share memory with one of them.
+        """
+        written, own = self.program.written, len(results) - len(self.program.written)
+        storages = [x.untyped_storage()._cdata for x in inputs if isinstance(x, torch.Tensor) and x.numel()]
+        for i, value in zip(written, results[own:], strict=True):
+            if storages.count(inputs[i].untyped_storage()._cdata) > 1:
+                raise UnsupportedGraphError(
+                    "the model changes one of its inputs in place, and another shares its memory: clone it in forward"
+                )
+            inputs[i].copy_(value)
+        return results[:own]
 
     def is_cached(self, run: Run, key: tuple[int, ...] | None = None) -> bool:
         """Whether the graph's next step in a run takes some branch from a cache, whatever is met on the way."""
@@ -291,18 +311,26 @@ class Executor:
                 bound = self._bound(calls, now, run, key)
                 self._condition(step, bound, key, full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
+        kept = self._kept_storages(step, run) if self.program.fragment else frozenset[int]()
         step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
-        return fx.node.map_arg(self._output, lambda n: _as_traced(n, step.values[self._place[n]]))
+        return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+    def _kept_storages(self, step: "_Step", run: Run) -> frozenset[int]:
+        """Where what is kept for steps to come lies in memory: what stands behind a fragment may change in place what
+        it is given."""
+        kept = (*run.buffers.values(), *step.values[self._inputs :])
+        return frozenset(x.untyped_storage()._cdata for x in kept if isinstance(x, torch.Tensor))
 
     def _condition(self, step: "_Step", bound: "_BoundCalls", key: tuple[int, ...], *, full: bool) -> None:
         """Put what follows from the time where the step reads it."""
         if bound.timed:
             parts = bound.calls[self._constant : self._front]
             tables = self.control.tables.setdefault(key, [])
-            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full)
+            announced = self.control.announced
+            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, announced=announced)
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
         """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
@@ -362,12 +390,14 @@ class Executor:
             names = [now.schedule.owners[i].name for i in segment.sites]
             does = ", ".join(f"{name} {form.action}" for name, form in zip(names, forms, strict=True))
             what = f"compiling variant {place}: {does or 'what stands between the blocks'}"
-            if isinstance(segment, StandIn):
-                what = f"compiling what stands in for skipped blocks: {segment.does}"
             if isinstance(segment, Chain):
                 does = ", ".join(dict.fromkeys(str(form.action) for form in forms))
                 what = f"compiling variant {place}: {len(segment.parts)} segments as one, {does}"
-            with working(what):
+            parts = segment.parts if isinstance(segment, Chain) else (segment,)
+            for part in parts:
+                if isinstance(part, StandIn):
+                    what = f"compiling what stands in for skipped blocks: {part.does}"
+            with nullcontext() if segment.timed else working(what):
                 ready = self.variants.compiled(segment, forms, now.schedule.plan)
             now.ready[call.variant] = ready
         return ready
@@ -472,8 +502,15 @@ def _planned(schedule: Schedule) -> dict[_Variant, SegmentCall]:
     probe = [schedule.probe] if schedule.probe is not None else []
     planned: dict[_Variant, SegmentCall] = {}
     for call in (*(call for calls in steps.values() for call in calls), *probe):
-        planned.setdefault(call.variant, call)
+        if not call.segment.timed:  # nothing to compile
+            planned.setdefault(call.variant, call)
     return planned
+
+
+def _unkept(value: Any, kept: frozenset[int]) -> Any:
+    """A result that nobody else holds."""
+    held = bool(kept) and isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in kept
+    return value.clone() if held else value
 
 
 def _as_traced(node: fx.Node, value: Any) -> Any:

@@ -1,0 +1,265 @@
+"""Inductor for a GPU that is not there: fake CUDA tensors up to the generated source, and machine code of its kernels.
+
+It needs Triton, which brings ptxas; the CPU build of torch is enough. Everything that is put in place of a driver is
+taken away again by leaving ``fake_gpu()``, but for one thing that Python does not undo: ``Tensor.__getitem__``,
+replaced once, leaves a slot of sequences on the class, and ``torch.tensor([tensor(1.0)])`` fails from then on. Hence
+give it a process of its own.
+"""
+
+import logging
+import operator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config, ir
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.fx_passes import joint_graph
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch.utils import _triton
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+
+# What Inductor and Triton ask of an H100.
+_H100: dict[str, Any] = {
+    "name": "H100", "multi_processor_count": 132, "major": 9, "minor": 0, "regs_per_multiprocessor": 65536,
+    "max_threads_per_multi_processor": 2048, "max_threads_per_block": 1024, "warp_size": 32, "total_memory": 80 << 30,
+    "shared_memory_per_block": 49152, "shared_memory_per_block_optin": 232448, "L2_cache_size": 50 << 20,
+    "gcnArchName": "",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel or library call of a compiled graph.
+
+    Attributes:
+        kind: ``"triton"``, ``"gemm"``, ``"attention"``, ``"other"`` (any other library call) or ``"host copy"``.
+        moved: bytes read and written, as Inductor counts them: a buffer that is read at places known at run time alone
+            counts whole.
+        flops: of a product, by torch's counter.
+    """
+
+    kind: str
+    moved: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What Inductor made of a graph: the source of the wrapper with its kernels, and what it launches in turn."""
+
+    source: str
+    launches: tuple[Launch, ...]
+
+
+class _Driver:
+    """Triton's view of the device."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device=0: {
+            "max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32
+        }
+    )  # fmt: skip
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return CUDA
+
+
+def _method(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of tensors, as an op for those on the fake device: the method itself asks for a driver."""
+    method = getattr(Tensor, name)
+    return lambda self, *args, **kwargs: (op if self.device.type == "cuda" else method)(self, *args, **kwargs)
+
+
+def _indexed(x: Tensor, index: Any) -> Tensor:
+    """``x[index]`` of slices, numbers, None and Ellipsis."""
+    index = index if isinstance(index, tuple) else (index,)
+    rest, dim = x.dim() - sum(i is not None and i is not Ellipsis for i in index), 0
+    for i in index:
+        if i is Ellipsis:
+            dim += rest
+        elif i is None:
+            x, dim = aten.unsqueeze.default(x, dim), dim + 1
+        elif isinstance(i, slice):
+            x, dim = aten.slice.Tensor(x, dim, i.start, i.stop, i.step or 1), dim + 1
+        else:
+            x = aten.select.int(x, dim, i)
+    return x
+
+
+def _always(value: Any = None) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+# What is asked of the device, and where: of Dynamo's interface to devices (and its workers'), and of torch itself.
+_ASKED: dict[str, Callable[..., Any]] = {
+    "is_available": _always(True), "device_count": _always(1), "current_device": _always(0),
+    "get_device_properties": _always(SimpleNamespace(**_H100)), "is_bf16_supported": _always(True),
+    "synchronize": _always(),
+}  # fmt: skip
+_OF_INTERFACE = _ASKED | {
+    "get_compute_capability": _always(90), "get_raw_stream": _always(0), "is_triton_capable": _always(True),
+    "raise_if_triton_unavailable": _always(),
+}  # fmt: skip
+_OF_WORKER = {name: _ASKED[name] for name in ("current_device", "get_device_properties")}
+_OF_TORCH = _ASKED | {
+    "get_device_capability": _always((9, 0)), "_lazy_init": _always(), "_exchange_device": _always(0),
+    "_maybe_exchange_device": _always(0), "get_rng_state": _always(torch.zeros(0)), "set_rng_state": _always(),
+}  # fmt: skip
+_METHODS: dict[str, Callable[..., Tensor]] = {
+    "copy_": aten.copy_.default, "contiguous": aten.contiguous.default, "__getitem__": _indexed
+}  # fmt: skip
+
+
+@contextmanager
+def fake_gpu() -> Iterator[list[Generated]]:
+    """Inductor compiles for an H100 inside, up to the source; the list fills with what each compilation generated."""
+    from torch._inductor.runtime import triton_helpers
+    from triton.runtime import driver
+
+    made: list[Generated] = []
+
+    def keep(graph: GraphLowering) -> Any:
+        source = graph.codegen()[0].value
+        made.append(Generated(source, tuple(_launches(graph))))
+        return SimpleNamespace(call=_always(), __file__=None)
+
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        interfaces = ((CudaInterface, _OF_INTERFACE), (CudaInterface.Worker, _OF_WORKER))
+        patches: list[tuple[Any, str, Any]]
+        patches = [(owner, name, staticmethod(f)) for owner, functions in interfaces for name, f in functions.items()]
+        patches += [(torch.cuda, name, f) for name, f in _OF_TORCH.items()]
+        patches += [(Tensor, name, _method(name, op)) for name, op in _METHODS.items()]
+        patches += [
+            (torch.version, "cuda", "12.8"),
+            (joint_graph, "lazy_init", _always()),  # it makes real CUDA tensors, for patterns
+            (triton_helpers, "set_driver_to_gpu", _always()),
+            (driver, "_active", _Driver()),
+            (PythonWrapperCodegen, "generate_and_run_autotune_block", _always()),
+            (GraphLowering, "compile_to_module", keep),
+            (logging.getLogger("torch._inductor.standalone_compile"), "disabled", True),  # nothing can be saved
+        ]
+        for owner, name, value in patches:
+            enter(patch.object(owner, name, value))
+        enter(config.patch({"joint_graph_constant_folding": False, "triton.autotune_at_compile_time": False}))
+        enter(config.patch({"force_disable_caches": True, "compile_threads": 1}))
+        stack.callback(_ask_again)
+        _ask_again()
+        # In inference a graph is traced below autograd, whose kernels would ask for the device.
+        enter(torch._C._AutoDispatchBelowAutograd())
+        enter(torch.no_grad())
+        yield made
+
+
+def _ask_again() -> None:
+    """torch remembers whether there is a device for Triton."""
+    for function in vars(_triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _launches(graph: GraphLowering) -> Iterator[Launch]:
+    for node in graph.scheduler.nodes:
+        kind = _kind(node)
+        if kind is not None:
+            yield Launch(kind, node.get_read_write_buffers_sizes(), node.estimate_flops() or 0)
+
+
+def _kind(node: BaseSchedulerNode) -> str | None:
+    """What a node of the schedule launches; None: nothing."""
+    if isinstance(node, NopKernelSchedulerNode):
+        return None
+    call = node.node
+    if not node.is_extern() or not isinstance(call, ir.ExternKernel):
+        return "triton"
+    if isinstance(call, ir.MultiOutput):
+        return None
+    if isinstance(call, ir.DeviceCopy | ir.DynamicScalar):
+        return "host copy"
+    name = str(getattr(call, "op_overload", None) or call.get_kernel_name())
+    if "scaled_dot_product" in name:
+        return "attention"
+    return "gemm" if name.split(".")[1] in ("mm", "addmm", "bmm", "baddbmm") else "other"
+
+
+def on_gpu(graph: fx.Graph) -> None:
+    """Turn a graph that was traced elsewhere into one for the GPU, in place: what it creates lies there, and attention
+    is the fused kernel that a GPU takes, which here nothing can choose."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": CUDA}
+        if node.target is aten.scaled_dot_product_attention.default:
+            with graph.inserting_before(node):
+                fused = _fused_attention(graph, node)
+            node.replace_all_uses_with(fused)
+            graph.erase_node(node)
+
+
+def _fused_attention(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    query, key, value, *rest = node.args
+    names = ("attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, (None, 0.0, False), strict=True)), **dict(zip(names, rest, strict=False)), **node.kwargs}
+    mask, dropout, causal, scale = *(given[name] for name in names), node.kwargs.get("scale")
+    if mask is None:
+        call = graph.call_function(
+            aten._scaled_dot_product_flash_attention.default, (query, key, value, dropout, causal), {"scale": scale}
+        )
+    else:
+        bias = graph.call_function(_bias, (query, key, mask))
+        call = graph.call_function(
+            aten._scaled_dot_product_efficient_attention.default,
+            (query, key, value, bias, False, dropout, causal),
+            {"scale": scale},
+        )
+    return graph.call_function(operator.getitem, (call, 0))
+
+
+def _bias(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """A mask as the memory-efficient kernel takes it."""
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
+    return mask.expand(*query.shape[:-1], key.shape[-2])
+
+
+def assemble(source: str, capability: int, known: set[tuple[str, int]]) -> int:
+    """Compile each Triton kernel of a generated source to machine code for sm_``capability``, unless it is ``known``.
+    To be called inside ``fake_gpu()``.
+
+    Returns:
+        How many were new.
+
+    Raises:
+        Exception: ptxas or Triton refused one.
+    """
+    new = 0
+    device = f"cc={capability}, major={capability // 10}"
+    for name, code in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.S):
+        code = re.sub(r"cc=\d+, major=\d+", device, code)
+        if (code, capability) not in known:
+            known.add((code, capability))
+            getattr(PyCodeCache.load(code), name).precompile(warm_cache_only=True)
+            new += 1
+    return new

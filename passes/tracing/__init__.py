@@ -1,0 +1,1 @@
+"""How the graphs of a call, as Dynamo hands them over, are run to be traced."""

@@ -1,0 +1,101 @@
+"""What a GPU would launch, counted in generated code without one: it may fall, and must not grow."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cuda_codegen import POLICIES, Codegen, counts
+from fake_gpu import Generated, assemble, fake_gpu
+
+import toca_compile
+from tests.models import PlainDiT
+from toca_compile import FullCompute
+from toca_compile.ir.printer import variant_name
+from toca_compile.ir.program import Chain
+
+pytestmark = pytest.mark.inductor
+
+# Of the blocks of a small DiT in bfloat16: launches, and MB moved.
+BLOCKS = {
+    "FullCompute: template1[compute; compute]": (11, 5.46),
+    "ToCa, attention: template1[compute [output, scores]; compute [output]]": (18, 8.39),
+    "ToCa, attention: template1[reuse; partial]": (12, 1.58),
+    "ToCa, random: template1[compute [output]; compute [output]]": (11, 5.99),
+    "ToCa, random: template1[reuse; partial]": (12, 1.58),
+    "TaylorSeer: template1[compute [output]; compute [output]]": (11, 5.99),
+    "TaylorSeer: template1[compute, differences too [output]; compute, differences too [output]]": (11, 6.51),
+}
+
+
+def generate() -> dict[str, Generated]:
+    with torch.device("meta"):
+        model = PlainDiT(size=(32, 32), width=128, depth=2).eval().to(torch.bfloat16)
+        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    found: dict[str, Generated] = {}
+    with torch.no_grad():
+        opt(*given)
+    with fake_gpu() as made:
+        codegen = Codegen(opt, made)
+        for name in ("FullCompute", "ToCa, attention", "ToCa, random", "TaylorSeer"):
+            opt.policy = POLICIES[name]
+            for call, code in codegen.variants():
+                if call.segment.sites and not isinstance(call.segment, Chain):
+                    found[f"{name}: {variant_name(call.segment, call.forms)}"] = code
+    return found
+
+
+def assembled(sources: list[str]) -> list[tuple[int, int]]:
+    """Kernels compiled for sm_80 and for sm_90, by source."""
+    known: set[tuple[str, int]] = set()
+    with fake_gpu():
+        return [(assemble(source, 80, known), assemble(source, 90, known)) for source in sources]
+
+
+def left_behind() -> tuple[bool, bool]:
+    """Whether a GPU is seen, and whether code for the CPU is right, behind it."""
+    with fake_gpu():
+        pass
+    return torch.cuda.is_available(), torch.equal(torch.compile(torch.sin)(torch.ones(3)), torch.ones(3).sin())
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def generated(process: ProcessPoolExecutor) -> dict[str, Generated]:
+    """The block's variants under four policies, by policy and name."""
+    return process.submit(generate).result()
+
+
+def test_launches_do_not_grow(generated: dict[str, Generated]) -> None:
+    counted = {name: counts(code.launches) for name, code in generated.items()}
+    assert counted.keys() == BLOCKS.keys()
+    for name, (launches, moved) in BLOCKS.items():
+        assert counted[name]["launches"] <= launches, name
+        assert counted[name]["MB moved"] <= moved, name
+        assert counted[name]["host copies"] == 0
+
+
+def test_kernels_are_counted_as_they_are_called(generated: dict[str, Generated]) -> None:
+    for name, code in generated.items():
+        assert counts(code.launches)["Triton"] == code.source.count(".run("), name
+        assert counts(code.launches)["GEMM"] == code.source.count(" extern_kernels."), name
+
+
+def test_kernels_compile_for_both_architectures(process: ProcessPoolExecutor, generated: dict[str, Generated]) -> None:
+    sources = [generated[f"ToCa, {score}: template1[reuse; partial]"].source for score in ("attention", "random")]
+    for kernels in process.submit(assembled, sources).result():
+        assert kernels[0] == kernels[1] > 0
+
+
+def test_the_driver_is_gone_behind_it(process: ProcessPoolExecutor) -> None:
+    assert process.submit(left_behind).result() == (False, True)
