@@ -1,18 +1,29 @@
 """One process, many compilations: each test starts with an empty Dynamo."""
 
+import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+import toca_compile
 from tests.programs import printed_stages
+from toca_compile import FullCompute
 
 torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 # pytest listens to every logger that does not propagate, and torch would print all that it traces to be heard.
 logging.getLogger("torch.__trace").propagate = True
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects: those of the imports are not looked through for garbage each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +33,18 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced() -> Callable[..., tuple[Any, Any]]:
+    """Gives a model by its class and settings, and it optimised: traced once for all policies and weights of a test."""
+
+    @cache
+    def make(kind: Callable[..., torch.nn.Module], *, lowering: str = "eager", **settings: Any) -> tuple[Any, Any]:
+        model = kind(**settings).eval()
+        return model, toca_compile.optimize(model, FullCompute(), lowering=lowering)
+
+    return make
 
 
 @pytest.fixture(scope="session")
