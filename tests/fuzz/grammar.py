@@ -171,11 +171,15 @@ def _attention(r: random.Random, frames: int) -> Attention:
 
 
 def features(value: Any, name: str = "") -> Iterator[str]:
-    """What a description is made of: each field with its value, and how many parts a field has."""
+    """What a description is made of: each field with its value, and how many parts a field has. Of the places where an
+    op of the table may stand, each with some op, and each op at some place."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
-            if f.name != "seed":
-                yield from features(getattr(value, f.name), f"{type(value).__name__}.{f.name}")
+            held = getattr(value, f.name)
+            if f.name in ("before", "inside", "after") and held:
+                yield from (f"op={held!r}", f"{f.name} has an op")
+            elif f.name != "seed":
+                yield from features(held, f"{type(value).__name__}.{f.name}")
     elif isinstance(value, tuple):
         yield f"{name}: {len(value)}"
         for part in value:
