@@ -1,6 +1,6 @@
 """Identities that every model of the suite must keep, in each lowering that needs no compiler."""
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 
 import toca_compile
 from tests.models import PlainBlock, PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
+from tests.runs import both_ways
 from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, PolicyError, ToCa
 
@@ -79,20 +80,18 @@ def reuse_repeats_the_full_step_and_leaves_caches_alone(opt: Any) -> None:
 
 def test_gather_scatter_is_dense_and_blend(model: nn.Module) -> None:
     x = noise()
-    models = [toca_compile.optimize(model, POLICIES[0], lowering=way) for way in ("eager", "dense")]
-    for policy in POLICIES:  # each model is traced once
-        for opt in models:
-            opt.policy = policy
-        torch.testing.assert_close(
-            *(sample(opt, 12, x) for opt in models), rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}"
-        )
+    opt = toca_compile.optimize(model, POLICIES[0], lowering="eager")
+    for policy in POLICIES:
+        opt.policy = policy
+        runs = both_ways(opt, lambda opt: sample(opt, 12, x))
+        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}")
 
 
 def test_k_norm_needs_a_fused_attention() -> None:
     x, policy = noise(), ToCa(num_steps=6, fresh_ratio=0.4, schedule="constant", score="k_norm")
     model = zoo()["plain"]
-    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, x) for way in ("eager", "dense")]
-    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 6, x)), rtol=1e-5, atol=1e-5)
     written_out = toca_compile.optimize(zoo()["register"], policy, lowering="eager")
     with pytest.raises(PolicyError, match=r"k_norm.*models\.py"):
         sample(written_out, 6, x)
@@ -131,24 +130,15 @@ def test_scores_do_not_depend_on_how_attention_is_written(score: str) -> None:
     score=st.sampled_from(["attention", "random", "v_norm", "none"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_policy_on_the_foreign_model(
-    shape: tuple[tuple[int, int], int], ratio: float, interval: int, score: str, seed: int
-) -> None:
+    traced: Callable[..., tuple[Any, Any]], shape: tuple[tuple[int, int], int], ratio: float, interval: int, score: str,
+    seed: int,
+) -> None:  # fmt: skip
     size, depth = shape
-    model, ways = foreign(size, depth)
+    model, opt = traced(RegisterDiT, size=size, depth=depth)
     randomize(model, seed)
-    policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
+    opt.policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
     x = noise(2, size, seed=seed)
-    for opt in ways:
-        opt.reset()
-        opt.policy = policy
-    torch.testing.assert_close(*(sample(opt, 8, x) for opt in ways), rtol=1e-4, atol=1e-4)
-
-
-@cache
-def foreign(size: tuple[int, int], depth: int) -> tuple[nn.Module, list[Any]]:
-    """A model with registers, eager and dense: each is traced once, whatever its weights and its policy are."""
-    model = RegisterDiT(size, depth=depth).eval()
-    return model, [toca_compile.optimize(model, FullCompute(), lowering=way) for way in ("eager", "dense")]
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 8, x)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:
@@ -185,10 +175,10 @@ def test_depths_and_shapes_of_the_diffusers_model() -> None:
         model = Positional(diffusers_dit(**settings_)).eval()
         side = settings_.get("sample_size", 8)
         x = noise(2, (side, side))
-        ways = [toca_compile.optimize(model, POLICIES[0], lowering=way) for way in ("eager", "dense")]
-        torch.testing.assert_close(*(sample(opt, 12, x) for opt in ways), rtol=1e-5, atol=1e-5)
-        ways[0].policy = FullCompute()
-        assert torch.equal(sample(ways[0], 2, x), sample(model, 2, x))
+        opt = toca_compile.optimize(model, POLICIES[0], lowering="eager")
+        torch.testing.assert_close(*both_ways(opt, lambda opt, x=x: sample(opt, 12, x)), rtol=1e-5, atol=1e-5)
+        opt.policy = FullCompute()
+        assert torch.equal(sample(opt, 2, x), sample(model, 2, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -273,8 +263,8 @@ class WithMultihead(PlainDiT):
 def test_blocks_of_torch_itself(style: type[nn.Module]) -> None:
     model = randomize(style())
     policy = ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant")
-    opt, dense = (toca_compile.optimize(model, policy, lowering=way) for way in ("eager", "dense"))
-    torch.testing.assert_close(sample(opt, 6, noise()), sample(dense, 6, noise()), rtol=1e-5, atol=1e-5)
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 6, noise())), rtol=1e-5, atol=1e-5)
     opt.policy = FullCompute()
     torch.testing.assert_close(sample(opt, 3, noise()), sample(model, 3, noise()), rtol=1e-4, atol=1e-4)
     assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"] * 2

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
+from tests.runs import both_ways
 from tests.sampling import noise, sample
 from toca_compile import Composition, FullCompute, TaylorToCa, VerifyError
 from toca_compile.ir.state import State
@@ -87,13 +88,11 @@ def test_every_style_of_attention(name: str) -> None:
     """The restricted graph equals its dense meaning, and with fresh keys and all tokens but one the plain model nearly."""
     model = zoo()[name]
     x = noise()
-    opts = [toca_compile.optimize(model, FullCompute(), lowering=lowering) for lowering in ("eager", "dense")]
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
     for keys in KEYS:
-        outs = []
-        for opt in opts:
-            opt.policy = TaylorToCa(6, 3, 1, 0.4, keys=keys)
-            outs.append(sample(opt, 6, x))
-            assert "queries" in {a for s in toca_compile.explain(opt).sites for a in s.actions}
+        opt.policy = TaylorToCa(6, 3, 1, 0.4, keys=keys)
+        outs = both_ways(opt, lambda opt: sample(opt, 6, x))
+        assert "queries" in {a for s in toca_compile.explain(opt).sites for a in s.actions}
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4, msg=lambda text, keys=keys: f"keys {keys}: {text}")
 
 
@@ -159,8 +158,7 @@ def test_causal_attention_takes_queries() -> None:
 
     model, policy = randomize(Causal()), TaylorToCa(4, keys="fresh", score="random")
     opt = toca_compile.optimize(model, policy, lowering="eager")
-    dense = toca_compile.optimize(model, policy, lowering="dense")
-    torch.testing.assert_close(sample(opt, 4, noise()), sample(dense, 4, noise()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 4, noise())), rtol=1e-4, atol=1e-4)
     kinds = {s.kind: s.actions for s in toca_compile.explain(opt).sites}
     assert "queries" in kinds["self_attention"]
     assert "partial" in [record.kind for record in opt.steps]
@@ -208,17 +206,14 @@ def test_joint_attention_at_one_streams_tokens(name: str) -> None:
     randomize(model)
     rule = Rule(Queries(), kinds=("joint_attention",))
     policy = Composition(4, Every(4), (rule,), which=Selector("random"), how_many=Share(0.5))
-    runs = {}
-    for lowering in ("eager", "dense"):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(model, policy, lowering=lowering)
-        with torch.no_grad():
-            runs[lowering] = [opt(**call(i), return_dict=False)[0] for i in range(4)]
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    with torch.no_grad():
+        eager, dense = both_ways(opt, lambda opt: [opt(**call(i), return_dict=False)[0] for i in range(4)])
     report = toca_compile.explain(opt)
     assert any(s.kind == "joint_attention" and "queries" in s.actions for s in report.sites)
     assert report.schedule == "FPPP"
-    torch.testing.assert_close(runs["eager"], runs["dense"], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(runs["eager"][1], runs["eager"][0])
+    torch.testing.assert_close(eager, dense, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(eager[1], eager[0])
 
 
 def test_a_restriction_that_forgets_the_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
