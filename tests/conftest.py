@@ -18,6 +18,7 @@ from toca_compile import FullCompute
 torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 # pytest listens to every logger that does not propagate, and torch would print all that it traces to be heard.
 logging.getLogger("torch.__trace").propagate = True
+gc.set_threshold(*gc.get_threshold()[:2], 50)  # all that is alive is looked through five times less often
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 
 
