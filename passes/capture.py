@@ -174,9 +174,12 @@ def _whole(node: fx.Node) -> fx.Node | None:
 def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """Of a slice, or one of several: of what, along which dimension, from where on, how much."""
     cut: Any = node.args[0] if node.target is operator.getitem else node
+    rule = RULES.get(cut.target)
+    if rule is None or rule.pointwise or rule.work is not Work.NONE:
+        return None
     try:
-        spec = RULES[cut.target].spec(call_of(cut))
-    except (KeyError, RuleError):
+        spec = rule.spec(call_of(cut))
+    except RuleError:
         return None
     dims = spec.results[node.args[1] if cut is not node else 0]  # type: ignore[index]
     found = [(d, label) for d, dim in enumerate(dims) for label in dim if label in spec.windows]

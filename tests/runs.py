@@ -47,16 +47,24 @@ def same_as_dense(
     """Full steps are the model, bit by bit. Under each policy a restricted graph is its dense meaning at changing
     ``inputs``, one a step, after which ``look`` may look at it; and the plain model at inputs that stay. Returns the
     optimised model."""
-    eager = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    dense = toca_compile.optimize(model, FullCompute(), lowering="dense")
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
     plain = model(*inputs[0])
-    assert torch.equal(eager(*inputs[0]), plain)
+    assert torch.equal(opt(*inputs[0]), plain)
     for policy in policies:
-        eager.policy = dense.policy = policy
-        for given in inputs:
-            torch.testing.assert_close(eager(*given), dense(*given), rtol=1e-4, atol=1e-4)
-        look(eager)
-        eager.reset()
+        opt.policy = policy
+        for out, meant in zip(*both_ways(opt, lambda opt: [opt(*given) for given in inputs]), strict=True):
+            torch.testing.assert_close(out, meant, rtol=1e-4, atol=1e-4)
+        look(opt)
+        opt.reset()
         for _ in inputs:
-            torch.testing.assert_close(eager(*inputs[0]), plain, rtol=1e-4, atol=1e-4)
-    return eager
+            torch.testing.assert_close(opt(*inputs[0]), plain, rtol=1e-4, atol=1e-4)
+    return opt
+
+
+def both_ways(opt: Any, run: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What a run gives, and what it gives by the graphs' dense meaning, of one trace. The last run is the first of
+    them."""
+    opt.lowering = "dense"
+    dense = run(opt)
+    opt.lowering = "eager"
+    return run(opt), dense

@@ -16,7 +16,7 @@ from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.pipelines import build, run
 from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import noise
-from toca_compile import Fora
+from toca_compile import Fora, TocaError
 from toca_compile.model import Calls
 
 
@@ -162,3 +162,24 @@ def test_other_shapes_and_modes_are_no_step_of_the_sampling(looks: list[int]) ->
     with torch.inference_mode():
         opt(noise(), torch.full((2,), TIMES[2]), torch.arange(2))
     assert len(looks) == 2
+
+
+def test_another_lowering_traces_nothing_anew() -> None:
+    opt = optimized(randomize(PlainDiT(depth=1)))
+
+    def gathers() -> bool:
+        return any("toca.gather_tokens(" in text for text in toca_compile.explain(opt).graphs().values())
+
+    expected = steps(opt, noise(), TIMES)
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert gathers()
+    steps(opt, noise(), TIMES[:3])
+    opt.lowering = "dense"  # in a sampling: the next call begins another
+    torch.testing.assert_close(steps(opt, noise(), TIMES), expected, rtol=1e-4, atol=1e-5)
+    assert not gathers()
+    with pytest.raises(TocaError, match="tvm"):
+        opt.lowering = "tvm"
+    assert opt.lowering == "dense"
+    opt.lowering = "eager"
+    assert torch.equal(steps(opt, noise(), TIMES), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced

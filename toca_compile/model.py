@@ -365,6 +365,16 @@ class Controls:
             self._session.set_policy(policy)
 
     @property
+    def lowering(self) -> str:
+        """How graphs are lowered. Assigning another name takes effect with the next run, without tracing again."""
+        return self._session.lowering
+
+    @lowering.setter
+    def lowering(self, name: str) -> None:
+        with self._session.control.lock:
+            self._session.set_lowering(name)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes held by all caches now; those of a run are freed when its last step is done."""
         return self._session.control.cache_bytes

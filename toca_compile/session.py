@@ -95,6 +95,20 @@ class Session:
         self.policy = policy
         self.control.reset()
 
+    def set_lowering(self, name: str) -> None:
+        """Lower the graphs another way from the next run on; nothing is traced again.
+
+        Raises:
+            TocaError: there is no such lowering.
+        """
+        self._lower, self.lowering = find_lowering(name), name
+        for executor in self.executors:
+            executor.set_variants(self._variants(executor.program))
+        self.control.reset()
+
+    def _variants(self, program: Program) -> ProgramVariants:
+        return ProgramVariants(program, self._lower, dense=is_dense(self._lower))
+
     def follow(self, policy: Policy) -> None:
         """Let runs that begin follow ``policy`` (the user's own, with the numbers of that run). Runs of other threads
         keep the plans that they began with: whoever calls for them says which, at each call."""
@@ -151,7 +165,7 @@ class Session:
             error.unknown = unknown
             raise error
         plan = self._plan(self.applied, self.seen, program)
-        variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
+        variants = self._variants(program)
         executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)

@@ -18,7 +18,7 @@ from toca_compile import FullCompute
 from toca_compile.ir.printer import variant_name
 from toca_compile.ir.program import Chain
 
-pytestmark = pytest.mark.inductor
+pytestmark = [pytest.mark.inductor, pytest.mark.xdist_group("cuda-codegen")]
 
 # Of the blocks of a small DiT in bfloat16: launches, and MB moved.
 BLOCKS = {

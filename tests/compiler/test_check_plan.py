@@ -15,7 +15,7 @@ from torch import Tensor
 import toca_compile
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile import BlockCache, Fora, PolicyError, TaylorSeer, TaylorToCa
+from toca_compile import BlockCache, Fora, FullCompute, PolicyError, TaylorSeer, TaylorToCa
 from toca_compile.ir.actions import Action, Compute, Forecast, Partial, Queries, Reuse, SkipBlocks
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
@@ -148,7 +148,22 @@ def call(net: Any) -> Tensor:
     return out
 
 
+@pytest.fixture(scope="module")
+def called() -> Any:
+    """The model after a step in which nothing is cached: a plan is checked against its graph, and none is traced."""
+    opt = toca_compile.optimize(model(), FullCompute(), lowering="eager")
+    call(opt)
+    return opt
+
+
 @pytest.mark.parametrize(("made", "why"), LIES, ids=range(len(LIES)))
+def test_a_plan_that_lies_is_refused(called: Any, made: Callable[[], Any], why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        called.policy = Lying(made)
+    assert called.policy == FullCompute()
+
+
+@pytest.mark.parametrize(("made", "why"), LIES[::8], ids=range(0, len(LIES), 8))
 def test_a_plan_that_lies_is_refused_before_its_first_step(made: Callable[[], Any], why: str) -> None:
     net = model()
     opt = toca_compile.optimize(net, Lying(made), lowering="eager")

@@ -1,6 +1,6 @@
 """Identities that every model of the suite must keep, in each lowering that needs no compiler."""
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 
 import toca_compile
 from tests.models import PlainBlock, PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
+from tests.runs import both_ways
 from tests.sampling import noise, sample
 from toca_compile import Fora, FullCompute, PolicyError, ToCa
 
@@ -31,36 +32,66 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return zoo()[request.param]
 
 
-def test_full_compute_is_the_model_bit_for_bit(model: nn.Module) -> None:
+def test_identities_of_one_trace(model: nn.Module) -> None:
+    """Bit for bit the model where nothing is cached; where every step is full; and the other identities of a policy."""
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    full_compute_is_the_model_bit_for_bit(opt, model)
+    full_steps_are_the_model(opt, model)
+    every_token_selected_is_the_dense_path(opt)
+    reuse_repeats_the_full_step_and_leaves_caches_alone(opt)
+
+
+def full_compute_is_the_model_bit_for_bit(opt: Any, model: nn.Module) -> None:
     x = noise()
     assert torch.equal(sample(opt, 4, x), sample(model, 4, x))
     assert opt.cache_bytes == 0
 
 
-def test_full_steps_are_the_model(model: nn.Module) -> None:
-    opt = toca_compile.optimize(model, ToCa(num_steps=6, interval=1, schedule="constant"), lowering="eager")
+def full_steps_are_the_model(opt: Any, model: nn.Module) -> None:
+    opt.policy = ToCa(num_steps=6, interval=1, schedule="constant")
     x = noise()
     assert torch.equal(sample(opt, 6, x), sample(model, 6, x))
     assert {r.kind for r in opt.steps} == {"full"}
 
 
+def every_token_selected_is_the_dense_path(opt: Any) -> None:
+    """With attention reused and all MLP tokens fresh, a step at the inputs of the full step is the full step."""
+    opt.policy = ToCa(num_steps=2, interval=2, fresh_ratio=1.0, schedule="constant")
+    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
+    with torch.no_grad():
+        first, second = opt(x, t, y), opt(x, t, y)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert [r.kind for r in opt.steps] == ["full", "partial"]
+
+
+def reuse_repeats_the_full_step_and_leaves_caches_alone(opt: Any) -> None:
+    opt.policy = Fora(num_steps=4, interval=4)
+    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
+    with torch.no_grad():
+        first = opt(x, t, y)
+        kept = [b.clone() for b in toca_compile.explain(opt).buffers.values()]
+        second = opt(x, t, y)
+        sample(opt, 1, noise(seed=9))
+    assert torch.equal(first, second)
+    now = list(toca_compile.explain(opt).buffers.values())
+    assert kept
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+
 def test_gather_scatter_is_dense_and_blend(model: nn.Module) -> None:
     x = noise()
-    models = [toca_compile.optimize(model, POLICIES[0], lowering=way) for way in ("eager", "dense")]
-    for policy in POLICIES:  # each model is traced once
-        for opt in models:
-            opt.policy = policy
-        torch.testing.assert_close(
-            *(sample(opt, 12, x) for opt in models), rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}"
-        )
+    opt = toca_compile.optimize(model, POLICIES[0], lowering="eager")
+    for policy in POLICIES:
+        opt.policy = policy
+        runs = both_ways(opt, lambda opt: sample(opt, 12, x))
+        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}")
 
 
 def test_k_norm_needs_a_fused_attention() -> None:
     x, policy = noise(), ToCa(num_steps=6, fresh_ratio=0.4, schedule="constant", score="k_norm")
     model = zoo()["plain"]
-    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, x) for way in ("eager", "dense")]
-    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 6, x)), rtol=1e-5, atol=1e-5)
     written_out = toca_compile.optimize(zoo()["register"], policy, lowering="eager")
     with pytest.raises(PolicyError, match=r"k_norm.*models\.py"):
         sample(written_out, 6, x)
@@ -93,61 +124,28 @@ def test_scores_do_not_depend_on_how_attention_is_written(score: str) -> None:
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
-def test_every_token_selected_is_the_dense_path(model: nn.Module) -> None:
-    """With attention reused and all MLP tokens fresh, a step at the inputs of the full step is the full step."""
-    opt = toca_compile.optimize(
-        model, ToCa(num_steps=2, interval=2, fresh_ratio=1.0, schedule="constant"), lowering="eager"
-    )
-    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
-    with torch.no_grad():
-        first, second = opt(x, t, y), opt(x, t, y)
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-    assert [r.kind for r in opt.steps] == ["full", "partial"]
-
-
-def test_reuse_repeats_the_full_step_and_leaves_caches_alone(model: nn.Module) -> None:
-    opt = toca_compile.optimize(model, Fora(num_steps=4, interval=4), lowering="eager")
-    x, y, t = noise(), torch.arange(2), torch.full((2,), 500)
-    with torch.no_grad():
-        first = opt(x, t, y)
-        kept = [b.clone() for b in toca_compile.explain(opt).buffers.values()]
-        second = opt(x, t, y)
-        sample(opt, 1, noise(seed=9))
-    assert torch.equal(first, second)
-    now = list(toca_compile.explain(opt).buffers.values())
-    assert kept
-    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
-
-
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    size=st.sampled_from([(8, 8), (4, 12), (10, 6)]), depth=st.integers(1, 3), ratio=st.floats(0, 1),
-    interval=st.integers(1, 5), score=st.sampled_from(["attention", "random", "v_norm", "none"]), seed=st.integers(0, 99),
+    shape=st.sampled_from([((8, 8), 1), ((4, 12), 3), ((10, 6), 2)]), ratio=st.floats(0, 1), interval=st.integers(1, 5),
+    score=st.sampled_from(["attention", "random", "v_norm", "none"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_policy_on_the_foreign_model(
-    size: tuple[int, int], depth: int, ratio: float, interval: int, score: str, seed: int
-) -> None:
-    model, ways = foreign(size, depth)
+    traced: Callable[..., tuple[Any, Any]], shape: tuple[tuple[int, int], int], ratio: float, interval: int, score: str,
+    seed: int,
+) -> None:  # fmt: skip
+    size, depth = shape
+    model, opt = traced(RegisterDiT, size=size, depth=depth)
     randomize(model, seed)
-    policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
+    opt.policy = ToCa(num_steps=8, interval=interval, fresh_ratio=ratio, schedule="constant", score=score)
     x = noise(2, size, seed=seed)
-    for opt in ways:
-        opt.reset()
-        opt.policy = policy
-    torch.testing.assert_close(*(sample(opt, 8, x) for opt in ways), rtol=1e-4, atol=1e-4)
-
-
-@cache
-def foreign(size: tuple[int, int], depth: int) -> tuple[nn.Module, list[Any]]:
-    """A model with registers, eager and dense: each is traced once, whatever its weights and its policy are."""
-    model = RegisterDiT(size, depth=depth).eval()
-    return model, [toca_compile.optimize(model, FullCompute(), lowering=way) for way in ("eager", "dense")]
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 8, x)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:
     policy = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
+    opt = toca_compile.optimize(model, policy, lowering="eager")
     for score in ("attention", "random"):
-        opt = toca_compile.optimize(model, ToCa(**{**policy.__dict__, "score": score}), lowering="eager")
+        opt.policy = ToCa(**{**policy.__dict__, "score": score})
         x, y = noise(3), torch.arange(3)
         mates = torch.cat([x[:1], 6 * x[1:]])
         alone = [sample(opt, 8, x[i : i + 1], y[i : i + 1]) for i in range(3)]
@@ -177,10 +175,10 @@ def test_depths_and_shapes_of_the_diffusers_model() -> None:
         model = Positional(diffusers_dit(**settings_)).eval()
         side = settings_.get("sample_size", 8)
         x = noise(2, (side, side))
-        runs = [sample(toca_compile.optimize(model, POLICIES[0], lowering=way), 12, x) for way in ("eager", "dense")]
-        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
-        full = toca_compile.optimize(model, FullCompute(), lowering="eager")
-        assert torch.equal(sample(full, 2, x), sample(model, 2, x))
+        opt = toca_compile.optimize(model, POLICIES[0], lowering="eager")
+        torch.testing.assert_close(*both_ways(opt, lambda opt, x=x: sample(opt, 12, x)), rtol=1e-5, atol=1e-5)
+        opt.policy = FullCompute()
+        assert torch.equal(sample(opt, 2, x), sample(model, 2, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -265,9 +263,9 @@ class WithMultihead(PlainDiT):
 def test_blocks_of_torch_itself(style: type[nn.Module]) -> None:
     model = randomize(style())
     policy = ToCa(num_steps=6, interval=3, fresh_ratio=0.3, schedule="constant")
-    runs = [sample(toca_compile.optimize(model, policy, lowering=way), 6, noise()) for way in ("eager", "dense")]
-    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 6, noise())), rtol=1e-5, atol=1e-5)
+    opt.policy = FullCompute()
     torch.testing.assert_close(sample(opt, 3, noise()), sample(model, 3, noise()), rtol=1e-4, atol=1e-4)
     assert [s.kind for s in toca_compile.explain(opt).sites] == ["self_attention", "mlp"] * 2
     assert torch.backends.mha.get_fastpath_enabled()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.models import randomize
+from tests.runs import both_ways
 from tests.sampling import noise, sample
 from toca_compile import NoSiteError, PolicyError, TaylorToCa, ToCa
 from toca_compile.errors import RuleError
@@ -75,10 +76,9 @@ def reason_of(model: nn.Module) -> str | None:
     (mlp,) = (s for s in toca_compile.explain(eager).sites if "mlp" in s.name)
     assert (mlp.reason is None) == ("partial" in mlp.actions)
     if mlp.reason is None:
-        dense = toca_compile.optimize(model, SOME, lowering="dense")
         for policy in (SOME, ONE):
-            eager.policy = dense.policy = policy
-            pictures = [sample(opt, 3, PICTURE) for opt in (eager, dense)]
+            eager.policy = policy
+            pictures = both_ways(eager, lambda opt: sample(opt, 3, PICTURE))
             torch.testing.assert_close(*pictures, rtol=1e-5, atol=1e-5)
             assert [r.kind for r in eager.steps] == ["full", "partial", "partial"]
     return mlp.reason

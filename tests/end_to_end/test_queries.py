@@ -1,5 +1,6 @@
 """Partial attention and tokens with a history of their own, against the literal form."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
+from tests.runs import both_ways
 from tests.sampling import noise, sample
 from toca_compile import Composition, FullCompute, TaylorToCa, VerifyError
 from toca_compile.ir.state import State
@@ -53,15 +55,14 @@ KEYS = ["fresh", "update", "keep"]
     weight=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_equal_to_the_literal_form(
-    interval: int, order: int, ratio: float, keys: str | None, mlp: bool, update: bool, warmup: int, steps: int,
-    weight: float, seed: int,
+    traced: Callable[..., tuple[Any, Any]], interval: int, order: int, ratio: float, keys: str | None, mlp: bool,
+    update: bool, warmup: int, steps: int, weight: float, seed: int,
 ) -> None:  # fmt: skip
-    torch._dynamo.reset()
-    model = randomize(PlainDiT((6, 10), depth=2), seed)
-    policy = TaylorToCa(
+    model, opt = traced(PlainDiT, size=(6, 10), depth=2)
+    randomize(model, seed)
+    opt.policy = TaylorToCa(
         steps, interval, order, ratio, staleness_weight=weight, keys=keys, mlp=mlp, update=update, warmup=warmup
     )  # fmt: skip
-    opt = toca_compile.optimize(model, policy, lowering="eager")
     oracle = TokenSeriesOracle(
         model, interval, order, ratio, keys, mlp=mlp, update=update, warmup=warmup, weight=weight
     )
@@ -83,18 +84,16 @@ def test_keys_with_a_refresh_of_their_own(keys: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(zoo()))
-@pytest.mark.parametrize("keys", KEYS)
-def test_every_style_of_attention(name: str, keys: str) -> None:
+def test_every_style_of_attention(name: str) -> None:
     """The restricted graph equals its dense meaning, and with fresh keys and all tokens but one the plain model nearly."""
     model = zoo()[name]
     x = noise()
-    outs = {}
-    for lowering in ("eager", "dense"):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(model, TaylorToCa(6, 3, 1, 0.4, keys=keys), lowering=lowering)
-        outs[lowering] = sample(opt, 6, x)
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    for keys in KEYS:
+        opt.policy = TaylorToCa(6, 3, 1, 0.4, keys=keys)
+        outs = both_ways(opt, lambda opt: sample(opt, 6, x))
         assert "queries" in {a for s in toca_compile.explain(opt).sites for a in s.actions}
-    torch.testing.assert_close(outs["eager"], outs["dense"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4, msg=lambda text, keys=keys: f"keys {keys}: {text}")
 
 
 def test_selected_rows_are_the_full_models() -> None:
@@ -133,9 +132,9 @@ def test_flops_are_torchs_count(keys: str) -> None:
 
 
 def test_memory_is_the_tensors_alive() -> None:
+    opt = toca_compile.optimize(diffusers_dit(), FullCompute(), lowering="eager")
     for keys in (None, *KEYS):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(diffusers_dit(), TaylorToCa(9, 3, 2, 0.4, keys=keys), lowering="eager")
+        opt.policy = TaylorToCa(9, 3, 2, 0.4, keys=keys)
         x = noise()
         with torch.no_grad():
             for _ in range(8):
@@ -159,19 +158,10 @@ def test_causal_attention_takes_queries() -> None:
 
     model, policy = randomize(Causal()), TaylorToCa(4, keys="fresh", score="random")
     opt = toca_compile.optimize(model, policy, lowering="eager")
-    dense = toca_compile.optimize(model, policy, lowering="dense")
-    torch.testing.assert_close(sample(opt, 4, noise()), sample(dense, 4, noise()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 4, noise())), rtol=1e-4, atol=1e-4)
     kinds = {s.kind: s.actions for s in toca_compile.explain(opt).sites}
     assert "queries" in kinds["self_attention"]
     assert "partial" in [record.kind for record in opt.steps]
-
-
-def test_full_compute_is_untouched() -> None:
-    for model in zoo().values():
-        torch._dynamo.reset()
-        x = noise()
-        opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
-        assert torch.equal(sample(opt, 3, x), sample(model, 3, x))
 
 
 def joint_models() -> dict[str, tuple[Any, Any]]:
@@ -216,17 +206,14 @@ def test_joint_attention_at_one_streams_tokens(name: str) -> None:
     randomize(model)
     rule = Rule(Queries(), kinds=("joint_attention",))
     policy = Composition(4, Every(4), (rule,), which=Selector("random"), how_many=Share(0.5))
-    runs = {}
-    for lowering in ("eager", "dense"):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(model, policy, lowering=lowering)
-        with torch.no_grad():
-            runs[lowering] = [opt(**call(i), return_dict=False)[0] for i in range(4)]
+    opt = toca_compile.optimize(model, policy, lowering="eager")
+    with torch.no_grad():
+        eager, dense = both_ways(opt, lambda opt: [opt(**call(i), return_dict=False)[0] for i in range(4)])
     report = toca_compile.explain(opt)
     assert any(s.kind == "joint_attention" and "queries" in s.actions for s in report.sites)
     assert report.schedule == "FPPP"
-    torch.testing.assert_close(runs["eager"], runs["dense"], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(runs["eager"][1], runs["eager"][0])
+    torch.testing.assert_close(eager, dense, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(eager[1], eager[0])
 
 
 def test_a_restriction_that_forgets_the_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ choice, so that a description gets simpler by going back to them, and that JSON 
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,36 @@ def _attention(r: random.Random, frames: int) -> Attention:
         rare(["halves", "interleaved", "complex"], 0.25), rare(["rms", "layer", "l2"], 0.25),
         rare(["grouped", "single", "pooled", "memory", "strided"], 0.25) or "own", r.random() < 0.5, r.random() < 0.85,
     )  # fmt: skip
+
+
+def features(value: Any, name: str = "") -> Iterator[str]:
+    """What a description is made of: each field with its value, and how many parts a field has. Of the places where an
+    op of the table may stand, each with some op, and each op at some place."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            held = getattr(value, f.name)
+            if f.name in ("before", "inside", "after") and held:
+                yield from (f"op={held!r}", f"{f.name} has an op")
+            elif f.name != "seed":
+                yield from features(held, f"{type(value).__name__}.{f.name}")
+    elif isinstance(value, tuple):
+        yield f"{name}: {len(value)}"
+        for part in value:
+            yield from features(part, name)
+    else:
+        yield f"{name}={value!r}"
+
+
+def covering(seeds: Sequence[int]) -> list[int]:
+    """Some of the seeds, whose models have every feature that those of all seeds have: first the one that has most, then
+    the one that adds most to it, and so on."""
+    left, chosen = {seed: set(features(draw(seed))) for seed in seeds}, []
+    while left:
+        best = max(left, key=lambda seed: len(left[seed]))
+        chosen.append(best)
+        seen = left.pop(best)
+        left = {seed: rest - seen for seed, rest in left.items() if rest - seen}
+    return sorted(chosen)
 
 
 # -- policies -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ def failure_of(spec: Spec, policy: Any, kind: str) -> Failure | None:
 def minimise(spec: Spec, failure: Failure, seconds: float = 60.0) -> tuple[Spec, Failure]:
     """A simpler case with the same kind of failure, as far as the time goes."""
     end, at, moved = time.monotonic() + seconds, 0, False
+    # No case is tried twice: a default need not be made of defaults, so that two may lead to each other.
+    tried = {written((spec, failure.policy))}
     while time.monotonic() < end:
         # After a success the place in the list is kept: what was in vain before is likely to be so again.
         step = next(islice(_neighbours(spec, failure.policy), at, None), None)
@@ -33,6 +35,10 @@ def minimise(spec: Spec, failure: Failure, seconds: float = 60.0) -> tuple[Spec,
                 break
             at, moved = 0, False
             continue
+        if written(step) in tried:
+            at += 1
+            continue
+        tried.add(written(step))
         found = failure_of(*step, failure.kind)
         if found is None:
             at += 1

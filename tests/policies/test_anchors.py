@@ -2,6 +2,7 @@
 
 import cmath
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracles import anchors as literal
 from tests.sampling import noise, sample
-from toca_compile import Composition, PolicyError, TaylorSeer
+from toca_compile import Composition, FullCompute, PolicyError, TaylorSeer
 from toca_compile.ir.anchors import AHEAD, Ring, Weights
 from toca_compile.ir.history import Past
 from toca_compile.ir.state import Number
@@ -52,40 +53,48 @@ def composition(full: Sequence[int], do: Any, steps: int = 14, **fields: Any) ->
     return Composition(steps, Listed(tuple(full)), (Rule(do),), **fields)
 
 
-@pytest.mark.parametrize("blocks", [False, True], ids=["sites", "blocks"])
-@pytest.mark.parametrize("kept", [1, 3, 4])
-@pytest.mark.parametrize(("by", "predict"), PREDICTORS, ids=lambda p: repr(p) if isinstance(p, Weights) else "")
-def test_equal_to_its_literal_form(by: Weights, predict: Any, kept: int, blocks: bool) -> None:
-    """Of single sites and of the stack of blocks, at uneven gaps."""
-    torch._dynamo.reset()
+def small() -> tuple[Any, Any]:
+    """A model, and it optimised: traced once, under any policy."""
     model = randomize(PlainDiT((4, 4), width=8, depth=2))
-    do = Anchors(by, kept)
-    opt = toca_compile.optimize(model, composition(UNEVEN, SkipBlocks(do=do) if blocks else do), lowering="eager")
-    oracle = literal.AnchorOracle(model, UNEVEN, kept, predict, blocks=blocks)
+    return model, toca_compile.optimize(model, FullCompute(), lowering="eager")
+
+
+@pytest.mark.parametrize(("by", "predict"), PREDICTORS, ids=lambda p: repr(p) if isinstance(p, Weights) else "")
+def test_equal_to_its_literal_form(by: Weights, predict: Any) -> None:
+    """Of single sites and of the stack of blocks, at uneven gaps."""
+    model, opt = small()
+    for kept, blocks in product((1, 3, 4), (False, True)):
+        do = Anchors(by, kept)
+        opt.policy = composition(UNEVEN, SkipBlocks(do=do) if blocks else do)
+        oracle = literal.AnchorOracle(model, UNEVEN, kept, predict, blocks=blocks)
+        same_run(opt, oracle, f"{kept} kept, {blocks=}")
+        assert toca_compile.explain(opt).schedule == "".join(
+            "F" if i in UNEVEN else "S" if blocks else "T" for i in range(14)
+        )
+
+
+def same_run(opt: Any, oracle: Any, what: str) -> torch.Tensor:
+    """The run of an oracle, which is that of the optimised model."""
     x = noise(2, (4, 4), seed=3)
     expected = sample(oracle, 14, x)
-    torch.testing.assert_close(sample(opt, 14, x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert toca_compile.explain(opt).schedule == "".join(
-        "F" if i in UNEVEN else "S" if blocks else "T" for i in range(14)
-    )
+    bound = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(sample(opt, 14, x), expected, rtol=1e-4, atol=bound, msg=lambda text: f"{what}: {text}")
+    return expected
 
 
 EVEN = (0, 3, 6, 9)
 
 
 @pytest.mark.parametrize("full", [EVEN, UNEVEN], ids=["even", "uneven"])
-@pytest.mark.parametrize("blocks", [False, True], ids=["sites", "blocks"])
-@pytest.mark.parametrize("kept", [2, 3, 4])
-def test_measured_weights_equal_their_literal_form(kept: int, blocks: bool, full: tuple[int, ...]) -> None:
-    do, ridge = Anchors(Dmd(1e-4), kept), 1e-4
-    model = randomize(PlainDiT((4, 4), width=8, depth=2))
-    opt = toca_compile.optimize(model, composition(full, SkipBlocks(do=do) if blocks else do), lowering="eager")
-    oracle = literal.AnchorOracle(model, full, kept, literal.dmd(ridge), blocks=blocks)
-    x = noise(2, (4, 4), seed=3)
-    expected = sample(oracle, 14, x)
-    torch.testing.assert_close(sample(opt, 14, x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    reused = literal.AnchorOracle(model, full, kept, lambda anchors, step: anchors[-1][1], blocks=blocks)
-    assert not torch.allclose(expected, sample(reused, 14, x), rtol=1e-3, atol=1e-3)
+def test_measured_weights_equal_their_literal_form(full: tuple[int, ...]) -> None:
+    model, opt = small()
+    for kept, blocks in product((2, 3, 4), (False, True)):
+        do, ridge = Anchors(Dmd(1e-4), kept), 1e-4
+        opt.policy = composition(full, SkipBlocks(do=do) if blocks else do)
+        oracle = literal.AnchorOracle(model, full, kept, literal.dmd(ridge), blocks=blocks)
+        expected = same_run(opt, oracle, f"{kept} kept, {blocks=}")
+        reused = literal.AnchorOracle(model, full, kept, lambda anchors, step: anchors[-1][1], blocks=blocks)
+        assert not torch.allclose(expected, sample(reused, 14, noise(2, (4, 4), seed=3)), rtol=1e-3, atol=1e-3)
 
 
 def forecast(

@@ -1,5 +1,8 @@
 """Skipped blocks: DuCa, and block caches with and without a test at run time, against their literal forms."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +15,8 @@ from tests.oracles.dit import DuCaOracle
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Composition, DuCa, PolicyError, ToCa
 from toca_compile.policies import Adaptive, Partial, Rule, SkipBlocks
+
+Traced = Callable[..., tuple[Any, Any]]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -30,11 +35,10 @@ def test_schedule_of_duca_ddim_50() -> None:
     interval=st.integers(1, 6), steps=st.integers(2, 40), ratio=st.sampled_from([0.07, 0.3]), depth=st.integers(1, 3),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_equal_to_duca(interval: int, steps: int, ratio: float, depth: int, seed: int) -> None:
-    torch._dynamo.reset()
-    model = randomize(PlainDiT((6, 10), depth=depth), seed)
-    policy = DuCa(num_steps=steps, interval=interval, fresh_ratio=ratio)
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+def test_equal_to_duca(traced: Traced, interval: int, steps: int, ratio: float, depth: int, seed: int) -> None:
+    model, opt = traced(PlainDiT, size=(6, 10), depth=depth)
+    randomize(model, seed)
+    opt.policy = DuCa(num_steps=steps, interval=interval, fresh_ratio=ratio)
     oracle = DuCaOracle(model, steps, interval, ratio, bonus=0.8)
     x = noise(2, (6, 10), seed=seed)
     close(sample(opt, steps, x), sample(oracle, steps, x))
@@ -48,12 +52,11 @@ def test_equal_to_duca(interval: int, steps: int, ratio: float, depth: int, seed
     warmup=st.integers(1, 3), steps=st.integers(1, 20), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_equal_to_a_static_block_cache(
-    first: int, last: int, order: int, interval: int, warmup: int, steps: int, seed: int
+    traced: Traced, first: int, last: int, order: int, interval: int, warmup: int, steps: int, seed: int
 ) -> None:
-    torch._dynamo.reset()
-    model = randomize(PlainDiT((6, 10), depth=4), seed)
-    policy = BlockCache(steps, first, last, interval=interval, warmup=warmup, order=order)
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+    model, opt = traced(PlainDiT, size=(6, 10), depth=4)
+    randomize(model, seed)
+    opt.policy = BlockCache(steps, first, last, interval=interval, warmup=warmup, order=order)
     oracle = BlockOracle(model, first, last, interval=interval, warmup=warmup, order=order)
     x = noise(2, (6, 10), seed=seed)
     close(sample(opt, steps, x), sample(oracle, steps, x))
@@ -66,12 +69,11 @@ def test_equal_to_a_static_block_cache(
     threshold=st.sampled_from([0.1, 0.3, 0.5, 0.8]), limit=st.none() | st.integers(1, 4), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_decisions_equal_the_oracles(
-    first: int, last: int, order: int, warmup: int, threshold: float, limit: int | None, seed: int
+    traced: Traced, first: int, last: int, order: int, warmup: int, threshold: float, limit: int | None, seed: int
 ) -> None:
-    torch._dynamo.reset()
-    model = randomize(PlainDiT((6, 10), depth=5), seed)
-    policy = BlockCache(24, first, last, threshold=threshold, limit=limit, warmup=warmup, order=order)
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+    model, opt = traced(PlainDiT, size=(6, 10), depth=5)
+    randomize(model, seed)
+    opt.policy = BlockCache(24, first, last, threshold=threshold, limit=limit, warmup=warmup, order=order)
     x = noise(2, (6, 10), seed=seed)
     for _ in range(2):  # nothing of the first run may reach the second
         oracle = BlockOracle(model, first, last, threshold=threshold, limit=limit, warmup=warmup, order=order)
@@ -96,14 +98,13 @@ def test_decisions_differ_from_run_to_run_and_are_reported() -> None:
 def test_one_read_a_step_with_a_threshold_and_none_without(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(1) or self.item() != 0)  # type: ignore[func-returns-value]
-    model = randomize(PlainDiT((6, 10), depth=4))
+    opt = toca_compile.optimize(randomize(PlainDiT((6, 10), depth=4)), BlockCache(12), lowering="eager")
     for policy, wanted in (
         (BlockCache(12, threshold=0.5, warmup=2), 10),
         (BlockCache(12, interval=3), 0),
         (DuCa(12), 0),
     ):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(model, policy, lowering="eager")
+        opt.policy = policy
         x = noise(2, (6, 10))
         sample(opt, 12, x)
         reads.clear()

@@ -12,8 +12,9 @@ from tests.models import JointDiT, PlainDiT, randomize
 from tests.oracles.clusca import Branches, JointOracle, PlainOracle
 from tests.programs import program_of
 from tests.recording import counting_products
+from tests.runs import both_ways
 from tests.sampling import gaussian, noise, sample
-from toca_compile import ClusCa, Composition, PolicyError
+from toca_compile import ClusCa, Composition, FullCompute, PolicyError
 from toca_compile.compiler.check_plan import check_plan
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.lowerings import inductor
@@ -49,28 +50,36 @@ def chosen(opt: Any) -> dict[int, list[list[int]]]:
     return {site: [row.nonzero().flatten().tolist() for row in mask] for site, mask in fresh.items()}
 
 
-@pytest.mark.parametrize("settings", [
+SETTINGS: list[dict[str, Any]] = [
     {"order": 1}, {"order": 2, "warmup": 1, "gamma": 0.5}, {"order": 0, "gamma": 0.3}, {"order": 1, "update": False},
     {"order": 0, "update": False, "gamma": 1.0, "seed": 5}, {"gamma": 0.0, "rounds": 1},
-], ids=str)  # fmt: skip
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_to_its_literal_form(name: str, settings: dict[str, Any]) -> None:
+def test_equal_to_its_literal_form(name: str) -> None:
     """The same tokens in every step, and the same picture."""
-    torch._dynamo.reset()
     make, oracle, call = MODELS[name]
     model = make()
-    policy = ClusCa(STEPS, 4, 4, **{"gamma": 0.2, **settings})
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    for settings in SETTINGS:
+        opt.policy = ClusCa(STEPS, 4, 4, **{"gamma": 0.2, **settings})
+        equal_to_its_literal_form(opt, oracle, model, call)
+
+
+def equal_to_its_literal_form(opt: Any, oracle: type[Any], model: Any, call: Call) -> None:
+    policy = opt.policy
     branches = Branches(
         4, 4, policy.gamma, order=policy.order, update=policy.update, warmup=policy.warmup, rounds=policy.rounds,
         seed=policy.seed,
     )  # fmt: skip
-    literal, opt = oracle(model, branches), toca_compile.optimize(model, policy, lowering="eager")
-    partial = 0
+    literal, partial = oracle(model, branches), 0
 
     def both(*inputs: Any) -> torch.Tensor:
         nonlocal partial
         expected, ours = literal(*inputs), opt(*inputs)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        bound = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=bound, msg=lambda text: f"{policy}: {text}")
         if branches.chosen and branches.call < STEPS:  # the last step frees what is kept
             assert chosen(opt) == {site: index.tolist() for site, index in branches.chosen.items()}
             partial += 1
@@ -83,31 +92,36 @@ def test_equal_to_its_literal_form(name: str, settings: dict[str, Any]) -> None:
 def test_gamma_and_clusters_matter() -> None:
     model = randomize(PlainDiT(depth=2))
     runs = []
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
     for policy in (ClusCa(STEPS, 4, 4), ClusCa(STEPS, 4, 4, 0.5), ClusCa(STEPS, 4, 8)):
-        torch._dynamo.reset()
-        runs.append(plain(toca_compile.optimize(model, policy, lowering="eager")))
+        opt.policy = policy
+        runs.append(plain(opt))
     assert all(not torch.allclose(runs[0], other, rtol=1e-3, atol=1e-3) for other in runs[1:])
 
 
+BY_ROWS: dict[str, Any] = {
+    "partial": ClusCa(STEPS, 4, 4, 0.3),
+    "no forecast": ClusCa(STEPS, 4, 4, 0.3, order=0),
+    "queries": Composition(STEPS, Every(3), (Rule(Queries("update", order=1)),), which=Clusters(4, 0.3)),
+    "queries alone": Composition(
+        STEPS, Every(3), (Rule(Queries("fresh", order=1, update=False)),), which=Clusters(4, 0.3)
+    ),
+    "bfloat16": ClusCa(STEPS, 4, 4, 0.3, cache_dtype="bfloat16"),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("policy", [
-    ClusCa(STEPS, 4, 4, 0.3), ClusCa(STEPS, 4, 4, 0.3, order=0),
-    Composition(STEPS, Every(3), (Rule(Queries("update", order=1)),), which=Clusters(4, 0.3)),
-    Composition(STEPS, Every(3), (Rule(Queries("fresh", order=1, update=False)),), which=Clusters(4, 0.3)),
-    ClusCa(STEPS, 4, 4, 0.3, cache_dtype="bfloat16"),
-], ids=["partial", "no forecast", "queries", "queries alone", "bfloat16"])  # fmt: skip
-def test_rows_are_their_dense_meaning(name: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_their_dense_meaning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a run, and each variant on random values."""
     monkeypatch.setenv("TOCA_VERIFY", "all")
     make, _, call = MODELS[name]
-    runs = []
-    for way in ("eager", "dense"):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(make(), policy, lowering=way)
-        runs.append(call(opt))
+    opt = toca_compile.optimize(make(), FullCompute(), lowering="eager")
+    for what, policy in BY_ROWS.items():
+        opt.policy = policy
+        runs = both_ways(opt, call)
         assert "P" in toca_compile.explain(opt).schedule
-    assert not runs[0].isnan().any()
-    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3)
+        assert not runs[0].isnan().any()
+        torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3, msg=lambda text, what=what: f"{what}: {text}")
 
 
 def test_without_a_share_nothing_changes_where_nothing_changes() -> None:

@@ -1,6 +1,7 @@
 """Forecasts: equal to TaylorSeer's literal form, exact where they must be, as large as reported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from toca_compile.ops import series
     interval=st.integers(1, 6), order=st.integers(0, 4), warmup=st.integers(1, 4), steps=st.integers(1, 24),
     depth=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_equal_to_taylorseer(interval: int, order: int, warmup: int, steps: int, depth: int, seed: int) -> None:
-    torch._dynamo.reset()
-    model = randomize(PlainDiT((6, 10), depth=depth), seed)
-    policy = TaylorSeer(steps, interval, order, warmup)
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+def test_equal_to_taylorseer(
+    traced: Callable[..., tuple[Any, Any]], interval: int, order: int, warmup: int, steps: int, depth: int, seed: int
+) -> None:
+    model, opt = traced(PlainDiT, size=(6, 10), depth=depth)
+    randomize(model, seed)
+    opt.policy = TaylorSeer(steps, interval, order, warmup)
     oracle = TaylorOracle(model, interval, order, warmup)
     x = noise(2, (6, 10), seed=seed)
     torch.testing.assert_close(sample(opt, steps, x), sample(oracle, steps, x), rtol=1e-4, atol=1e-4)
@@ -65,9 +67,9 @@ def test_newton_is_exact_on_polynomials_of_its_order(data: st.DataObject, order:
 
 def test_memory_is_order_plus_one_outputs() -> None:
     sizes = {}
+    opt = toca_compile.optimize(diffusers_dit(), TaylorSeer(9, 3), lowering="eager")
     for order, dtype in ((0, None), (2, None), (2, "bfloat16")):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(diffusers_dit(), TaylorSeer(9, 3, order, cache_dtype=dtype), lowering="eager")
+        opt.policy = TaylorSeer(9, 3, order, cache_dtype=dtype)
         with torch.no_grad():
             for _ in range(8):
                 assert (

@@ -60,7 +60,8 @@ def described(args: Any) -> str:
 def test_carried_labels_commute(op: torch._ops.OpOverload) -> None:
     rule = RULES[op]
 
-    @settings(max_examples=10 if rule.pointwise else 60, deadline=None)
+    # As many calls again, and more, are drawn below: there the seeds are always the same, here never.
+    @settings(max_examples=10 if rule.pointwise else 25, deadline=None)
     @given(rng=st.randoms(use_true_random=False), sample=st.sampled_from(rule.samples))
     def run(rng: Random, sample: Sample) -> None:
         try:
@@ -88,6 +89,7 @@ def test_mixed_labels_have_a_counterexample(op: torch._ops.OpOverload) -> None:
             except RuleError:
                 continue
             outcome = check(rule, args, kwargs, lambda size, rng=rng: draw_index(rng, size))
+            assert all(holds for label, holds in outcome.items() if label in claims(spec)), described(args)
             claimed |= {(which, x) for x in outcome if x in spec.mixed}
             refuted |= {(which, x) for x, commutes in outcome.items() if x in spec.mixed and not commutes}
             covered += 1

@@ -5,11 +5,10 @@ gives the uncached output; a step that selects all tokens is the uncached step a
 policies.
 """
 
-import gc
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,15 +65,6 @@ def _first(site: Site, ways: Sequence[Selecting]) -> Action:
     """The first way that the site can go; not the one that holds an attention beside an MLP as it was."""
     able = (way for way in ways if can(site, way) and not way.stale(site))
     return next((way.of(site.axis.size, 0) for way in able), Compute())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen() -> Iterator[None]:
-    """Tracing makes many objects: those of the imports are not looked through for garbage each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_every_class_has_an_entry() -> None:

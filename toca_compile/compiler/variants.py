@@ -43,6 +43,7 @@ class ProgramVariants:
         self.program, self.lower, self.dense = program, lower, dense
         self.checked: Checked = {}
         self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
+        self._values: dict[Any, Any] = {}  # of calls, by op and types of operands: variants differ in a few
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
         """A segment's variant as a callable, which of the segment's inputs it takes, and its slots.
@@ -143,8 +144,15 @@ class ProgramVariants:
                 if node.op == "placeholder":
                     node.meta["val"] = next(given)
                 elif node.op == "call_function" and not _as_captured(node, originals.get(node.meta.get(CAPTURED_AS))):
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-                    node.meta["val"] = node.target(*args, **kwargs)
+                    node.meta["val"] = self._value(node)
+
+    def _value(self, call: fx.Node) -> Any:
+        """The fake result of a call. Such calls are the dearest part of building a variant, so like ones share one."""
+        args, kwargs = fx.node.map_arg((call.args, call.kwargs), value_of)
+        key = (call.target, _typed(args), _typed(kwargs))
+        if key not in self._values:
+            self._values[key] = call.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[key]
 
 
 def _example(node: fx.Node) -> Any:
@@ -156,7 +164,7 @@ def _example(node: fx.Node) -> Any:
 
 def _as_captured(node: fx.Node, original: fx.Node | None) -> bool:
     """Whether a copy of a node of the captured graph still has the value that it was captured with: none of its
-    operands has another type. Most of a variant is that, and a fake call is the dearest part of building it."""
+    operands has another type. Most of a variant is that."""
     if original is None or "val" not in node.meta:
         return False
     ours, theirs = node.all_input_nodes, original.all_input_nodes
@@ -166,6 +174,15 @@ def _as_captured(node: fx.Node, original: fx.Node | None) -> bool:
 def _alike(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return False
-    return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _typed(a) == _typed(b)
+
+
+def _typed(value: Any) -> Any:
+    """What a fake call can know of an argument, hashable."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, value.stride()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_typed, value))
+    if isinstance(value, dict):
+        return tuple((key, _typed(item)) for key, item in value.items())
+    return type(value), value

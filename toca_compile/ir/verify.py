@@ -78,8 +78,10 @@ def written_slots(variant: Variant) -> set[Slot]:
 def _functional(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            _require(not node.target._schema.is_mutable, f"{node.target} mutates; the captured graph is functional")
-        _require(node.op != "call_method", f"{node} is a method call; the captured graph has ATen ops only")
+            if node.target._schema.is_mutable:
+                raise VerifyError(f"{node.target} mutates; the captured graph is functional")
+        if node.op == "call_method":
+            raise VerifyError(f"{node} is a method call; the captured graph has ATen ops only")
 
 
 def _types(program: Program) -> None:
@@ -88,7 +90,8 @@ def _types(program: Program) -> None:
         values = tensors(value_of(node))
         for i, value in enumerate(values[: len(results)]):
             sizes = tuple(program.types.factors.size(d) for d in program.types.type_of(node, i))
-            _require(sizes == shape(value), f"{node}: its axes multiply to {sizes}, its shape is {shape(value)}")
+            if sizes != value.shape:  # worded only then: this is asked of each value after each pass
+                raise VerifyError(f"{node}: its axes multiply to {sizes}, its shape is {shape(value)}")
 
 
 def _segments(program: Program) -> None:

@@ -170,6 +170,12 @@ class Executor:
             self._followed = [*self._followed[1 - FOLLOWED :], known]
         self._now = known
 
+    def set_variants(self, variants: Variants) -> None:
+        """Take the graphs from elsewhere in runs that begin."""
+        planned = self._now.schedule.planned
+        self.variants, self._shared, self._followed = variants, {}, []
+        self.set_plan(planned)
+
     @property
     def plan(self) -> Plan:
         """The plan that is followed."""
