@@ -26,6 +26,7 @@ def optimize(
     strict: bool = True,
     grid: tuple[int, int] | None = None,
     hoist: bool = True,
+    mode: str | None = None,
 ) -> OptimizedModel: ...
 @overload
 def optimize(
@@ -36,6 +37,7 @@ def optimize(
     strict: bool = True,
     grid: tuple[int, int] | None = None,
     hoist: bool = True,
+    mode: str | None = None,
 ) -> Pipeline: ...
 
 
@@ -47,6 +49,7 @@ def optimize(
     strict: bool = True,
     grid: tuple[int, int] | None = None,
     hoist: bool = True,
+    mode: str | None = None,
 ) -> Any:
     """A drop-in replacement of ``model`` that caches as ``policy`` says. A bare ``model`` itself is not changed.
 
@@ -68,20 +71,27 @@ def optimize(
         hoist: compute what follows from the text alone (its keys and values) once a run. Changes of the text or of
             those weights are seen by value on the CPU; on a GPU by object, version and address, so not those written
             through ``.data`` into the same memory: ``hoist=False`` for a loop that does that.
+        mode: ``"reduce-overhead"``: each distinct step of the plan is recorded as one CUDA graph and replayed. How many
+            tokens are selected is rounded up to at most 8 different numbers a plan, and the caches stay allocated until
+            ``reset()``. What cannot be recorded runs as without, and a warning says why: a policy with a threshold, a
+            model in several graphs or on several devices, a CPU. Not run on a GPU yet: tested on a recorder that
+            replays ops on the CPU. ``None`` or ``"default"``: no graphs.
 
     Raises:
-        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering is unknown.
+        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering or mode is unknown.
         PolicyError: ``policy`` is no policy.
     """
     if is_pipeline(model):
         found = transformers_of(model)
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
-        options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
+        options: dict[str, Any] = {
+            "lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist, "mode": mode,
+        }  # fmt: skip
         return attach(model, {name: convert(part, Session(policy, **options)) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
-    return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+    return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist, mode=mode))
 
 
 def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) -> Any:
