@@ -88,7 +88,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (aten._local_scalar_dense.default, aten.equal.default) or any(t in func.tags for t in _SYNC):
+        if _waits(func, args):
             raise GraphError(f"{func} waits for a value on the device")
         if func._can_decompose():
             with self:
@@ -135,6 +135,13 @@ class Recording(TorchDispatchMode):
                 for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                     if isinstance(old, Tensor) and _storage(old) not in given:
                         old.copy_(new)
+
+
+def _waits(func: Any, args: Any) -> bool:
+    """Whether the host must know a value to go on."""
+    if func is aten.index.Tensor:  # by a mask, which says how many there are
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return func in (aten._local_scalar_dense.default, aten.equal.default) or any(t in func.tags for t in _SYNC)
 
 
 def _storage(value: Tensor) -> int:

@@ -121,7 +121,7 @@ class Session:
         if number not in plans:
             checked = check_plan(policy, program, self.warn_once)
             if self._capture(program) is not None and not checked.plan.adaptive:
-                checked = replace(checked, plan=bucketed(checked.plan))
+                checked = replace(checked, plan=bucketed(checked.plan, program.sites))
             plans[number] = checked
             self._say_what_it_means(policy, checked.plan)
             self._explain_choices(program, checked)
@@ -204,6 +204,11 @@ class Session:
     def checked(self) -> list[float]:
         """Seconds that it took to hold each checked variant against its plain meaning."""
         return [seconds for e in self.executors for seconds in e.variants.checked.values()]
+
+    @property
+    def recorded(self) -> int:
+        """How many CUDA graphs there are."""
+        return sum(fixed.graphs for known in self.control.fixed.values() for fixed in known)
 
     def forget(self, executors: Sequence[Executor]) -> None:
         """Drop graphs that no call will reach again, and their runs."""

@@ -4,26 +4,34 @@ A CUDA graph is recorded for one number of tokens a site. Steps that do the same
 computing as many as the largest of them: neighbours are joined, those first that add the fewest tokens.
 """
 
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from toca_compile.ir.actions import Action, Selecting
-from toca_compile.ir.plan import Plan, StepPlan
+from toca_compile.ir.plan import Plan, StepPlan, scored_sites
+from toca_compile.ir.types import Site
 
-BUCKETS = 8
+GRAPHS = 10  # of a plan, at best
+BUCKETS = 8  # of those, at most, for rows that select tokens
 
+Does = tuple[tuple[Action, ...], frozenset[int]]  # a row without its numbers, and the sites that it measures
 Tokens = tuple[int, ...]  # of each site
 
 
-def bucketed(plan: Plan, limit: int = BUCKETS) -> Plan:
-    """The plan with at most ``limit`` different rows that select tokens, but for rows that do different things."""
-    rows = [(_does(step), _tokens(step)) for step in plan.steps]
-    groups: dict[tuple[Action, ...], dict[Tokens, int]] = {}
+def bucketed(plan: Plan, sites: Sequence[Site]) -> Plan:
+    """The plan with few different rows that select tokens: at most 8, and so many that there are 10 with the others.
+    Rows that do different things are never joined, so that there may be more."""
+    scored = scored_sites(plan, sites)
+    rows = [(_does(step, measured), _tokens(step)) for step, measured in zip(plan.steps, scored, strict=True)]
+    groups: dict[Does, dict[Tokens, int]] = {}
     for does, tokens in rows:
-        if any(tokens):
-            times = groups.setdefault(does, {})
-            times[tokens] = times.get(tokens, 0) + 1
-    if sum(map(len, groups.values())) <= limit:
+        times = groups.setdefault(does, {})
+        times[tokens] = times.get(tokens, 0) + 1
+    selecting = {does: times for does, times in groups.items() if any(map(any, times))}
+    limit = min(BUCKETS, GRAPHS - (len(groups) - len(selecting)))
+    if sum(map(len, selecting.values())) <= limit:
         return plan
     known: dict[tuple[int, int], Action] = {}
     made: dict[tuple[int, Tokens], StepPlan] = {}
@@ -33,7 +41,7 @@ def bucketed(plan: Plan, limit: int = BUCKETS) -> Plan:
             return action
         return known.setdefault((id(action), tokens), action.of(tokens, action.order))
 
-    joined = _joined(groups, limit)
+    joined = _joined(selecting, limit)
     steps = []
     for step, (does, tokens) in zip(plan.steps, rows, strict=True):
         more = joined.get((does, tokens), tokens)
@@ -61,9 +69,7 @@ class _Bucket:
         return _Bucket(tokens, self.times + other.times, self.rows + other.rows)
 
 
-def _joined(
-    groups: dict[tuple[Action, ...], dict[Tokens, int]], limit: int
-) -> dict[tuple[tuple[Action, ...], Tokens], Tokens]:
+def _joined(groups: dict[Does, dict[Tokens, int]], limit: int) -> dict[tuple[Does, Tokens], Tokens]:
     """For each row of a group, the tokens that it is given."""
     buckets = {
         does: [_Bucket(row, times[row], (row,)) for row in sorted(times, key=sum)] for does, times in groups.items()
@@ -82,8 +88,8 @@ def _joined(
     return {(does, row): bucket.tokens for does, own in buckets.items() for bucket in own for row in bucket.rows}
 
 
-def _does(step: StepPlan) -> tuple[Action, ...]:
-    return tuple(action.form() for action in step.sites)
+def _does(step: StepPlan, measured: AbstractSet[int]) -> Does:
+    return tuple(action.form() for action in step.sites), frozenset(measured)
 
 
 def _tokens(step: StepPlan) -> Tokens:
