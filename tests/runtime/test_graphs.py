@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.models import PlainDiT, Texted, randomize
+from tests.pipelines import build, run
 from tests.recorder import GraphError, Recorder
 from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import gaussian, noise, sample
 from toca_compile import BlockCache, ClusCa, Composition, DuCa, Fora, TaylorSeer, TaylorToCa, ToCa, backend
 from toca_compile.compiler.buckets import BUCKETS, GRAPHS, bucketed
 from toca_compile.ir.plan import Plan
+from toca_compile.ir.selectors import Selector
 from toca_compile.ir.types import Site
 from toca_compile.policies import Every, Partial, Queries, Rule, Share
 from toca_compile.policies.anchors import Anchors, Dmd, Hermite
@@ -227,7 +230,11 @@ def _in_place(p: nn.Parameter) -> None:
         p.mul_(1.25)
 
 
+_EARLIER: list[Tensor] = []  # alive, so that no address comes again: the recorder would say that the memory is gone
+
+
 def _elsewhere(p: nn.Parameter) -> None:
+    _EARLIER.append(p.data)
     p.data = p.data * 1.25
 
 
@@ -319,6 +326,57 @@ def test_a_threshold_is_said(recorders: list[Recorder], caplog: pytest.LogCaptur
     for _ in range(2):
         assert torch.equal(sample(opt, 4, noise()), sample(plain, 4, noise()))
     assert recorders[0].graphs  # another policy may be one that graphs can hold
+
+
+@pytest.mark.usefixtures("quiet")
+def test_calls_of_a_pipeline(recorders: list[Recorder]) -> None:
+    """Of two lengths in turn, whose graphs stay."""
+    pipe, call = build("DiTPipeline")
+    toca_compile.optimize(pipe, POLICIES["series"], lowering="eager")
+    wanted = [run(pipe, call, n) for n in (4, 6)]
+    toca_compile.restore(pipe)
+    toca_compile.optimize(pipe, POLICIES["series"], lowering="eager", **GRAPHED)
+    counts = []
+    for _ in range(4):
+        assert all(map(torch.equal, wanted, [run(pipe, call, n) for n in (4, 6)]))
+        counts.append(len(recorders[0].graphs))
+    assert 0 < counts[1] == counts[3]
+
+
+class Again:
+    """No recording: a replay is the call. For code that no recorder sees into."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.replays = device, 0
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def warm_up(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def capture(self, call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        def replay() -> Sequence[Tensor]:
+            self.replays += 1
+            return call()
+
+        return replay
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("quiet")
+def test_compiled_code_takes_its_numbers_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = Again(torch.device("cpu"))
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda device: capture)
+    model = randomize(PlainDiT(depth=1))
+    policy = Composition(
+        6, Every(3), (Rule(do=Partial(order=1)),), which=Selector("random"), how_many=Share(0.3)
+    )  # fmt: skip
+    plain = optimized(model, policy)
+    opt = toca_compile.optimize(model, policy, **GRAPHED)
+    for seed in range(3):
+        torch.testing.assert_close(sample(opt, 6, noise(seed=seed)), sample(plain, 6, noise(seed=seed)))
+    assert capture.replays > 6
 
 
 class Broken(PlainDiT):
@@ -428,7 +486,7 @@ def test_memory_that_is_gone_is_an_error() -> None:
         replay()
 
 
-@pytest.mark.parametrize("left_out", [(graphs.Numbers, "set"), (graphs.Fixed, "copy_in")])
+@pytest.mark.parametrize("left_out", [(graphs.Numbers, "write"), (graphs.Fixed, "copy_in")])
 def test_what_a_replay_is_not_told_is_seen(
     left_out: tuple[Any, str], recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,10 +347,14 @@ class Executor:
     def _replay(self, step: "_Step", bound: "_BoundCalls", calls: Calls, graphs: Graphs, fixed: Fixed) -> None:
         """What stands behind the front, as a graph."""
         own = bound.calls[self._front :]
-        step.fill(own)
-        tokens = tuple(
-            step.schedule.number(step.index, site, kind, i) for call in own for _, site, kind, i in call.numbers
-        )
+        known = fixed.steps.setdefault(step.schedule, {})
+        told = known.get((step.index, id(calls)))
+        if told is None or step.moves:
+            number = step.schedule.number
+            tokens = tuple(number(step.index, site, kind, i) for call in own for _, site, kind, i in call.numbers)
+            told = known[step.index, id(calls)] = tokens, step.packed(own, fixed)
+        tokens, numbers = told
+        fixed.numbers.write(numbers)
         graphs.run(
             fixed, step.schedule, (id(calls), tokens), step.values, bound.reads, bound.makes,
             lambda values: replace(step, values=values).make(own),
@@ -542,13 +546,17 @@ class _Step:
     def fill(self, calls: Sequence[_BoundCall]) -> None:
         """Write the numbers of segments that lie in memory."""
         if self.fixed is not None:
-            number, moves = self.schedule.number, self.moves
-            held = {held[0]: held for call in calls for held in call.held}
-            told = {
-                name: number(self.index, of, kind, i) if isinstance(of, Site) else moves[kind, i]
-                for name, of, kind, i in held.values()
-            }
-            self.fixed.numbers.set(told)
+            self.fixed.numbers.write(self.packed(calls, self.fixed))
+
+    def packed(self, calls: Sequence[_BoundCall], fixed: Fixed) -> torch.Tensor:
+        """Those numbers."""
+        number, moves = self.schedule.number, self.moves
+        held = {held[0]: held for call in calls for held in call.held}
+        told = {
+            name: number(self.index, of, kind, i) if isinstance(of, Site) else moves[kind, i]
+            for name, of, kind, i in held.values()
+        }
+        return fixed.numbers.pack(told)
 
     def make(self, calls: Sequence[_BoundCall]) -> Sequence[Any]:
         """Run segments whose numbers in memory are there."""

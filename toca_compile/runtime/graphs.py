@@ -104,25 +104,32 @@ class Numbers:
                 self._blocks.append(torch.zeros(_BLOCK, 2, dtype=torch.int64, device=self._device))
         return self._blocks[row // _BLOCK][row % _BLOCK, 0]
 
-    def set(self, told: Mapping[Hashable, int]) -> None:
-        """Write some of them; the others are then anything."""
-        if not told:
-            return
-        values = [0] * (2 * _BLOCK * len(self._blocks))
+    def pack(self, told: Mapping[Hashable, int]) -> torch.Tensor:
+        """Some of them, as they are written."""
+        values = [0] * (2 * _BLOCK * len(self._blocks) if told else 0)
         for name, number in told.items():
             values[2 * self._rows[name]] = number
-        for block, part in zip(self._blocks, torch.tensor(values).view(-1, _BLOCK, 2), strict=True):
+        return torch.tensor(values, dtype=torch.int64).view(-1, _BLOCK, 2)
+
+    def write(self, packed: torch.Tensor) -> None:
+        """Write those; the others are then anything."""
+        for block, part in zip(self._blocks, packed, strict=False):
             block.copy_(part, non_blocking=True)  # the host does not wait: what is not pinned is staged first
 
 
 @dataclass(eq=False)
 class _Recording:
-    """A graph, the places of the values that it takes by copy, and the addresses of the weights that it reads."""
+    """A graph, the places of the values that it takes by copy, those of the weights that it reads, and their
+    addresses."""
 
     replay: Callable[[], Sequence[torch.Tensor]]
     copied: list[int]
     weights: list[int]
+    addresses: list[int]
     replays: int = 0
+
+
+Told = tuple[tuple[int, ...], torch.Tensor]
 
 
 class Fixed:
@@ -132,8 +139,11 @@ class Fixed:
         self.numbers = Numbers(device)
         # By schedule, which the executor forgets some day, and row; None for one that has run and is not recorded yet.
         self.rows: weakref.WeakKeyDictionary[Any, dict[Hashable, _Recording | None]] = weakref.WeakKeyDictionary()
+        # In the same way, by step and what it calls: how many tokens, and the other numbers.
+        self.steps: weakref.WeakKeyDictionary[Any, dict[Hashable, Told]] = weakref.WeakKeyDictionary()
         self._buffers: Buffers = {}
         self._inputs: dict[int, torch.Tensor] = {}
+        self._flat: dict[int, torch.Tensor] = {}  # the same, as they are copied
         self._sources: dict[int, weakref.ref[torch.Tensor]] = {}  # of values of ours that lie in the inputs now
         self._run: weakref.ref[Run] | None = None
 
@@ -171,6 +181,7 @@ class Fixed:
         if known is None or _layout(known) != _layout(like):
             with torch.inference_mode(False):
                 self._inputs[place] = _copy(like)
+                self._flat[place] = _bytes(self._inputs[place])
             self._sources.pop(place, None)
             if known is not None:
                 self.rows.clear()
@@ -187,7 +198,7 @@ class Fixed:
         self._sources |= {p: weakref.ref(values[p]) for p in stale if p >= ours}
         stale = [p for p in stale if values[p].numel()]
         if stale:
-            torch._foreach_copy_([_bytes(self._inputs[p]) for p in stale], [_bytes(values[p]) for p in stale])
+            torch._foreach_copy_([self._flat[p] for p in stale], [_bytes(values[p]) for p in stale])
 
     def _place(self, name: tuple[Any, ...], like: torch.Tensor) -> torch.Tensor:
         known = (*name, tuple(like.shape), like.dtype, like.device)
@@ -265,15 +276,13 @@ class Graphs:
                 values[place] = _copy(values[place])  # it was made on another stream
             return
         recording = rows[row]
-        weights = [values[p].data_ptr() for p in reads if self._is_weight(p)]
-        if recording is None or recording.weights != weights or not fixed.fits(recording.copied, values):
+        if recording is None or not self._holds(recording, fixed, values):
             if recording is not None:
                 self._count(recording)
             recording = self._record(fixed, values, reads, makes, call)
             if recording is None:
                 call(values)
                 return
-            recording.weights = weights
             fixed.rows.setdefault(schedule, {})[row] = recording
         fixed.copy_in(recording.copied, values, len(self._weights))
         recording.replays += 1
@@ -289,6 +298,7 @@ class Graphs:
         call: Callable[[list[Any]], object],
     ) -> _Recording | None:
         own, copied = list(values), []
+        weights = [place for place in reads if self._is_weight(place)]
         for place in reads:
             if self.refused or not isinstance(values[place], torch.Tensor):
                 continue
@@ -302,14 +312,22 @@ class Graphs:
             return None
 
         def recorded() -> list[torch.Tensor]:
-            call(own)
-            return [own[place] for place in makes]
+            made = list(own)
+            call(made)
+            return [made[place] for place in makes]
 
         try:
-            return _Recording(self.capture.capture(recorded), copied, [])
+            replay = self.capture.capture(recorded)
+            return _Recording(replay, copied, weights, [values[place].data_ptr() for place in weights])
         except Exception as error:  # whatever cannot be recorded; nothing of it was done
             self.refuse(f"a step cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})")
             return None
+
+    def _holds(self, recording: _Recording, fixed: Fixed, values: Sequence[Any]) -> bool:
+        """Whether a graph does what the call would: weights lie where they lay, and inputs as they did."""
+        if recording.addresses != [values[place].data_ptr() for place in recording.weights]:
+            return False
+        return fixed.fits([place for place in recording.copied if place < len(self._weights)], values)
 
     def _is_weight(self, place: int) -> bool:
         return place < len(self._weights) and self._weights[place]
@@ -353,6 +371,8 @@ def _layout(value: torch.Tensor) -> tuple[Any, ...]:
 
 def _bytes(value: torch.Tensor) -> torch.Tensor:
     """All that lies between a tensor's first number and its last, whatever its strides."""
+    if value.dim() and value.is_contiguous():
+        return value.detach().view(torch.uint8)
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return value.detach().as_strided((span,), (1,), value.storage_offset()).view(torch.uint8)
 
@@ -361,5 +381,6 @@ def _copy(value: torch.Tensor) -> torch.Tensor:
     """Another tensor of the same numbers and strides."""
     if not value.numel():
         return value.clone()
-    copy = _bytes(value).clone().view(value.dtype)
-    return copy.as_strided(value.shape, value.stride())
+    if value.is_contiguous():
+        return value.detach().clone()
+    return _bytes(value).clone().view(value.dtype).as_strided(value.shape, value.stride())
