@@ -28,7 +28,7 @@ from toca_compile.errors import (
     UnsupportedGraphError,
 )
 from toca_compile.runtime.executor import Executor
-from toca_compile.session import Session
+from toca_compile.session import Options, Session
 
 
 def toca(
@@ -111,7 +111,7 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
     session = getattr(owner, "_toca_session", lambda: None)()
     if session is None:
         given = dict(options or {})
-        unknown = set(given) - {"policy", "lowering", "strict", "grid", "hoist", "mode"}
+        unknown = set(given) - {"policy", *Options.__annotations__}
         if unknown:
             raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
         session = Session(given.pop("policy", "balanced"), **given)

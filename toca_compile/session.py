@@ -5,7 +5,7 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import fx
@@ -36,6 +36,16 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _SPLIT = "torch.compile split the model into several graphs"
+
+
+class Options(TypedDict, total=False):
+    """The settings of a session beside its policy, as ``optimize`` takes them."""
+
+    lowering: str
+    strict: bool
+    grid: tuple[int, int] | None
+    hoist: bool
+    mode: str | None
 
 
 class Session:
@@ -89,7 +99,7 @@ class Session:
     def __reduce__(self) -> Any:
         return _made, (self.policy, self._settings())
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Options:
         return {
             "lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist, "mode": self.mode,
         }  # fmt: skip
@@ -175,7 +185,8 @@ class Session:
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=device)
         names = tuple(input_name(n) for n in program.placeholders)
         graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
-        executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None, graphs)
+        executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
+        executor.graphs = graphs
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
@@ -293,5 +304,5 @@ def patch_of(model: Any) -> tuple[int, int] | None:
     return sizes if len(sizes) == 2 and all(type(s) is int and s > 0 for s in sizes) else None
 
 
-def _made(policy: Policy, settings: dict[str, Any]) -> Session:
+def _made(policy: Policy, settings: Options) -> Session:
     return Session(policy, **settings)

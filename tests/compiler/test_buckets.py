@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.runs import TIMES, optimized, steps
 from tests.sampling import noise
@@ -20,8 +21,7 @@ def sites() -> tuple[Site, ...]:
     """Of a model of 256 tokens."""
     opt = optimized(randomize(PlainDiT((32, 32), depth=6)), FullCompute())
     steps(opt, noise(size=(32, 32)), TIMES[:1])
-    found: tuple[Site, ...] = opt._session.executors[0].program.sites
-    return found
+    return toca_compile.explain(opt).program.sites
 
 
 def rows(plan: Plan, sites: tuple[Site, ...]) -> int:

@@ -26,7 +26,7 @@ from toca_compile.progress import working
 from toca_compile.runtime.cache_state import allocate, bytes_of, like_buffer, owner
 from toca_compile.runtime.carry_over import carry_over
 from toca_compile.runtime.conditioning import Conditioning
-from toca_compile.runtime.graphs import Fixed, Graphs, without
+from toca_compile.runtime.graphs import Fixed, Graphs, Work, without
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
@@ -119,7 +119,10 @@ class Executor:
         variants: where the graphs come from.
         number: of this graph in its model.
         flat: takes wrappers (quantised weights) among the inputs apart into the tensors that the program has for them.
-        graphs: the steps as CUDA graphs. Numbers other than K are then tensors for the variants.
+
+    Attributes:
+        graphs: the steps as CUDA graphs, set before the first call. Numbers other than K are then tensors for the
+            variants.
     """
 
     def __init__(
@@ -130,10 +133,10 @@ class Executor:
         variants: Variants,
         number: int,
         flat: Flat | None = None,
-        graphs: Graphs | None = None,
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
-        self.number, self.graphs = number, graphs
+        self.number = number
+        self.graphs: Graphs | None = None
         self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
@@ -355,10 +358,8 @@ class Executor:
             told = known[step.index, id(calls)] = tokens, step.packed(own, fixed)
         tokens, numbers = told
         fixed.numbers.write(numbers)
-        graphs.run(
-            fixed, step.schedule, (id(calls), tokens), step.values, bound.reads, bound.makes,
-            lambda values: replace(step, values=values).make(own),
-        )  # fmt: skip
+        work = Work(bound.reads, bound.makes, lambda values: replace(step, values=values).make(own))
+        graphs.run(fixed, step.schedule, (id(calls), tokens), step.values, work)
 
     def _kept_storages(self, step: "_Step", run: Run) -> frozenset[int]:
         """Where what is kept for steps to come lies in memory: what stands behind a fragment may change in place what

@@ -63,6 +63,7 @@ class CudaGraphs:
                 self._done.record()
 
     def warm_up(self, call: Callable[[], T]) -> T:
+        # On the stream of the recordings, so that the workspaces of cuBLAS, one a stream, are not made in the pool.
         here = torch.cuda.current_stream()
         self._side.wait_stream(here)
         with torch.cuda.stream(self._side):
@@ -208,6 +209,21 @@ class Fixed:
         return self._buffers[known]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is recorded.
+
+    Args:
+        reads: the places of the values that it reads, but for constants.
+        makes: those of the values that are asked for behind it.
+        call: changes a list of values.
+    """
+
+    reads: Sequence[int]
+    makes: Sequence[int]
+    call: Callable[[list[Any]], object]
+
+
 class Graphs:
     """The graphs of one executor.
 
@@ -243,63 +259,44 @@ class Graphs:
         found: Fixed = run.fixed[key]
         return found
 
-    def run(
-        self,
-        fixed: Fixed,
-        schedule: Any,
-        row: tuple[Hashable, ...],
-        values: list[Any],
-        reads: Sequence[int],
-        makes: Sequence[int],
-        call: Callable[[list[Any]], object],
-    ) -> None:
+    def run(self, fixed: Fixed, schedule: Any, row: tuple[Hashable, ...], values: list[Any], work: Work) -> None:
         """Make some values of a step from others: by a call, or by a replay of what it did before.
 
         Args:
             schedule: the plan; rows are its own.
-            row: what the call does.
+            row: what the step does.
             values: of the step, by place.
-            reads: the places of those that the call reads, but for constants.
-            makes: those that are asked for behind it.
-            call: changes a list of values.
         """
         if self.refused:
             fixed.rows.clear()
-            call(values)
+            work.call(values)
             return
         rows = fixed.rows.setdefault(schedule, {})
-        row = (*row, *(values[p] for p in reads if not isinstance(values[p], torch.Tensor)))
+        row = (*row, *(values[p] for p in work.reads if not isinstance(values[p], torch.Tensor)))
         if row not in rows:
             rows[row] = None
-            self.capture.warm_up(lambda: call(values))
-            for place in makes:
+            self.capture.warm_up(lambda: work.call(values))
+            for place in work.makes:
                 values[place] = _copy(values[place])  # it was made on another stream
             return
         recording = rows[row]
         if recording is None or not self._holds(recording, fixed, values):
             if recording is not None:
                 self._count(recording)
-            recording = self._record(fixed, values, reads, makes, call)
+            recording = self._record(fixed, values, work)
             if recording is None:
-                call(values)
+                work.call(values)
                 return
             fixed.rows.setdefault(schedule, {})[row] = recording
         fixed.copy_in(recording.copied, values, len(self._weights))
         recording.replays += 1
-        for place, made in zip(makes, recording.replay(), strict=True):
+        for place, made in zip(work.makes, recording.replay(), strict=True):
             values[place] = _copy(made)
 
-    def _record(
-        self,
-        fixed: Fixed,
-        values: Sequence[Any],
-        reads: Sequence[int],
-        makes: Sequence[int],
-        call: Callable[[list[Any]], object],
-    ) -> _Recording | None:
+    def _record(self, fixed: Fixed, values: Sequence[Any], work: Work) -> _Recording | None:
         own, copied = list(values), []
-        weights = [place for place in reads if self._is_weight(place)]
-        for place in reads:
+        weights = [place for place in work.reads if self._is_weight(place)]
+        for place in work.reads:
             if self.refused or not isinstance(values[place], torch.Tensor):
                 continue
             why = self._why_not(place, values[place])
@@ -313,14 +310,15 @@ class Graphs:
 
         def recorded() -> list[torch.Tensor]:
             made = list(own)
-            call(made)
-            return [made[place] for place in makes]
+            work.call(made)
+            return [made[place] for place in work.makes]
 
         try:
             replay = self.capture.capture(recorded)
             return _Recording(replay, copied, weights, [values[place].data_ptr() for place in weights])
         except Exception as error:  # whatever cannot be recorded; nothing of it was done
-            self.refuse(f"a step cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})")
+            said = next(iter(str(error).splitlines()), "")
+            self.refuse(f"a step cannot be recorded ({type(error).__name__}: {said})")
             return None
 
     def _holds(self, recording: _Recording, fixed: Fixed, values: Sequence[Any]) -> bool:
@@ -337,7 +335,8 @@ class Graphs:
         if not is_plain(value):
             return f"{name} is no plain tensor ({type(value).__name__}, {value.layout})"
         if value.device != self.capture.device:
-            return f"{name} lies on {value.device}, and a graph would keep its numbers"
+            here = self.capture.device
+            return f"{name} lies on {value.device}, so that a graph would keep its numbers: pass it on {here}"
         return None
 
     def _count(self, recording: _Recording) -> None:
