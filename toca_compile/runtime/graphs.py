@@ -5,7 +5,6 @@ inputs are copied there, the numbers of a step are written there, and buffers ar
 the next one (``Fixed``). The number of tokens alone is part of a graph: it is a shape (``compiler/buckets.py``).
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,6 @@ from toca_compile.runtime.cache_state import Buffers
 from toca_compile.runtime.sight import is_plain
 from toca_compile.runtime.step_control import Run
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MODES = ("default", "reduce-overhead")
