@@ -31,6 +31,7 @@ from toca_compile.ir.state import Number
 from toca_compile.ir.types import Site
 from toca_compile.lowerings import inductor
 from toca_compile.lowerings.fused_scores import fuse_scores
+from toca_compile.passes.variants.in_memory import in_memory
 from toca_compile.runtime.schedule import Schedule, SegmentCall
 
 Rows = list[dict[str, Any]]
@@ -54,11 +55,12 @@ class Codegen:
     Args:
         opt: an optimised model that was called once.
         made: the list of ``fake_gpu()``.
+        held: numbers of the step lie in memory, as CUDA graphs need them.
     """
 
-    def __init__(self, opt: Any, made: list[Generated]) -> None:
+    def __init__(self, opt: Any, made: list[Generated], *, held: bool = False) -> None:
         (self.executor,) = opt._session.executors
-        self._made = made
+        self._made, self._held = made, held
         self._known: dict[tuple[Any, ...], Generated] = {}
 
     @property
@@ -91,6 +93,11 @@ class Codegen:
     def _generate(self, call: SegmentCall, tokens: Sequence[int]) -> Generated:
         variant = self.executor.variants.build(call.segment, call.forms, self.executor.plan)
         examples = list(_examples(variant, tokens))
+        if self._held:
+            number = torch.empty((), dtype=torch.int64, device="meta")
+            held = [False] * len(variant.values) + [slot.is_held for slot in variant.slots]
+            examples = [number if there else e for e, there in zip(examples, held, strict=True)]
+            variant = in_memory(variant, CUDA)
         shapes = [(e.shape, e.stride(), e.dtype) if isinstance(e, Tensor) else e for e in examples]
         key = (inductor._text(variant.module.graph), *shapes)
         if key not in self._known:

@@ -1,7 +1,7 @@
 """The public calls: ``optimize`` and ``explain``."""
 
 import inspect
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
@@ -12,42 +12,21 @@ from toca_compile.in_place import convert, handle_of, revert, tidy
 from toca_compile.ir.plan import Policy
 from toca_compile.model import Controls, Handle, OptimizedModel, SessionControls, wrap
 from toca_compile.report import Report, Subject, Summary, summarise
-from toca_compile.session import Session
+from toca_compile.session import Options, Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 Pipeline = TypeVar("Pipeline")
 
 
 @overload
-def optimize(
-    model: nn.Module,
-    policy: Policy | str = "balanced",
-    *,
-    lowering: str = "inductor",
-    strict: bool = True,
-    grid: tuple[int, int] | None = None,
-    hoist: bool = True,
-) -> OptimizedModel: ...
+def optimize(model: nn.Module, policy: Policy | str = "balanced", **options: "Unpack[Options]") -> OptimizedModel: ...
 @overload
-def optimize(
-    model: Pipeline,
-    policy: Policy | str = "balanced",
-    *,
-    lowering: str = "inductor",
-    strict: bool = True,
-    grid: tuple[int, int] | None = None,
-    hoist: bool = True,
-) -> Pipeline: ...
+def optimize(model: Pipeline, policy: Policy | str = "balanced", **options: "Unpack[Options]") -> Pipeline: ...
 
 
-def optimize(
-    model: Any,
-    policy: Policy | str = "balanced",
-    *,
-    lowering: str = "inductor",
-    strict: bool = True,
-    grid: tuple[int, int] | None = None,
-    hoist: bool = True,
-) -> Any:
+def optimize(model: Any, policy: Policy | str = "balanced", **options: "Unpack[Options]") -> Any:
     """A drop-in replacement of ``model`` that caches as ``policy`` says. A bare ``model`` itself is not changed.
 
     A diffusers pipeline is optimised in place and returned: its transformer stays the object that it is, so that LoRA
@@ -62,26 +41,31 @@ def optimize(
         model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
         policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other; or by name a
             level (``"quality"``, ``"balanced"``, ``"fast"``, ``"max"``: see ``Level``) or a preset.
-        lowering: ``"inductor"`` or ``"eager"``.
-        strict: raise where the model or the policy leaves nothing to cache; otherwise warn once and run uncached.
+        lowering: ``"inductor"`` (the default) or ``"eager"``.
+        strict: (the default) raise where the model or the policy leaves nothing to cache; otherwise warn once and run
+            uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.
-        hoist: compute what follows from the text alone (its keys and values) once a run. Changes of the text or of
-            those weights are seen by value on the CPU; on a GPU by object, version and address, so not those written
-            through ``.data`` into the same memory: ``hoist=False`` for a loop that does that.
+        hoist: (the default) compute what follows from the text alone (its keys and values) once a run. Changes of the
+            text or of those weights are seen by value on the CPU; on a GPU by object, version and address, so not those
+            written through ``.data`` into the same memory: ``hoist=False`` for a loop that does that.
+        mode: ``"reduce-overhead"``: each distinct step of the plan is recorded as one CUDA graph and replayed. How many
+            tokens are selected is rounded up to at most 8 different numbers a plan, and the caches stay allocated until
+            ``reset()``. What cannot be recorded runs as without, and a warning says why: a policy with a threshold, a
+            model in several graphs or on several devices, a CPU. Not run on a GPU yet: tested on a recorder that
+            replays ops on the CPU. ``"default"``: no graphs.
 
     Raises:
-        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering is unknown.
+        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering or mode is unknown.
         PolicyError: ``policy`` is no policy.
     """
     if is_pipeline(model):
         found = transformers_of(model)
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
-        options: dict[str, Any] = {"lowering": lowering, "strict": strict, "grid": grid, "hoist": hoist}
         return attach(model, {name: convert(part, Session(policy, **options)) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
-    return wrap(model, Session(policy, lowering=lowering, strict=strict, grid=grid, hoist=hoist))
+    return wrap(model, Session(policy, **options))
 
 
 def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) -> Any:

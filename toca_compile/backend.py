@@ -28,20 +28,23 @@ from toca_compile.errors import (
     UnsupportedGraphError,
 )
 from toca_compile.runtime.executor import Executor
-from toca_compile.session import Session
+from toca_compile.session import Options, Session
 
 
-def toca(gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def toca(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="toca", options={"policy": policy, …})``.
 
     Options are the keywords of ``toca_compile.optimize``: ``policy`` (here, too, a level's name will do, and
-    ``"balanced"`` is the default), ``lowering``, ``strict``, ``grid``, ``hoist``.
+    ``"balanced"`` is the default), ``lowering``, ``strict``, ``grid``, ``hoist``, ``mode``. A mode may also be
+    ``torch.compile``'s own argument, which takes no options beside it.
     """
     # torch hands a backend its options, and nothing that tells one torch.compile call from another: options may be one
     # dictionary for several calls, or none. What does is the wrapper that calls us.
     owner = sys._getframe(1).f_locals.get("self")
     try:
-        session = session_of(owner, options)
+        session = session_of(owner, options if mode is None else {**(options or {}), "mode": mode})
         graph = graph_of(session, gm, inputs)
         if isinstance(graph, _Graph) and owner is not None:
             owner._toca_starting = None  # from here on the graph keeps the session, and later the model
@@ -108,7 +111,7 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
     session = getattr(owner, "_toca_session", lambda: None)()
     if session is None:
         given = dict(options or {})
-        unknown = set(given) - {"policy", "lowering", "strict", "grid", "hoist"}
+        unknown = set(given) - {"policy", *Options.__annotations__}
         if unknown:
             raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
         session = Session(given.pop("policy", "balanced"), **given)

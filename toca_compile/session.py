@@ -4,11 +4,13 @@ import logging
 import operator
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
 import torch
 from torch import fx
 
+from toca_compile.compiler.buckets import bucketed
 from toca_compile.compiler.check_plan import check_plan
 from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
@@ -27,10 +29,23 @@ from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
 from toca_compile.rules.registry import RULES
 from toca_compile.runtime.executor import FOLLOWED, Executor
+from toca_compile.runtime.graphs import MODES, Capture, Graphs, capture_for, without
 from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+
+_SPLIT = "torch.compile split the model into several graphs"
+
+
+class Options(TypedDict, total=False):
+    """The settings of a session beside its policy, as ``optimize`` takes them."""
+
+    lowering: str
+    strict: bool
+    grid: tuple[int, int] | None
+    hoist: bool
+    mode: str | None
 
 
 class Session:
@@ -47,11 +62,15 @@ class Session:
         strict: bool = True,
         grid: tuple[int, int] | None = None,
         hoist: bool = True,
+        mode: str | None = None,
     ) -> None:
         policy = checked_policy(policy)
+        mode = mode or "default"
+        if mode not in MODES:
+            raise TocaError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise PolicyError(f"grid must be the picture's (height, width) in tokens, not {grid!r}")
-        self.policy, self.strict, self.grid, self.hoist = policy, strict, grid, hoist
+        self.policy, self.strict, self.grid, self.hoist, self.mode = policy, strict, grid, hoist, mode
         self.applied = policy  # what runs that begin follow
         self._plans: list[tuple[Policy, dict[int, GraphPlan]]] = []  # of policies, by graph
         self.lowering = lowering
@@ -66,6 +85,7 @@ class Session:
         self.graphs = 0  # how many the signature that was called last came in
         self.uncached: dict[str, TocaError] = {}  # why graphs of the signature that is being traced are not cached
         self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
+        self._captures: dict[frozenset[torch.device], Capture | str] = {}  # of CUDA graphs, or why there are none
         self.broken = False  # whether the model comes in more than one graph
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
         self.warned: dict[str, None] = {}  # what was said of it
@@ -79,8 +99,10 @@ class Session:
     def __reduce__(self) -> Any:
         return _made, (self.policy, self._settings())
 
-    def _settings(self) -> dict[str, Any]:
-        return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
+    def _settings(self) -> Options:
+        return {
+            "lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist, "mode": self.mode,
+        }  # fmt: skip
 
     @property
     def compiles(self) -> bool:
@@ -107,7 +129,9 @@ class Session:
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:
-        return ProgramVariants(program, self._lower, dense=is_dense(self._lower))
+        capture = self._capture(program)
+        device = capture.device if capture is not None else None
+        return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=device)
 
     def follow(self, policy: Policy) -> None:
         """Let runs that begin follow ``policy`` (the user's own, with the numbers of that run). Runs of other threads
@@ -126,7 +150,10 @@ class Session:
             plans = {}
             self._plans = [*self._plans[1 - FOLLOWED :], (policy, plans)]
         if number not in plans:
-            checked = plans[number] = check_plan(policy, program, self.warn_once)
+            checked = check_plan(policy, program, self.warn_once)
+            if self._capture(program) is not None and not checked.plan.adaptive:
+                checked = replace(checked, plan=bucketed(checked.plan, program.sites))
+            plans[number] = checked
             self._say_what_it_means(policy, checked.plan)
             self._explain_choices(program, checked)
             self._explain_refusals(policy, program)
@@ -142,6 +169,10 @@ class Session:
             NoSiteError: there is nothing to cache in it.
             TocaError: it cannot be compiled with caching; the message says why.
         """
+        if self.broken:
+            for executor in self.executors:
+                if executor.graphs is not None and not executor.graphs.refused:
+                    executor.graphs.refuse(_SPLIT)
         flat = Flattener(inputs, static_inputs)
         if flat.needed:
             graph, static_inputs = unwrapped(graph, static_inputs, inputs)
@@ -165,12 +196,32 @@ class Session:
             error.unknown = unknown
             raise error
         plan = self._plan(self.applied, self.seen, program)
-        variants = self._variants(program)
+        variants, capture = self._variants(program), self._capture(program)
+        names = tuple(input_name(n) for n in program.placeholders)
+        graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
         executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
+        executor.graphs = graphs
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
         return executor
+
+    def _capture(self, program: Program) -> Capture | None:
+        """How steps of a graph are recorded; None where they are not, which is said if it was asked for."""
+        if self.mode == "default":
+            return None
+        if program.fragment:
+            self.warn_once(without(_SPLIT))
+            return None
+        devices = {x.device for x in program.inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
+        key = frozenset(devices)
+        if key not in self._captures:
+            self._captures[key] = capture_for(devices)
+        found = self._captures[key]
+        if isinstance(found, str):
+            self.warn_once(without(found))
+            return None
+        return found
 
     def _layouts(self, static_inputs: tuple[bool, ...], inputs: Sequence[Any]) -> tuple[Layout, ...]:
         """How tokens lie, as the graph's inputs tell it and those of the model; the user's word goes before."""
@@ -183,6 +234,11 @@ class Session:
     def checked(self) -> list[float]:
         """Seconds that it took to hold each checked variant against its plain meaning."""
         return [seconds for e in self.executors for seconds in e.variants.checked.values()]
+
+    @property
+    def recorded(self) -> int:
+        """How many CUDA graphs there are."""
+        return sum(fixed.graphs for known in self.control.fixed.values() for fixed in known)
 
     def forget(self, executors: Sequence[Executor]) -> None:
         """Drop graphs that no call will reach again, and their runs."""
@@ -262,5 +318,5 @@ def patch_of(model: Any) -> tuple[int, int] | None:
     return sizes if len(sizes) == 2 and all(type(s) is int and s > 0 for s in sizes) else None
 
 
-def _made(policy: Policy, settings: dict[str, Any]) -> Session:
+def _made(policy: Policy, settings: Options) -> Session:
     return Session(policy, **settings)

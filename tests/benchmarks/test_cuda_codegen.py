@@ -29,6 +29,9 @@ BLOCKS = {
     "ToCa, random: template1[reuse; partial]": (12, 1.58),
     "TaylorSeer: template1[compute [output]; compute [output]]": (11, 5.99),
     "TaylorSeer: template1[compute, differences too [output]; compute, differences too [output]]": (11, 6.51),
+    # The same with the numbers of the step in memory, as CUDA graphs have them.
+    "held: ToCa, random: template1[reuse; partial]": (13, 1.6),
+    "held: TaylorSeer: template1[compute, differences too [output]; compute, differences too [output]]": (11, 6.51),
 }
 
 
@@ -47,6 +50,13 @@ def generate() -> dict[str, Generated]:
             for call, code in codegen.variants():
                 if call.segment.sites and not isinstance(call.segment, Chain):
                     found[f"{name}: {variant_name(call.segment, call.forms)}"] = code
+        held = Codegen(opt, made, held=True)
+        for name in ("ToCa, random", "TaylorSeer"):
+            opt.policy = POLICIES[name]
+            for call, code in held.variants():
+                key = f"held: {name}: {variant_name(call.segment, call.forms)}"
+                if key in BLOCKS:
+                    found[key] = code
     return found
 
 

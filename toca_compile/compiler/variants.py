@@ -20,6 +20,7 @@ from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import Lowering, of_rare_calls
 from toca_compile.passes.variants.chain import chained
+from toca_compile.passes.variants.in_memory import in_memory
 from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.passes.variants.skip_range import stand_in
 from toca_compile.runtime.cache_state import like_buffer
@@ -34,13 +35,14 @@ class ProgramVariants:
     Args:
         lower: makes a callable of a variant.
         dense: build every variant in its plain meaning: rows computed for all tokens and blended by mask.
+        numbers: the device on which host numbers lie for the variants, all but K; None: on the host.
 
     Attributes:
         checked: which variants were held against their plain meaning, by template and forms, and the seconds.
     """
 
-    def __init__(self, program: Program, lower: Lowering, *, dense: bool) -> None:
-        self.program, self.lower, self.dense = program, lower, dense
+    def __init__(self, program: Program, lower: Lowering, *, dense: bool, numbers: torch.device | None = None) -> None:
+        self.program, self.lower, self.dense, self.numbers = program, lower, dense, numbers
         self.checked: Checked = {}
         self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
         self._values: dict[Any, Any] = {}  # of calls, by op and types of operands: variants differ in a few
@@ -58,8 +60,14 @@ class ProgramVariants:
         variant = self.build(segment, forms, plan)
         name = variant_name(segment, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
+        if self.numbers is not None:
+            variant = in_memory(variant, self.numbers)
         examples = [_example(segment.inputs[i]) for i in variant.values]
         examples += [self._slot(slot, self._owners(segment), forms, plan.selector) for slot in variant.slots]
+        if self.numbers is not None:
+            number = tensors(examples)[0].new_empty((), dtype=torch.int64, device=self.numbers)
+            held = [False] * len(variant.values) + [slot.is_held for slot in variant.slots]
+            examples = [number if there else e for e, there in zip(examples, held, strict=True)]
         lower = of_rare_calls(self.lower) if segment.timed else self.lower
         graph = lower(variant, examples), variant.values, variant.slots
         if not variant.ranks:

@@ -27,6 +27,11 @@ class Number(Enum):
     KEEP = "keep"  # of a history that is written: the steps that a difference spans
     MOVE = "move"  # of one that is moved on: what a difference is multiplied by
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it may lie in memory, for a graph that is recorded once: K is a shape."""
+        return self is not Number.K
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -41,6 +46,11 @@ class Slot:
     def is_buffer(self) -> bool:
         """Whether it is a tensor that lives as long as the run."""
         return isinstance(self.kind, State)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is a number that may lie in memory."""
+        return isinstance(self.kind, Number) and self.kind.is_held
 
     @property
     def name(self) -> str:

@@ -73,4 +73,5 @@ def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tens
 def mark_fresh_(stamp: Tensor, index: Tensor, step: int) -> Tensor:
     """Note that the tokens ``index`` were recomputed in ``step``, in place."""
     samples = torch.arange(index.shape[0], device=index.device)
-    return stamp.index_put_((samples[:, None], index), torch.zeros((), dtype=stamp.dtype, device=stamp.device) + step)
+    value = (torch.zeros((), dtype=stamp.dtype, device=stamp.device) + step).to(stamp.dtype)
+    return stamp.index_put_((samples[:, None], index), value)

@@ -98,6 +98,11 @@ class Report:
         return self._session.policy
 
     @property
+    def cuda_graphs(self) -> int:
+        """How many steps are recorded as CUDA graphs now (``mode="reduce-overhead"``)."""
+        return sum(subject.session.recorded for subject in self._subjects.values())
+
+    @property
     def program(self) -> Program:
         """The first graph after all passes: its sites, segments and what else is known of it."""
         return self._first.executor.program

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.presets import PRESETS, named
 from toca_compile.report.data import GraphReport, SiteReport, StepCounts
+from toca_compile.runtime.graphs import without
 
 if TYPE_CHECKING:
     from toca_compile.report.report import Report
@@ -104,6 +105,8 @@ def _transformer(name: str, report: "Report") -> list[str]:
     if session.applied != session.policy:
         lines += labelled("", f"in the last run {_change(session.policy, session.applied)}")
     lines += labelled("lowering", session.lowering)
+    if session.mode != "default":
+        lines += labelled("mode", f"{session.mode}: {session.recorded} CUDA graphs are recorded")
     if not report.compiled:
         lines += labelled("compiled", "nothing is compiled yet: call the model once, then its sites are known")
         return [*lines, *_notes(report)]
@@ -210,6 +213,7 @@ def _notes(report: "Report") -> list[str]:
         )
     if session.broken:
         notes.append(session.split(session.graphs))
+    notes += [said for said in session.warned if said.startswith(without(""))]
     return [line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="    ")]
 
 

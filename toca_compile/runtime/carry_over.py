@@ -43,7 +43,7 @@ def carry_over(run: Run, key: tuple[int, ...], now: Schedule) -> Schedule | None
 
 def _forget(run: Run, key: tuple[int, ...]) -> None:
     run.buffers = {name: buffer for name, buffer in run.buffers.items() if name[: len(key)] != key}
-    for kept in (run.kept, run.computed, run.bound):
+    for kept in (run.kept, run.computed, run.bound, run.fixed):
         kept.pop(key, None)
 
 

@@ -6,7 +6,7 @@ look-up and one list of arguments on top of the compiled variant.
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,9 +23,10 @@ from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
 from toca_compile.progress import working
-from toca_compile.runtime.cache_state import Buffers, allocate, bytes_of, like_buffer, owner
+from toca_compile.runtime.cache_state import allocate, bytes_of, like_buffer, owner
 from toca_compile.runtime.carry_over import carry_over
 from toca_compile.runtime.conditioning import Conditioning
+from toca_compile.runtime.graphs import Fixed, Graphs, Work, without
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
@@ -67,23 +68,29 @@ class Flat(Protocol):
 @dataclass(frozen=True, slots=True)
 class _BoundCall:
     """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them:
-    those of sites, and those of what leaves skipped blocks. ``free``: which values nothing later needs."""
+    those of sites, and those of what leaves skipped blocks. ``held``: those that lie in memory. ``free``: which values
+    nothing later needs."""
 
     call: Callable[..., Sequence[Any]]
     values: tuple[int, ...]
     buffers: tuple[torch.Tensor | None, ...]
     numbers: tuple[tuple[int, Site, Number, int], ...]
     moves: tuple[tuple[int, tuple[Number, int]], ...]
+    held: tuple[tuple[Hashable, Site | Stream, Number, int], ...]
     results: tuple[int, ...]
     free: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _BoundCalls:
-    """Those of a step, and the places that they read of what follows from the time."""
+    """Those of a step, and the places that they read of what follows from the time. Of those behind the
+    front, ``reads``: the places that they read and do not make, but for constants; ``makes``: those that they make and
+    the graph hands out."""
 
     calls: list[_BoundCall]
     timed: frozenset[int]
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,10 @@ class Executor:
         variants: where the graphs come from.
         number: of this graph in its model.
         flat: takes wrappers (quantised weights) among the inputs apart into the tensors that the program has for them.
+
+    Attributes:
+        graphs: the steps as CUDA graphs, set before the first call. Numbers other than K are then tensors for the
+            variants.
     """
 
     def __init__(
@@ -125,6 +136,7 @@ class Executor:
     ) -> None:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
+        self.graphs: Graphs | None = None
         self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
@@ -200,9 +212,10 @@ class Executor:
             run, key = self.control.enter_graph(self.number, instance, self.schedule.steps, seen, clock)
             self.control.expected(self.is_cached(run, key))
             try:
-                results = self._execute(inputs, run, key)
-                if self.program.written:
-                    results = self._write(inputs, results)
+                with nullcontext() if self.graphs is None else self.graphs.capture.turn():
+                    results = self._execute(inputs, run, key)
+                    if self.program.written:
+                        results = self._write(inputs, results)
             except BaseException:
                 self.control.void()
                 raise
@@ -300,7 +313,8 @@ class Executor:
         past = run.computed.get(key, Past())
         # What leaves skipped blocks has a past of its own, which a test at run time may decide.
         moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
-        step = _Step(schedule, index, moves, [*inputs, *self._unset])
+        fixed = self._fixed(run, key)
+        step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed)
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
         bound = self._bound(calls, now, run, key)
         if self._constant and not self._restore(inputs, step.values, run, key):
@@ -318,11 +332,40 @@ class Executor:
                 self._condition(step, bound, key, full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
         kept = self._kept_storages(step, run) if self.program.fragment else frozenset[int]()
-        step.run(bound.calls[done:])
+        if self.graphs is not None and fixed is not None and self._is_planned(schedule):
+            self._replay(step, bound, calls, self.graphs, fixed)
+        else:
+            step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+    def _fixed(self, run: Run, key: tuple[int, ...]) -> Fixed | None:
+        """The memory of a run for graphs; None without them."""
+        if self.graphs is None:
+            return None
+        return self.graphs.fixed(run, key, self.control.fixed.setdefault(key, []))
+
+    def _is_planned(self, schedule: Schedule) -> bool:
+        """Whether a graph can hold the steps of a plan."""
+        if schedule.probe is not None and self.graphs is not None and not self.graphs.refused:
+            self.graphs.warn(without("the policy decides at each step, by a threshold, whether blocks are computed"))
+        return schedule.probe is None
+
+    def _replay(self, step: "_Step", bound: "_BoundCalls", calls: Calls, graphs: Graphs, fixed: Fixed) -> None:
+        """What stands behind the front, as a graph."""
+        own = bound.calls[self._front :]
+        known = fixed.steps.setdefault(step.schedule, {})
+        told = known.get((step.index, id(calls)))
+        if told is None or step.moves:
+            number = step.schedule.number
+            tokens = tuple(number(step.index, site, kind, i) for call in own for _, site, kind, i in call.numbers)
+            told = known[step.index, id(calls)] = tokens, step.packed(own, fixed)
+        tokens, numbers = told
+        fixed.numbers.write(numbers)
+        work = Work(bound.reads, bound.makes, lambda values: replace(step, values=values).make(own))
+        graphs.run(fixed, step.schedule, (id(calls), tokens), step.values, work)
 
     def _kept_storages(self, step: "_Step", run: Run) -> frozenset[int]:
         """Where what is kept for steps to come lies in memory: what stands behind a fragment may change in place what
@@ -416,8 +459,20 @@ class Executor:
             probe = now.schedule.probe
             read = [self._bind(probe, now, run, key)] if self._timed and probe is not None else []
             read += bound[self._front :]
-            known[id(calls)] = _BoundCalls(bound, frozenset(p for b in read for p in b.values if p in self._timed))
+            timed = frozenset(p for b in read for p in b.values if p in self._timed)
+            known[id(calls)] = _BoundCalls(bound, timed, *self._around(bound[self._front :]))
         return known[id(calls)]
+
+    def _around(self, calls: Sequence[_BoundCall]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The places that calls read and do not make, and those that they make and the graph hands out."""
+        made: set[int] = set()
+        reads: dict[int, None] = {}
+        for call in calls:
+            reads |= dict.fromkeys(place for place in call.values if place not in made)
+            made.update(call.results)
+        results = (self._place[n] for n in self.program.module.graph.output_node().all_input_nodes)
+        constants = {self._place[n] for n, _ in self._constants}
+        return tuple(p for p in reads if p not in constants), tuple(p for p in results if p in made)
 
     def _bind(self, call: SegmentCall, now: _Followed, run: Run, key: tuple[int, ...]) -> _BoundCall:
         """One of them."""
@@ -429,10 +484,15 @@ class Executor:
         buffers: list[torch.Tensor | None] = []
         numbers: list[tuple[int, Site, Number, int]] = []
         moves: list[tuple[int, tuple[Number, int]]] = []
+        held: list[tuple[Hashable, Site | Stream, Number, int]] = []
         for position, slot in enumerate(slots, len(used)):
             of = schedule.owners[segment.sites[slot.position]]
-            buffers.append(self._buffer(slot, of, now, run.buffers, key))
-            if isinstance(slot.kind, Number) and isinstance(of, Site):
+            buffers.append(self._buffer(slot, of, now, run, key))
+            if isinstance(slot.kind, Number) and slot.kind.is_held and self.graphs is not None:
+                name = slot.kind, slot.index, of.index
+                buffers[-1] = run.fixed[key].numbers.at(name)
+                held.append((name, of, slot.kind, slot.index))
+            elif isinstance(slot.kind, Number) and isinstance(of, Site):
                 numbers.append((position, of, slot.kind, slot.index))
             elif isinstance(slot.kind, Number):
                 moves.append((position, (slot.kind, slot.index)))
@@ -440,11 +500,13 @@ class Executor:
         results = tuple(self._place[n] for n in segment.outputs)
         at = segment.at if isinstance(segment, Chain) else (call.at,) if call is not schedule.probe else ()
         free = tuple(place for i in at for place in now.free[i])
-        known[call] = _BoundCall(compiled, places, tuple(buffers), tuple(numbers), tuple(moves), results, free)
+        known[call] = _BoundCall(
+            compiled, places, tuple(buffers), tuple(numbers), tuple(moves), tuple(held), results, free
+        )
         return known[call]
 
     def _buffer(
-        self, slot: Slot, of: Site | Stream, now: _Followed, buffers: Buffers, key: tuple[int, ...]
+        self, slot: Slot, of: Site | Stream, now: _Followed, run: Run, key: tuple[int, ...]
     ) -> torch.Tensor | None:
         """A run's buffer; None where a number goes."""
         if isinstance(slot.kind, Number):
@@ -453,7 +515,9 @@ class Executor:
         whose = (*owner(slot.kind, of, selector), slot.index)
         if whose not in now.like:
             now.like[whose] = like_buffer(slot.kind, slot.index, of, keep, self.program, selector)
-        return allocate(buffers, (*key, *whose), now.like[whose])
+        make = allocate if self.graphs is None else run.fixed[key].allocate
+        made: torch.Tensor = make(run.buffers, (*key, *whose), now.like[whose])
+        return made
 
     def _last_uses(self, schedule: Schedule) -> list[tuple[int, ...]]:
         """After each segment, which values nothing later needs; after one that skips others, also those of theirs."""
@@ -474,15 +538,36 @@ class Executor:
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One step of one graph, while it runs. ``moves``: the numbers of what leaves skipped blocks; ``values``: by their
-    places."""
+    places; ``fixed``: where numbers lie, if in memory."""
 
     schedule: Schedule
     index: int
     moves: Numbers
     values: list[Any]
+    fixed: Fixed | None = None
 
     def run(self, calls: Sequence[_BoundCall]) -> Sequence[Any]:
         """Run segments; what the last of them made."""
+        self.fill(calls)
+        return self.make(calls)
+
+    def fill(self, calls: Sequence[_BoundCall]) -> None:
+        """Write the numbers of segments that lie in memory."""
+        if self.fixed is not None:
+            self.fixed.numbers.write(self.packed(calls, self.fixed))
+
+    def packed(self, calls: Sequence[_BoundCall], fixed: Fixed) -> torch.Tensor:
+        """Those numbers."""
+        number, moves = self.schedule.number, self.moves
+        held = {held[0]: held for call in calls for held in call.held}
+        told = {
+            name: number(self.index, of, kind, i) if isinstance(of, Site) else moves[kind, i]
+            for name, of, kind, i in held.values()
+        }
+        return fixed.numbers.pack(told)
+
+    def make(self, calls: Sequence[_BoundCall]) -> Sequence[Any]:
+        """Run segments whose numbers in memory are there."""
         values, number = self.values, self.schedule.number
         made: Sequence[Any] = ()
         for bound in calls:

@@ -134,6 +134,7 @@ class Run:
     kept: dict[tuple[Any, ...], RunConstants] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], Past] = field(default_factory=dict)  # steps that did not skip their range
     bound: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict)  # the executors' own
+    fixed: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the same: memory of CUDA graphs
     spent: bool = False  # its buffers were freed
 
     @property
@@ -146,7 +147,7 @@ class Run:
         for name in [n for n in self.buffers if n[: len(key)] == key and State.STAMP not in n]:
             del self.buffers[name]
         self.spent |= self.steps is not None and self.step >= self.steps - 1
-        for kept in (self.kept, self.computed, self.bound):
+        for kept in (self.kept, self.computed, self.bound, self.fixed):
             for name in [n for n in kept if n[: len(key)] == key]:
                 del kept[name]
 
@@ -247,6 +248,7 @@ class StepControl:
         self._announced: weakref.WeakKeyDictionary[Any, tuple[float, ...]] = weakref.WeakKeyDictionary()
         self.lock = threading.RLock()  # a model runs one call at a time
         self.tables: dict[tuple[int, ...], list[Any]] = {}  # the executors' own, by graph: what follows from the time
+        self.fixed: dict[tuple[int, ...], list[Any]] = {}  # the same: memory of CUDA graphs
 
     # -- what users do ----------------------------------------------------------------------------------------------
 
@@ -266,6 +268,7 @@ class StepControl:
         if context is None and not mine:
             self._directions.clear()
             self.tables.clear()
+            self.fixed.clear()
 
     def announce(self, timesteps: Sequence[float]) -> None:
         """Samplings of this thread or task will have these timesteps, until ``reset``."""
@@ -285,6 +288,7 @@ class StepControl:
     def forget_graphs(self, numbers: set[int]) -> None:
         """Forget the runs that began with one of these graphs."""
         self.tables = {key: tables for key, tables in self.tables.items() if key[0] not in numbers}
+        self.fixed = {key: fixed for key, fixed in self.fixed.items() if key[0] not in numbers}
         for streams in list(self._streams.values()):
             for stream in streams.values():
                 for which in [w for w in stream.runs if w[1] in numbers]:
@@ -323,7 +327,8 @@ class StepControl:
         """Bytes of all buffers alive."""
         alive = [b for run in self.runs for b in run.buffers.values()]
         alive += [v for run in self.runs for kept in run.kept.values() for v in kept.values.values()]
-        return sum(b.numel() * b.element_size() for b in alive)
+        alive += [b for held in self.fixed.values() for fixed in held for b in fixed.tensors]
+        return sum(b.numel() * b.element_size() for b in {id(b): b for b in alive}.values())
 
     @property
     def conditioning_bytes(self) -> int:
