@@ -4,7 +4,7 @@ import logging
 import operator
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -38,6 +38,8 @@ class Session:
 
     It knows graphs and plans, and nothing of Dynamo, which hands it graphs through ``backend.py``.
     """
+
+    runs: ClassVar[type[Executor]] = Executor
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class Session:
             raise error
         plan = self._plan(self.applied, self.seen, program)
         variants = ProgramVariants(program, self._lower, dense=is_dense(self._lower))
-        executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
+        executor = self.runs(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
