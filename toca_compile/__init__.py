@@ -21,7 +21,16 @@ from toca_compile.errors import (
 )
 
 if TYPE_CHECKING:
-    from toca_compile.api import controls, disable_cache, enable_cache, explain, is_optimized, optimize, restore, summary
+    from toca_compile.api import (
+        controls,
+        disable_cache,
+        enable_cache,
+        explain,
+        is_optimized,
+        optimize,
+        restore,
+        summary,
+    )
     from toca_compile.exported.loaded import LoadedModel, load
     from toca_compile.exported.write import export
     from toca_compile.model import OptimizedModel

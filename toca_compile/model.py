@@ -38,8 +38,8 @@ from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untra
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.progress import working
-from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.controls import RunControls
+from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
 

@@ -7,7 +7,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +14,19 @@ from torch import Tensor
 from toca_compile.errors import ExportError
 from toca_compile.exported.table import About, Table, from_json, to_json
 
-TABLE = "toca_compile.json"
-WEIGHTS = "toca_compile.weights"
+CODE = "data/aotinductor"  # where AOTInductor's loader looks for it
+TABLE = "extra/toca_compile.json"
+WEIGHTS = "extra/toca_compile.weights"
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 def write(
-    path: str | os.PathLike[str], about: About, table: Table, tensors: Mapping[str, Tensor], files: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    about: About,
+    table: Table,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, Sequence[str]],
 ) -> None:
     """Write a file, or nothing: it has another name until it is whole.
 
@@ -32,16 +36,21 @@ def write(
     Raises:
         ExportError: it cannot be written.
     """
-    from torch.export.pt2_archive._package import package_pt2
+    from torch.export.pt2_archive import PT2ArchiveWriter  # imports Dynamo, which who loads a file does without
 
     target = Path(path)
     weights = io.BytesIO()
     torch.save(dict(tensors), weights)
-    extra = {TABLE: to_json(about, table), WEIGHTS: weights.getvalue()}
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".toca-") as folder:
             whole = Path(folder) / target.name
-            package_pt2(whole, aoti_files=dict(files), extra_files=extra)
+            with PT2ArchiveWriter(str(whole)) as archive:
+                for entry, own in files.items():
+                    for file in own:
+                        if not file.endswith(".cpp"):
+                            archive.write_file(f"{CODE}/{entry}/{Path(file).name}", file)
+                archive.write_string(TABLE, to_json(about, table))
+                archive.write_bytes(WEIGHTS, weights.getvalue())
             whole.replace(target)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
@@ -56,15 +65,15 @@ def read(path: str | os.PathLike[str]) -> tuple[About, Table, dict[str, Tensor],
     name = os.fspath(path)
     try:
         with zipfile.ZipFile(name) as file:
-            broken = file.testzip()
-            if broken is not None:
-                raise ExportError(f"{name} is damaged: {broken} is not what was written. Export it again")
-            names = {entry.rsplit("/", 1)[-1]: entry for entry in file.namelist()}
+            names = {entry.partition("/")[2]: entry for entry in file.namelist()}  # behind the archive's own
             if TABLE not in names or WEIGHTS not in names:
                 raise ExportError(f"{name} was not written by toca_compile.export")
             about, table = from_json(file.read(names[TABLE]).decode("utf-8"))
             _check(about)
-            tensors = torch.load(io.BytesIO(file.read(names[WEIGHTS])), map_location=None, weights_only=True)
+            tensors = torch.load(io.BytesIO(file.read(names[WEIGHTS])), weights_only=True)
+            for inner, entry in names.items():
+                if inner.startswith(CODE):
+                    file.read(entry)  # what was damaged is told here, and not by its running
     except ExportError as error:
         raise error if str(error).startswith(name) else ExportError(f"{name} cannot be loaded: {error}") from error
     except OSError as error:

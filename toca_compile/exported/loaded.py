@@ -1,6 +1,6 @@
-"""A model that was exported, in a process that needs nothing but torch: no code of the model, no Dynamo, no compiler."""
+"""A model that was exported, in a process with torch alone: no code of the model, no Dynamo, no compiler."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -312,7 +312,3 @@ def _as_fields(value: Any) -> Any:
     if isinstance(value, Mapping):
         return Fields((k, _as_fields(v)) for k, v in value.items())
     return [_as_fields(v) for v in value] if isinstance(value, list) else value
-
-
-def _unused() -> Iterator[None]:
-    yield

@@ -17,8 +17,8 @@ from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 from toca_compile.lowerings.inductor import told
 from toca_compile.runtime.cache_state import like_buffer, owner
-from toca_compile.runtime.executor import Executor, Graph
-from toca_compile.runtime.schedule import Calls, Schedule, SegmentCall
+from toca_compile.runtime.executor import Executor
+from toca_compile.runtime.schedule import Calls, SegmentCall
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Laid:
         self.kept: list[Kept] = []
         self.free = of._last_uses(self.schedule)
 
-    def table(self) -> Table | Any:
+    def table(self) -> tuple[Table, dict[str, Entry]]:
         of, schedule = self.of, self.schedule
         plan, past = schedule.plan, Past()
         memory = plan.skip.memory
@@ -127,8 +127,9 @@ class _Laid:
             constant=tuple(front[: of._constant]),
             timed=tuple(front[of._constant :]),
             results=tuple(self._result(node) for node in _flat(of._output)),
+            test=test,
         )
-        return (table if test is None else _replaced(table, test)), self.entries
+        return table, self.entries
 
     def _with_timed(self, row: Row, timed: set[int], test: Test | None) -> Row:
         calls = [self.calls[i] for i in row.calls]
@@ -202,12 +203,3 @@ class _Laid:
 
 def _flat(output: Any) -> tuple[Any, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
-
-
-def _replaced(table: Table, test: Test) -> Table:
-    from dataclasses import replace
-
-    return replace(table, test=test)
-
-
-__all__ = ["Entry", "Graph", "Recorder", "Schedule"]

@@ -182,7 +182,9 @@ def from_json(text: str) -> tuple[About, Table]:
 def _table(given: dict[str, Any]) -> Table:
     own = dict(given)
     own["steps"] = tuple(_step(step) for step in given["steps"])
-    own["rows"] = tuple(Row(tuple(r["kinds"]), r["tokens"], tuple(r["calls"]), tuple(r["timed"])) for r in given["rows"])
+    own["rows"] = tuple(
+        Row(tuple(r["kinds"]), r["tokens"], tuple(r["calls"]), tuple(r["timed"])) for r in given["rows"]
+    )
     own["calls"] = tuple(Call(c["entry"], *(tuple(c[n]) for n in _PLACES)) for c in given["calls"])
     own["buffers"] = tuple(Kept(tuple(b["shape"]), b["dtype"], b["device"]) for b in given["buffers"])
     for name in ("weights", "inputs", "kinds"):

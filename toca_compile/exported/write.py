@@ -65,7 +65,12 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(given)
     if isinstance(given, Tensor):
         return (given,), {}
-    if isinstance(given, Sequence) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
+    if (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and isinstance(given[0], tuple)
+        and isinstance(given[1], Mapping)
+    ):
         return given[0], dict(given[1])
     if isinstance(given, Sequence):
         return tuple(given), {}
@@ -86,10 +91,17 @@ class Traced:
     tensors: dict[str, Tensor]
 
     def __init__(
-        self, model: nn.Module, policy: Policy | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any
+        self,
+        model: nn.Module,
+        policy: Policy | str | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ExportError(f"export takes a torch.nn.Module or what optimize made of one, not {type(model).__name__}")
+            raise ExportError(
+                f"export takes a torch.nn.Module or what optimize made of one, not {type(model).__name__}"
+            )
         handle = handle_of(model)
         if policy is None:
             if handle is None:
@@ -149,8 +161,8 @@ class Traced:
                 }
             else:
                 raise ExportError(
-                    "the model reads a tensor that is neither an argument nor its own: a global, or what a hook made of "
-                    "an argument. Make it a buffer (register_buffer), or remove the hook"
+                    "the model reads a tensor that is neither an argument nor its own: a global, or what a hook "
+                    "made of an argument. Make it a buffer (register_buffer), or remove the hook"
                 )
         for place, value in recorder.constants.items():
             table.weights[place] = f"(constant {place})"
@@ -171,8 +183,8 @@ class _Results:
     def __call__(self, value: Tensor) -> Any:
         if id(value) not in self._known:
             raise ExportError(
-                "the model returns a tensor that its graph does not make: a hook of the whole model changes the result. "
-                "Remove the hook"
+                "the model returns a tensor that its graph does not make: a hook of the whole model changes "
+                "the result. Remove the hook"
             )
         return self._known[id(value)]
 
