@@ -212,7 +212,7 @@ class LoadedModel(RunControls, nn.Module):
             watched = [values[i] for i in table.watched]
             kept = run.kept.get(_KEY)
             if kept is None or not kept.holds(watched):
-                made = {}
+                made: dict[int, Tensor] = {}
                 for call in (table.calls[i] for i in table.constant):
                     results = self._entries[call.entry]([values[place] for place in call.values])
                     made.update(zip(call.results, results, strict=True))
@@ -267,7 +267,7 @@ class LoadedModel(RunControls, nn.Module):
         test = self._table.test
         if test is None:
             return {}
-        memory = CacheSpec(test.order, None, test.basis)  # type: ignore[arg-type]
+        memory = CacheSpec(test.order, None, test.basis)
         return {f"{kind.value} {i}": n for (kind, i), n in memory.numbers(past, step, past.made).items()}
 
     def _skips(self, past: Past, values: Sequence[Any], run: Run) -> bool:

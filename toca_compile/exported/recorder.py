@@ -12,7 +12,7 @@ from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import ExportError
 from toca_compile.exported.table import Call, Kept, Number, Row, Step, Table, Test
 from toca_compile.ir.history import CacheSpec, Numbers, Past
-from toca_compile.ir.program import Chain, Variant
+from toca_compile.ir.program import Chain, Stream, Variant
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 from toca_compile.lowerings.inductor import told
@@ -66,6 +66,9 @@ class Recorder(Executor):
         return {self._place[node]: value for node, value in self._constants}
 
 
+_Asked = tuple[Site | Stream, Any, int]  # a host number: whose, which, and which of several
+
+
 class _Laid:
     """A table while it is made."""
 
@@ -75,7 +78,7 @@ class _Laid:
         self.variants.checked = of.variants.checked
         self.entries: dict[str, Entry] = {}
         self.names: dict[Any, str] = {}  # of entries, by what tells them
-        self.called: dict[SegmentCall, tuple[int, list[Any]]] = {}
+        self.called: dict[SegmentCall, tuple[int, list[_Asked]]] = {}
         self.calls: list[Call] = []
         self.rows: dict[Any, int] = {}
         self.told: list[Row] = []
@@ -153,28 +156,33 @@ class _Laid:
         if key not in self.rows:
             self.rows[key] = len(self.told)
             self.told.append(Row(tuple(sorted(k.value for k in kinds)), tokens, key[0], ()))
-        numbers = tuple(tuple(self._number(index, *asked, moves) for asked in asks) for _, asks in made)
+        numbers = tuple(tuple(self._number(index, asked, moves) for asked in asks) for _, asks in made)
         return Step(self.rows[key], numbers)
 
-    def _number(self, step: int, of: Any, kind: Any, index: int, moves: Numbers | None) -> Number:
+    def _number(self, step: int, asked: _Asked, moves: Numbers | None) -> Number:
+        of, kind, index = asked
         if isinstance(of, Site):
             return self.schedule.number(step, of, kind, index)
         return f"{kind.value} {index}" if moves is None else moves[kind, index]
 
-    def _call(self, call: SegmentCall) -> tuple[int, list[Any]]:
+    def _call(self, call: SegmentCall) -> tuple[int, list[_Asked]]:
         """A call's number, and which host numbers it asks for."""
         if call not in self.called:
             of, segment = self.of, call.segment
             entry, used, slots = self.variants.compiled(segment, call.forms, self.schedule.plan)
-            asked, places = [], []
+            asked: list[_Asked] = []
+            places: list[int | None] = []
             for slot in slots:
                 whose = self.schedule.owners[segment.sites[slot.position]]
-                places.append(self._buffer(slot.kind, slot.index, whose) if isinstance(slot.kind, State) else None)
-                if not isinstance(slot.kind, State):
+                if isinstance(slot.kind, State):
+                    places.append(self._buffer(slot.kind, slot.index, whose))
+                else:
+                    places.append(None)
                     asked.append((whose, slot.kind, slot.index))
             at = segment.at if isinstance(segment, Chain) else (call.at,) if call is not self.schedule.probe else ()
+            name: Any = entry()
             made = Call(
-                entry(),
+                name,
                 tuple(of._place[segment.inputs[i]] for i in used),
                 tuple(places),
                 tuple(of._place[n] for n in segment.outputs),
@@ -184,7 +192,7 @@ class _Laid:
             self.calls.append(made)
         return self.called[call]
 
-    def _buffer(self, kind: State, index: int, of: Any) -> int:
+    def _buffer(self, kind: State, index: int, of: Site | Stream) -> int:
         selector = self.schedule.plan.selector
         whose = (*owner(kind, of, selector), index)
         if whose not in self.buffers:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toca_compile.diffusers import first_call, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive
 from toca_compile.exported.recorder import Entry, Recorder
@@ -20,6 +21,7 @@ from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.aot import compile_files
 from toca_compile.model import unwrapped, wrap
+from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
 from toca_compile.session import Session
@@ -28,16 +30,18 @@ _SCALARS = (bool, int, float, str, type(None))
 
 
 def export(
-    model: nn.Module, policy: Policy | str | None, example_inputs: Any, path: str | PathLike[str], **options: Any
+    model: Any, policy: Policy | str | None, example_inputs: Any, path: str | PathLike[str], **options: Any
 ) -> None:
-    """Write a model with its caches to a file that runs without its code, Dynamo and a compiler
+    """Write a model with its caches to a file that runs without its code, without Dynamo and without a compiler
     (``toca_compile.load``).
 
     Args:
-        model: a diffusion transformer in eval mode, or what ``optimize`` made of one.
+        model: a diffusion transformer in eval mode, or what ``optimize`` made of one; or a diffusers pipeline with one
+            transformer, which is what is exported.
         policy: as of ``optimize``; None: that of an optimised model.
         example_inputs: what the model is called with: a tuple of arguments, a dictionary of them by name, or a pair of
-            both. Their shapes, and what is no tensor among them, are compiled in.
+            both. Their shapes, and what is no tensor among them, are compiled in. Of a pipeline: the arguments of its
+            call, which is made as far as the first call of the transformer.
         path: of the file, ``*.pt2``. It is written whole, or not at all.
         options: ``grid`` and ``hoist``, as of ``optimize``.
 
@@ -49,13 +53,26 @@ def export(
         raise ExportError(f"the file must be called *.pt2, not {Path(path).name}")
     if not Path(path).absolute().parent.is_dir():
         raise ExportError(f"there is no folder {Path(path).absolute().parent}")
-    traced = Traced(model, policy, *arguments(example_inputs), **options)
+    traced = trace(model, policy, example_inputs, **options)
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for i, (name, entry) in enumerate(traced.entries.items(), 1):
             with working(f"compiling entry {i} of {len(traced.entries)}"):
                 files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name)
         archive.write(path, traced.about, traced.table, traced.tensors, files)
+
+
+def trace(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> "Traced":
+    """What ``export`` writes, before it is compiled."""
+    if not is_pipeline(model):
+        return Traced(model, policy, arguments(example_inputs), **options)
+    if not isinstance(example_inputs, Mapping):
+        raise ExportError("example_inputs of a pipeline must be a dictionary of the arguments of its call")
+    call = first_call(model, example_inputs)
+    handle = handle_of(call.model)
+    wanted = checked_policy(policy) if policy is not None else handle._session.policy if handle is not None else None
+    fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
+    return Traced(call.model, fit, (call.args, call.kwargs), **options)
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -91,12 +108,7 @@ class Traced:
     tensors: dict[str, Tensor]
 
     def __init__(
-        self,
-        model: nn.Module,
-        policy: Policy | str | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        **options: Any,
+        self, model: nn.Module, policy: Policy | str | None, call: tuple[Any, Mapping[str, Any]], **options: Any
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ExportError(
@@ -111,7 +123,7 @@ class Traced:
             options = {"grid": handle._session.grid, "hoist": handle._session.hoist, **options}
         plain = unwrapped(model)
         session = _Session(policy, lowering="eager", **options)
-        args, kwargs = (mapped(given, _apart) for given in (args, dict(kwargs)))
+        args, kwargs = (mapped(given, _apart) for given in call)
         with torch.no_grad():
             out = wrap(plain, session)(*args, **kwargs)
         recorder = _the_graph(session, type(plain).__name__)

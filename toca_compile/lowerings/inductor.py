@@ -105,7 +105,7 @@ def _kept_or_compiled(key: tuple[Any, ...], module: fx.GraphModule, examples: Se
 
 def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     mode = symbolic_mode()
-    values = [
+    values: list[Any] = [
         fake(mode, e) if isinstance(e, torch.Tensor) else symbol(mode, f"toca_number_{i}", e)
         for i, e in enumerate(examples)
     ]
