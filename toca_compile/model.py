@@ -238,7 +238,7 @@ class Calls:
             return _Entry(
                 lambda _, args, kwargs: call(model, *args, **kwargs), code, policy, uncached={why: TocaError(why)}
             )
-        if _has_hooks(model):
+        if has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
             inner = self.context(types.MethodType(call, model))
             return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
@@ -493,7 +493,8 @@ def _kind(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something stands around the whole model, which runs outside of what is traced."""
     return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
 
 

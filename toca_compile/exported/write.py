@@ -20,7 +20,7 @@ from toca_compile.exported.table import About, Table
 from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.aot import compile_files
-from toca_compile.model import unwrapped, wrap
+from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
@@ -122,6 +122,11 @@ class Traced:
         if handle is not None:
             options = {"grid": handle._session.grid, "hoist": handle._session.hoist, **options}
         plain = unwrapped(model)
+        if has_hooks(plain):
+            raise ExportError(
+                f"{type(plain).__name__} has hooks, or a forward, put around it (offloading, timers, what changes its "
+                "arguments or results), which no file can hold: remove them"
+            )
         session = _Session(policy, lowering="eager", **options)
         args, kwargs = (mapped(given, _apart) for given in call)
         with torch.no_grad():
@@ -173,8 +178,8 @@ class Traced:
                 }
             else:
                 raise ExportError(
-                    "the model reads a tensor that is neither an argument nor its own: a global, or what a hook "
-                    "made of an argument. Make it a buffer (register_buffer), or remove the hook"
+                    "the model reads a tensor that is neither an argument nor its own: make it a buffer "
+                    "(register_buffer)"
                 )
         for place, value in recorder.constants.items():
             table.weights[place] = f"(constant {place})"
@@ -194,10 +199,7 @@ class _Results:
 
     def __call__(self, value: Tensor) -> Any:
         if id(value) not in self._known:
-            raise ExportError(
-                "the model returns a tensor that its graph does not make: a hook of the whole model changes "
-                "the result. Remove the hook"
-            )
+            raise ExportError("the model returns a tensor that its graph does not make")
         return self._known[id(value)]
 
 
