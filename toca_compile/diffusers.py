@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from toca_compile.errors import ExportError, PolicyError
@@ -259,6 +260,7 @@ class _Run:
         """Around one model call: the plan for the run before the first, and a context for each guidance pass."""
         if self.policy is None:
             self.policy = self._policy()
+            self._announce()
         # At each call: another thread may have sampled with the model by another plan since.
         self.model._session.follow(self.policy)
         number, self.passes = self.passes, self.passes + 1
@@ -271,6 +273,13 @@ class _Run:
             name = named or (f"pass {number + 1}" if number else "default")
             with Controls.cache_context(self.model, name, step_index=self.index):  # ours alone: the model has its own
                 yield
+
+    def _announce(self) -> None:
+        """Say which timesteps will come, where what is made of them for all at once pays: a lowering that does not
+        compile stays equal to the model to the last bit."""
+        timesteps = self.scheduler.timesteps
+        if self.model._session.compiles and isinstance(timesteps, torch.Tensor) and timesteps.device.type == "cpu":
+            self.model._session.control.announce(timesteps.tolist())
 
     def _policy(self) -> Policy:
         """The policy as it is meant for this run; one that has no ``for_run`` is meant as it is."""

@@ -295,6 +295,29 @@ class Controls(RunControls):
     def _control(self) -> StepControl:
         return self._session.control
 
+    def begin(self, timesteps: Iterable[float] | torch.Tensor) -> None:
+        """A sampling begins, in this thread or task, and its timesteps are these: what follows from them alone
+        (embeddings, modulations, gates) is made for all of them at once by its first call.
+
+        Pipelines of diffusers announce those of their scheduler by themselves. Rows differ from those made step by step
+        by rounding (1e-6 in float32). Where the model is told the time in a form that is not recognised, or on an
+        accelerator, whose values the host does not see, nothing is made ahead.
+
+        Args:
+            timesteps: as the scheduler has them, in the order of sampling.
+
+        Raises:
+            TocaError: they are no numbers.
+        """
+        try:
+            numbers = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps))
+            announced = [float(t) for t in numbers.reshape(-1).tolist()]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TocaError(f"timesteps must be numbers, as a scheduler's timesteps are, not {timesteps!r}") from error
+        with self._session.control.lock:
+            self._session.control.reset(mine=True)
+            self._session.control.announce(announced)
+
     @property
     def policy(self) -> Policy:
         """The policy. Assigning another takes effect with the next run, without tracing again."""

@@ -21,7 +21,7 @@ from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Layout
-from toca_compile.lowerings import find_lowering, is_dense
+from toca_compile.lowerings import find_lowering, is_dense, of_rare_calls
 from toca_compile.passes.variants.select import SELECTIONS
 from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
@@ -83,6 +83,11 @@ class Session:
 
     def _settings(self) -> dict[str, Any]:
         return {"lowering": self.lowering, "strict": self.strict, "grid": self.grid, "hoist": self.hoist}
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the lowering compiles what it is given."""
+        return of_rare_calls(self._lower) is not self._lower
 
     def set_policy(self, policy: Policy | str) -> None:
         """Follow another policy from the next run on; nothing is traced again, and nothing compiled again unless the

@@ -6,11 +6,13 @@ Checks, in the order in which they are made (one optimised pipeline serves them 
 * ``steps``: under caching policies each transformer, in each guidance pass, makes as many steps as the pipeline gives
   it, of the kinds that the policy plans for a run of that length;
 * ``repeat``: a second call yields the same bits, and no cache outlives a call;
-* ``stopped``: after a call that failed, and after one that was interrupted, the next is as on a fresh pipeline.
+* ``stopped``: after a call that failed, and after one that was interrupted, the next is as on a fresh pipeline;
+* ``announced``: where it pays, what follows from the scheduler's timesteps is made for all of them by the first step.
 """
 
 import inspect
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from tests.pipelines.builders import TABLE, follow, kinds, made
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa
 from toca_compile.diffusers import optimized_components
 from toca_compile.ir.plan import Policy
+from toca_compile.runtime.conditioning import Conditioning
+from toca_compile.session import Session
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -43,6 +47,8 @@ STEPS = {
     "Wan 2.2 I2V": (4, 2),
 }
 TWO_PASSES = {"Chroma", "QwenImage", "Lumina2", "Wan", "Wan I2V", "Wan 2.2", "Wan 2.2 I2V"}
+# Whose blocks take nothing from the time alone.
+UNCONDITIONED = {"Lumina2", "Mochi"}
 
 
 def cache_bytes(pipe: Any) -> int:
@@ -112,3 +118,11 @@ def test_a_pipeline(name: str) -> None:
         assert cache_bytes(pipe) == 0
         assert torch.equal(run(pipe, call, CALLS), first)
     assert kinds(pipe) == [[PLANNED[-1][1][:n]] * passes for n in steps]
+
+    # announced
+    for model in optimized_components(pipe).values():
+        model.reset()
+    with patch.object(Session, "compiles", True), patch.object(Conditioning, "_make", side_effect=AssertionError):
+        torch.testing.assert_close(run(pipe, call, CALLS), first, rtol=1e-4, atol=1e-4)
+    tables = [t for m in optimized_components(pipe).values() for ts in m._session.control.tables.values() for t in ts]
+    assert bool(tables) == (name not in UNCONDITIONED)

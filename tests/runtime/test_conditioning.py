@@ -143,6 +143,69 @@ def test_rows_beyond_the_limit_are_made_at_each_step(model: nn.Module, monkeypat
     assert 0 < tables[0].bytes <= conditioning.LIMIT
 
 
+@pytest.mark.parametrize("given", [list, torch.tensor, iter, lambda t: [1000, *t]])
+def test_announced_times_make_all_rows_at_once(model: nn.Module, given: Callable[[list[int]], Any]) -> None:
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    opt.begin(given(TIMES))
+    with made() as found:
+        out = steps(opt, noise(), TIMES, LABELS)
+    assert found == ["rows"]
+    torch.testing.assert_close(out, steps(fresh, noise(), TIMES, LABELS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("told", "rows"),
+    [(lambda t: t / 1000, 1), (lambda t: 1 - t / 1000, 1), (lambda t: (t / 1000).to(torch.bfloat16), 1), (torch.sqrt, 0)],
+)  # fmt: skip
+def test_the_form_in_which_a_model_is_told_the_time_is_recognised(
+    model: nn.Module, told: Callable[[Tensor], Tensor], rows: int
+) -> None:
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+
+    def sampled(opt: Any) -> Tensor:
+        x = noise()
+        with torch.no_grad():
+            for time in TIMES:
+                x = x - 0.1 * opt(x, told(torch.full((2,), float(time))), LABELS)
+        return x
+
+    opt.begin(TIMES)
+    with made() as found:
+        out = sampled(opt)
+    assert found.count("rows") == rows
+    assert found.count("row") == (0 if rows else 8)
+    torch.testing.assert_close(out, sampled(fresh), rtol=1e-6, atol=1e-6)
+
+
+def test_times_that_do_not_come_are_made_as_they_come(model: nn.Module) -> None:
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    opt.begin([TIMES[0], *(t + 1 for t in TIMES[1:])])
+    with made() as found:
+        out = steps(opt, noise(), TIMES, LABELS)
+    assert found == ["rows", *["row"] * 7]
+    torch.testing.assert_close(out, steps(fresh, noise(), TIMES, LABELS), rtol=1e-6, atol=1e-6)
+
+
+def test_begin_begins_a_sampling_and_wants_numbers(model: nn.Module) -> None:
+    opt = optimized(model, POLICY)
+    steps(opt, noise(), TIMES[:3], LABELS)
+    opt.begin(TIMES[2:])
+    steps(opt, noise(), TIMES[2:4], LABELS)
+    assert [r.index for r in opt.steps] == [0, 1]
+    with pytest.raises(toca_compile.TocaError, match="timesteps must be numbers"):
+        opt.begin(["first", "second"])
+
+
+def test_more_times_than_are_made_at_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditioning, "_AT_ONCE", 3)
+    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    opt.begin(TIMES)
+    with made() as found:
+        out = steps(opt, noise(), TIMES, LABELS)
+    assert found == ["rows"]
+    torch.testing.assert_close(out, steps(fresh, noise(), TIMES, LABELS), rtol=1e-6, atol=1e-6)
+
+
 def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: nn.Module) -> None:
     opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
     steps(opt, noise(), TIMES, LABELS)

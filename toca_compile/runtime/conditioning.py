@@ -2,10 +2,11 @@
 
 Embeddings of the timestep and every block's shifts, scales and gates are the same in every sampling with the same
 timesteps, labels and weights. Their segments stand in front (``passes/hoist.py``); a *row* is what they make for one
-timestep, and rows are kept from one sampling to the next. With other labels (or weights) the rows of all timesteps met
-before are made at once, so that each layer is one product for all of them.
+timestep, and rows are kept from one sampling to the next. Where the timesteps are known before (announced, or met
+with other labels or weights), the rows of all are made at once, so that each layer is one product for all of them.
 """
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,8 +26,10 @@ TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have 
 _LARGE = 1 << 20  # numbers of an input beyond which not all are compared
 _SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
 _LARGEST = 4096  # numbers of a time that is looked up
+_AT_ONCE = 64  # rows
 
 Time = tuple[Any, ...]
+Clocks = dict[Time, tuple[torch.Tensor, ...]]  # the inputs that tell each time
 Row = dict[int, torch.Tensor]  # by place among a step's values
 
 
@@ -99,16 +102,18 @@ class Table:
     labels: Seen
     weights: Seen
     rows: dict[Time, Row] = field(default_factory=dict)
-    clocks: dict[Time, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    clocks: Clocks = field(default_factory=dict)
     bytes: int = 0
 
-    def keep(self, time: Time, clocks: tuple[torch.Tensor, ...], row: Row) -> None:
-        """Keep a row, or what is new of it, if there is room."""
+    def keep(self, time: Time, clocks: tuple[torch.Tensor, ...], row: Row) -> bool:
+        """Keep a row, or what is new of it, if there is room; whether there was."""
         new = {place: value for place, value in row.items() if place not in self.rows.get(time, ())}
         size = sum(value.numel() * value.element_size() for value in new.values())
         if self.bytes + size <= LIMIT:
             self.bytes += size
             self.rows[time], self.clocks[time] = row, clocks
+            return True
+        return False
 
 
 class Conditioning:
@@ -135,6 +140,7 @@ class Conditioning:
         tables: list[Table],
         *,
         full: bool,
+        announced: Sequence[float] = (),
     ) -> None:
         """Put the values at the places ``wanted`` of one step.
 
@@ -144,17 +150,20 @@ class Conditioning:
             tables: those of the graph, the last used first; a new one is added.
             full: whether the step computes everything. Only then weights are looked at: what other steps take from
                 caches was made with those of the last full step too.
+            announced: the timesteps of the sampling, as far as they are known.
         """
         table = self._table(values, tables, full=full)
-        time = self._time(values)
+        clock = [values[i] for i in self._clock]
+        time = _time(clock)
         row = table.rows.get(time) if time is not None else None
         if row is None and time is not None and not table.rows and self._at_once:
-            self._make_rows(table, time, values, parts, tables[1:])
+            known = next((other.clocks for other in tables[1:] if time in other.clocks), {})
+            self._make_rows(table, known if len(known) > 1 else _ahead(clock, announced), values, parts)
             row = table.rows.get(time)
         if row is None or not wanted <= row.keys():
             row = self._make(values, parts, wanted, row or {})
             if time is not None:
-                table.keep(time, tuple(values[i].clone() for i in self._clock), row)
+                table.keep(time, tuple(c.clone() for c in clock), row)
         for place in wanted:
             values[place] = row[place]
 
@@ -168,13 +177,6 @@ class Conditioning:
         tables.insert(0, Table(Seen(labels), Seen(weights)))
         del tables[TABLES:]
         return tables[0]
-
-    def _time(self, values: Sequence[Any]) -> Time | None:
-        """The time as it is looked up; None where it is too much to compare."""
-        clock = [values[i] for i in self._clock]
-        if sum(c.numel() for c in clock) > _LARGEST:
-            return None
-        return tuple(x for c in clock for x in c.reshape(-1).tolist())
 
     def _make(self, values: Sequence[Any], parts: Sequence[Part], wanted: frozenset[int], row: Row) -> Row:
         """A row in which the places ``wanted`` are filled. Parts whose values nothing in the step reads are left
@@ -194,32 +196,66 @@ class Conditioning:
                 own[place] = made[place] = value.clone(memory_format=torch.contiguous_format)
         return made
 
-    def _make_rows(
-        self, table: Table, time: Time, values: Sequence[Any], parts: Sequence[Part], others: Sequence[Table]
-    ) -> None:
-        """Make the rows of all times among which another table has this one, with these labels and weights."""
-        known = next((other.clocks for other in others if time in other.clocks), {})
-        if len(known) < 2:
-            return
-        own = list(values)
-        for i, clocks in zip(self._clock, zip(*known.values(), strict=True), strict=True):
-            own[i] = torch.stack(clocks)
-        several = set(self._clock)
-        try:
-            for part in parts:
-                dims = tuple(0 if place in several else None for place in part.values)
-                arguments = [own[place] for place in part.values]
-                if any(d == 0 for d in dims):
-                    results = torch.func.vmap(part.call, in_dims=dims)(*arguments)
-                    several.update(part.results)
-                else:
-                    results = part.call(*arguments)
-                for place, value in zip(part.results, results, strict=True):
-                    own[place] = value.clone(memory_format=torch.contiguous_format)
-        except Exception as error:  # whatever an op makes of a dimension more
-            log.info("rows for several timesteps are made one by one: %s", error)
-            self._at_once = False
-            return
-        places = [place for part in parts for place in part.results]
-        for i, (key, clocks) in enumerate(known.items()):
-            table.keep(key, clocks, {p: own[p][i] if p in several else own[p] for p in places})
+    def _make_rows(self, table: Table, known: Clocks, values: Sequence[Any], parts: Sequence[Part]) -> None:
+        """Make the rows of several times with these labels and weights."""
+        times = list(known)
+        for first in range(0, len(times) if len(times) > 1 else 0, _AT_ONCE):
+            chosen = times[first : first + _AT_ONCE]
+            own = list(values)
+            for i, clocks in zip(self._clock, zip(*(known[time] for time in chosen), strict=True), strict=True):
+                own[i] = torch.stack(clocks)
+            several = set(self._clock)
+            try:
+                for part in parts:
+                    dims = tuple(0 if place in several else None for place in part.values)
+                    arguments = [own[place] for place in part.values]
+                    if any(d == 0 for d in dims):
+                        results = torch.func.vmap(part.call, in_dims=dims)(*arguments)
+                        several.update(part.results)
+                    else:
+                        results = part.call(*arguments)
+                    for place, value in zip(part.results, results, strict=True):
+                        own[place] = value.clone(memory_format=torch.contiguous_format)
+            except Exception as error:  # whatever an op makes of a dimension more
+                log.info("rows for several timesteps are made one by one: %s", error)
+                self._at_once = False
+                return
+            places = [place for part in parts for place in part.results]
+            for i, time in enumerate(chosen):
+                row = {p: own[p][i] if p in several else own[p] for p in places}
+                if not table.keep(time, known[time], row):
+                    return
+
+
+def _time(clock: Sequence[torch.Tensor]) -> Time | None:
+    """The time as it is looked up; None where it is too much to compare."""
+    if sum(c.numel() for c in clock) > _LARGEST:
+        return None
+    return tuple(x for c in clock for x in c.reshape(-1).tolist())
+
+
+# What pipelines give their models for a timestep of the scheduler.
+_GIVEN: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000, lambda t: (1000 - t) / 1000,
+)  # fmt: skip
+
+
+def _ahead(clock: Sequence[torch.Tensor], announced: Sequence[float]) -> Clocks:
+    """The inputs that will tell the times announced, from this one on, if one of them can be recognised in how this one
+    is told, the earliest; nothing otherwise. What tells no timestep (a guidance scale) stays as it is. A wrong guess is
+    a row that nobody looks up."""
+    if not announced or not all(bool((c == c.reshape(-1)[:1]).all()) for c in clock):
+        return {}
+    ways: dict[int, Clocks] = {}
+    for given, dtype in itertools.product(_GIVEN, (None, torch.float32)):
+        told = [given(torch.tensor(announced).to(dtype or c.dtype)).to(c.dtype) for c in clock]
+        met = [(t == c.reshape(-1)[0]).nonzero() for t, c in zip(told, clock, strict=True)]
+        if any(len(at) for at in met):
+            start = min(int(at[0]) for at in met if len(at))
+            columns = [
+                [torch.full_like(c, x) for x in t[start:].tolist()] if len(at) else [c.clone()] * (len(t) - start)
+                for t, at, c in zip(told, met, clock, strict=True)
+            ]
+            rows = zip(*columns, strict=True)
+            ways.setdefault(start, {}).update({time: row for row in rows if (time := _time(row)) is not None})
+    return ways[min(ways)] if ways else {}

@@ -329,7 +329,8 @@ class Executor:
         if bound.timed:
             parts = bound.calls[self._constant : self._front]
             tables = self.control.tables.setdefault(key, [])
-            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full)
+            announced = self.control.announced
+            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, announced=announced)
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
         """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""

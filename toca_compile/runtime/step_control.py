@@ -244,6 +244,7 @@ class StepControl:
         self._peak = 0
         self.calls = 0  # that are over
         self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
+        self._announced: weakref.WeakKeyDictionary[Any, tuple[float, ...]] = weakref.WeakKeyDictionary()
         self.lock = threading.RLock()  # a model runs one call at a time
         self.tables: dict[tuple[int, ...], list[Any]] = {}  # the executors' own, by graph: what follows from the time
 
@@ -253,6 +254,9 @@ class StepControl:
         """Forget the runs (of one context and its passes, or of all; or ``mine``: of this thread or task alone): the
         next call is step 0, and its caches are freed."""
         self._note_peak()
+        if context is None:
+            for owner in [_owner()] if mine else list(self._announced):
+                self._announced.pop(owner, None)
         for streams in [self._streams.get(_owner(), {})] if mine else list(self._streams.values()):
             for key in [k for k, s in streams.items() if context is None or s.name == context]:
                 del streams[key]
@@ -262,6 +266,15 @@ class StepControl:
         if context is None and not mine:
             self._directions.clear()
             self.tables.clear()
+
+    def announce(self, timesteps: Sequence[float]) -> None:
+        """Samplings of this thread or task will have these timesteps, until ``reset``."""
+        self._announced[_owner()] = tuple(timesteps)
+
+    @property
+    def announced(self) -> tuple[float, ...]:
+        """The timesteps that the caller has announced."""
+        return self._announced.get(_owner(), ())
 
     def undo(self, context: str) -> None:
         """As if there had been no call in this context."""
