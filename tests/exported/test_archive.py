@@ -14,29 +14,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
 
 import toca_compile
-from tests.models import PlainDiT, randomize
+from tests.models import diffusers_dit, randomize
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import ExportError, LoadedModel, ToCa
+from toca_compile.demo import fashion_dit
 
 pytestmark = [pytest.mark.inductor, pytest.mark.xdist_group("export")]
 
 STEPS = 50
 POLICY = ToCa(STEPS, interval=4, fresh_ratio=0.3)  # whose K is another one at each step
-PICTURE = noise(size=(4, 4))
+PICTURE = noise(4, channels=1)
 
 SAMPLING = """
 import sys, torch, toca_compile
 model = toca_compile.load(sys.argv[1])
-x, t, y = (torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3))
 x, made = torch.load(sys.argv[2])["x"], []
 for run in range(2):
     z = x
     for i in range(50):
-        z = z - model(z, torch.full((2,), (49 - i) * 1000 // 50), torch.arange(2)) / 50
+        z = z - model(z, torch.full((4,), (49 - i) * 1000 // 50), torch.arange(4)).sample / 50
     made.append(z)
     kinds = "".join(r.kind.value[0] for r in model.steps)
     model.reset()
@@ -52,14 +53,24 @@ class Exported:
     kinds: str
 
 
+def dit(seed: int = 0) -> nn.Module:
+    """Called as the model of ``examples/fashion_dit`` is."""
+    return randomize(diffusers_dit(depth=2, in_channels=1, out_channels=1), seed)
+
+
+def sampled(model: Any) -> Tensor:
+    """Pictures of 50 steps."""
+    return sample(lambda x, t, y: model(x, t, y).sample, STEPS, PICTURE)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch._dynamo.reset()
-    model = randomize(PlainDiT(size=(4, 4), width=8, depth=2))
+    model = dit()
     live = optimized(model, POLICY)
-    made = sample(live, STEPS, PICTURE)
+    made = sampled(live)
     path = tmp_path_factory.mktemp("exported") / "dit.pt2"
-    inputs = PICTURE, torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    inputs = PICTURE, torch.zeros(4, dtype=torch.int64), torch.arange(4)
     toca_compile.export(model, POLICY, inputs, path, hoist=False)
     assert [file.name for file in path.parent.iterdir()] == ["dit.pt2"]
     return Exported(path, made, "".join(r.kind.value[0] for r in live.steps))
@@ -83,15 +94,29 @@ def test_a_process_without_the_model_makes_the_same_pictures(exported: Exported,
 def test_two_loaded_models_have_two_caches_and_other_weights_are_theirs(exported: Exported) -> None:
     a, b = (toca_compile.load(exported.path) for _ in range(2))
     assert isinstance(a, LoadedModel)
-    other = randomize(PlainDiT(size=(4, 4), width=8, depth=2), seed=1)
+    other = dit(seed=1)
     b.update_weights(other.state_dict())
     x, z = PICTURE, PICTURE
     with torch.no_grad():
         for i in range(STEPS):
-            t = torch.full((2,), (STEPS - 1 - i) * 1000 // STEPS)
-            x, z = x - a(x, t, torch.arange(2)) / STEPS, z - b(z, t, torch.arange(2)) / STEPS
+            t = torch.full((4,), (STEPS - 1 - i) * 1000 // STEPS)
+            x, z = x - a(x, t, torch.arange(4)).sample / STEPS, z - b(z, t, torch.arange(4)).sample / STEPS
     torch.testing.assert_close(x, exported.live, rtol=0, atol=1e-5)
-    torch.testing.assert_close(z, sample(optimized(other, POLICY), STEPS, PICTURE), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z, sampled(optimized(other, POLICY)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs CMake and a C++ compiler")
+def test_a_program_without_python_makes_the_same_pictures(exported: Exported, tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", prefix, str(example)], ["cmake", "--build", "."]):
+        subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    made = [tmp_path / "made.pgm", tmp_path / "made.pt"]
+    subprocess.run([tmp_path / "sample_exported", exported.path, *made], check=True)
+    scheduler = DDIMScheduler.from_pretrained(example.parent / "fashion_dit" / "scheduler")
+    expected = fashion_dit.sample(toca_compile.load(exported.path), scheduler, torch.arange(2), STEPS)
+    torch.testing.assert_close(torch.load(made[1]), expected, rtol=1e-4, atol=1e-4)
+    assert made[0].read_bytes().startswith(b"P5\n16 8\n255\n")
 
 
 def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:

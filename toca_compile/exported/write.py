@@ -240,4 +240,6 @@ def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return None
-    return json.loads(json.dumps(dict(config), default=repr))
+    # What begins with an underscore says where it came from.
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(own, default=repr))
