@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import toca_compile
 from tests.models import randomize
 from tests.runs import same_as_dense
+from tests.versions import needs_transforms
 from toca_compile import Composition, FullCompute, UnsupportedGraphError
 from toca_compile.policies import Every, Partial, Queries, Rule, Selector, Share
 
@@ -82,6 +83,7 @@ def inputs(i: int) -> tuple[Tensor]:
     return (first + 0.3 * i * change,)
 
 
+@needs_transforms
 @pytest.mark.parametrize("style", [Block, Frames, Sloped, Shown])
 @torch.no_grad()
 def test_attention_by_functions_of_indices(style: type[Block]) -> None:
@@ -95,6 +97,7 @@ def test_attention_by_functions_of_indices(style: type[Block]) -> None:
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
 
 
+@needs_transforms
 @pytest.mark.inductor
 @torch.no_grad()
 def test_some_queries_are_compiled() -> None:
@@ -116,6 +119,7 @@ class Chosen(Block):
         return flex_attention(q, k, v, block_mask=blocks)  # type: ignore[return-value]
 
 
+@needs_transforms
 @torch.no_grad()
 def test_blocks_that_are_chosen_at_run_time_are_reused() -> None:
     net = randomize(Chosen())

@@ -226,6 +226,9 @@ class Watch:
 
     def _nearest(self, sights: Sequence[Sight], now: Sight, latents: Any) -> int | None:
         """The lane whose latents are like these; None where there is none to choose."""
+        lanes = {sight.lane[0] for sight in sights}
+        if len(lanes) == 1:
+            return lanes.pop()
         away: dict[int, float] = {}
         for sight in sights:
             pair = _copies(sight, now, latents)
@@ -389,7 +392,8 @@ def number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
         if not on_host(value) or not value.numel() or value.numel() > 4096 or value.is_complex():
             return None
-        return float(value.detach().double().mean())
+        numbers = value.detach().reshape(-1).tolist()  # for the few that they are, faster than an op
+        return float(sum(numbers)) / len(numbers)
     return float(value) if isinstance(value, (int, float)) else None
 
 

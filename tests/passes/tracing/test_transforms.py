@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.programs import program_of
+from tests.versions import LOSES_TRANSFORMS, needs_transforms
 from toca_compile import UnsupportedGraphError
 from toca_compile.passes.tracing import transforms
 
@@ -43,6 +44,7 @@ def differentiated(x: Tensor) -> Tensor:
 MAPPED = [nested, written, differentiated, torch.vmap(lambda row: row.new_zeros(3) + row.sum())]
 
 
+@needs_transforms
 @pytest.mark.parametrize("make", MAPPED)
 def test_what_is_mapped_becomes_ops(make: Callable[[Tensor], Tensor]) -> None:
     net, x = Mapped(make), torch.randn(2, 3)
@@ -52,6 +54,13 @@ def test_what_is_mapped_becomes_ops(make: Callable[[Tensor], Tensor]) -> None:
     given = [x if p.meta["val"].dim() > 1 else net.table for p in program.placeholders]
     torch.testing.assert_close(program.module(*given)[0], net(x))
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+@pytest.mark.skipif(not LOSES_TRANSFORMS, reason="torch sees what a transform makes from 2.12 on")
+@pytest.mark.parametrize("make", MAPPED)
+def test_what_a_transform_makes_is_refused_where_torch_loses_it(make: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedGraphError, match="makes a tensor that tracing does not see"):
+        program_of(Mapped(make), torch.randn(2, 3))
 
 
 def test_a_transform_that_cannot_be_traced_is_named_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
