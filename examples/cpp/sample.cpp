@@ -10,10 +10,7 @@
 #include <torch/torch.h>
 
 #include <fstream>
-#include <iostream>
-
 #include "json.h"
-
 using at::Tensor;
 using Loader = torch::inductor::AOTIModelPackageLoader;
 
@@ -63,7 +60,6 @@ class Model {
   }
 
   const Json& config() const { return told_["about"]["config"]; }
-
  private:
   void call(long number, const std::vector<long>& numbers, std::vector<Tensor>& values, bool frees) {
     const Json& call = told_["table"]["calls"].list.at(number);
@@ -100,16 +96,15 @@ void write_pgm(const Tensor& pictures, const std::string& path) {
 }
 
 int main(int count, char** given) {
-  if (count < 3) return std::cerr << "sample_exported dit.pt2 pictures.pgm [pictures.pt]\n", 2;
+  if (count < 3) return 2;
   c10::InferenceMode without_gradients;
   Model model(given[1]);
   const long steps = 50, pictures = 2, size = model.config()["sample_size"].integer();
   const double guidance = 1.5;
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(0);
-  Tensor x = at::randn({pictures, 1, size, size}, generator);
+  Tensor x = at::randn({pictures, 1, size, size}, at::make_generator<at::CPUGeneratorImpl>(0));
   Tensor labels = at::arange(pictures);
   Tensor pair = at::cat({labels, at::full_like(labels, model.config()["num_embeds_ada_norm"].integer())});
-  Tensor alphas = at::cumprod(1 - at::linspace(1e-4, 0.02, 1000, at::kFloat), 0);
+  Tensor alphas = at::cumprod(1 - at::linspace(1e-4, 0.02, 1000), 0);
   for (long i = 0; i < steps; ++i) {
     const long t = (steps - 1 - i) * (1000 / steps), before = t - 1000 / steps;
     Tensor noise = model({{"hidden_states", at::cat({x, x})},

@@ -65,6 +65,29 @@ def test_hooks_that_change_arguments_or_results_are_named(tmp_path: Path) -> Non
         toca_compile.export(model, Fora(4, 2), INPUTS, tmp_path / "m.pt2")
 
 
+class Expanded(PlainDiT):
+    """With a buffer whose dimensions share memory, and one that is a view of a larger one."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.register_buffer("shift", torch.arange(2.0)[:, None, None].expand(2, 8, 8))
+        self.register_buffer("scale", torch.arange(1000.0)[3:400:3][:2, None, None])
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * self.scale + self.shift, t, y)
+
+
+def test_weights_are_held_in_their_strides_without_the_memory_around_them() -> None:
+    model = Expanded().eval()
+    own = loaded(model, Fora(4, 2), INPUTS)
+    with torch.no_grad():
+        assert torch.equal(own(*INPUTS), model(*INPUTS))
+    held = own.state_dict()
+    for name, buffer in model.named_buffers():
+        assert held[name].stride() == buffer.stride()
+        assert held[name].untyped_storage().nbytes() <= 16
+
+
 OUTSIDE = torch.ones(2, 1, 1, 1)
 
 

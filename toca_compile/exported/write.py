@@ -224,9 +224,12 @@ def _apart(value: Any) -> Any:
 
 
 def _compact(value: Tensor) -> Tensor:
-    """A tensor without the rest of its memory, in its own strides."""
+    """A tensor without the rest of its memory, in its own strides, of which dimensions may share memory."""
     plain = value.detach()
-    return torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype, device=plain.device).copy_(plain)
+    if not plain.numel():
+        return plain.clone()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+    return plain.as_strided((span,), (1,)).clone().as_strided(plain.shape, plain.stride())
 
 
 def _policy(policy: Policy) -> Any:
