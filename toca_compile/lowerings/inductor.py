@@ -28,6 +28,7 @@ from torch.utils._ordered_set import OrderedSet
 from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import artifacts
+from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
@@ -109,7 +110,9 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
         fake(mode, e) if isinstance(e, torch.Tensor) else symbol(mode, f"toca_number_{i}", e)
         for i, e in enumerate(examples)
     ]
-    own = fx.GraphModule(module, with_values(module.graph, values))
+    graph = with_values(module.graph, values)
+    fuse_scores(graph)
+    own = fx.GraphModule(module, graph)
     with settings(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
