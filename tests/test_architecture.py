@@ -22,6 +22,7 @@ LAYERS = [
     {"in_place"},
     {"diffusers"},
     {"api"},
+    {"exported"},
     {"quality"},
     {"demo"},
     {"cli"},

@@ -1,6 +1,14 @@
-"""toca_compile: token-wise feature caching for any diffusion transformer, as a torch.compile pass."""
+"""toca_compile: token-wise feature caching for any diffusion transformer, as a torch.compile pass.
+
+What is asked for is imported when it is asked for: a process that only runs what was exported (``load``) never sees
+Dynamo.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from toca_compile.errors import (
+    ExportError,
     InferenceModeError,
     LoweringError,
     NoSiteError,
@@ -12,30 +20,76 @@ from toca_compile.errors import (
     cannot_write,
 )
 
-try:
-    import torch._dynamo  # noqa: F401  (makes Inductor's cache folder)
-except OSError as _error:
-    raise cannot_write(_error) from _error
+if TYPE_CHECKING:
+    from toca_compile.api import (
+        controls,
+        disable_cache,
+        enable_cache,
+        explain,
+        is_optimized,
+        optimize,
+        restore,
+        summary,
+    )
+    from toca_compile.exported.loaded import LoadedModel, load
+    from toca_compile.exported.write import export
+    from toca_compile.model import OptimizedModel
+    from toca_compile.policies import (
+        BlockCache,
+        ClusCa,
+        Composition,
+        DuCa,
+        Fora,
+        FullCompute,
+        TaylorSeer,
+        TaylorToCa,
+        ToCa,
+        load_policy,
+        preset,
+        save_policy,
+    )
+    from toca_compile.quality.evaluation import evaluate
+    from toca_compile.quality.settings import EvaluationSettings, TuningSettings
+    from toca_compile.quality.tuning import Target, tune
 
-from toca_compile.api import controls, disable_cache, enable_cache, explain, is_optimized, optimize, restore, summary
-from toca_compile.model import OptimizedModel
-from toca_compile.policies import (
-    BlockCache,
-    ClusCa,
-    Composition,
-    DuCa,
-    Fora,
-    FullCompute,
-    TaylorSeer,
-    TaylorToCa,
-    ToCa,
-    load_policy,
-    preset,
-    save_policy,
-)
-from toca_compile.quality.evaluation import evaluate
-from toca_compile.quality.settings import EvaluationSettings, TuningSettings
-from toca_compile.quality.tuning import Target, tune
+# Where each name is defined that stands above for type checkers alone.
+_HOMES = {
+    "api": "controls disable_cache enable_cache explain is_optimized optimize restore summary",
+    "exported.loaded": "LoadedModel load",
+    "exported.write": "export",
+    "model": "OptimizedModel",
+    "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute TaylorSeer TaylorToCa ToCa load_policy preset "
+    "save_policy",
+    "quality.evaluation": "evaluate",
+    "quality.settings": "EvaluationSettings TuningSettings",
+    "quality.tuning": "Target tune",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        globals()[name] = getattr(_imported(_HOME_OF[name]), name)
+        return globals()[name]
+    if not name.startswith("_"):  # a module of the package, or nothing
+        try:
+            return _imported(name)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _imported(part: str) -> Any:
+    try:
+        return importlib.import_module(f"{__name__}.{part}")
+    except OSError as error:  # Dynamo makes Inductor's cache folder
+        raise cannot_write(error) from error
+
 
 __all__ = [
     "BlockCache",
@@ -43,9 +97,11 @@ __all__ = [
     "Composition",
     "DuCa",
     "EvaluationSettings",
+    "ExportError",
     "Fora",
     "FullCompute",
     "InferenceModeError",
+    "LoadedModel",
     "LoweringError",
     "NoSiteError",
     "OptimizedModel",
@@ -64,7 +120,9 @@ __all__ = [
     "enable_cache",
     "evaluate",
     "explain",
+    "export",
     "is_optimized",
+    "load",
     "load_policy",
     "optimize",
     "preset",

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from toca_compile.errors import PolicyError
+from toca_compile.errors import ExportError, PolicyError
 from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
@@ -68,6 +68,65 @@ def detach(pipe: Any) -> Any:
             setattr(pipe, name, plain if replaced is None else replaced)
     tidy()
     return pipe
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """The first model call of a call of a pipeline: of which model, with what, in a run of how many steps."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    steps: int
+    guided: bool
+
+
+class _Stop(Exception):
+    pass
+
+
+def first_call(pipe: Any, call: Mapping[str, Any]) -> FirstCall:
+    """Call a pipeline as far as its first model call.
+
+    Raises:
+        ExportError: it has no transformer or several, or calls none.
+    """
+    found = transformers_of(pipe)
+    if len(found) != 1:
+        raise ExportError(
+            f"{type(pipe).__name__} has {len(found)} transformers, and a file holds one: export each by itself, with "
+            "the arguments that it is called with"
+        )
+    ((name, model),) = found.items()
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        pipe(**call)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise ExportError(f"this call of {type(pipe).__name__} does not call its {name}")
+    arguments = inspect.signature(type(pipe).__call__).bind(pipe, **call)
+    arguments.apply_defaults()
+    return FirstCall(model, *seen[0], _steps(pipe.scheduler), _guided(arguments.arguments))
+
+
+def _steps(scheduler: Any) -> int:
+    """How many model calls of one guidance pass a call of a pipeline makes."""
+    return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+
+
+def _guided(arguments: Mapping[str, Any]) -> bool:
+    """Whether the batches of a pipeline's call may be guidance pairs."""
+    guidance = arguments.get("guidance_scale")
+    return not isinstance(guidance, (int, float)) or guidance > 1
 
 
 def watch(cls: type) -> None:
@@ -125,9 +184,7 @@ class Home:
 def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """One call of a pipeline."""
     models = list(optimized_components(pipe).values())
-    guidance = arguments.get("guidance_scale")
-    guided = not isinstance(guidance, (int, float)) or guidance > 1
-    runs = [_Run(model, pipe.scheduler, guided) for model in models]
+    runs = [_Run(model, pipe.scheduler, _guided(arguments)) for model in models]
 
     with contextlib.ExitStack() as stack:
         for method, act in (("step", _Run.next_step), ("set_timesteps", _Run.restart)):
@@ -227,12 +284,18 @@ class _Run:
     def _policy(self) -> Policy:
         """The policy as it is meant for this run; one that has no ``for_run`` is meant as it is."""
         # From here on: one of two transformers that share the steps may come in late.
-        steps = len(self.scheduler.timesteps) - (getattr(self.scheduler, "begin_index", None) or 0) - self.index
-        wanted = self.model._session.policy
-        for_run = getattr(wanted, "for_run", None)
-        if for_run is None:
-            return wanted
-        policy = for_run(steps, self.guided)
-        if not callable(getattr(policy, "plan", None)):
-            raise PolicyError(f"{type(wanted).__name__}.for_run must return a policy, not {told(policy)}")
-        return cast(Policy, policy)
+        return for_run(self.model._session.policy, _steps(self.scheduler) - self.index, self.guided)
+
+
+def for_run(wanted: Policy, steps: int, guided: bool) -> Policy:
+    """A policy as it is meant for a run; one that has no ``for_run`` is meant as it is.
+
+    Raises:
+        PolicyError: what it says is no policy.
+    """
+    if not hasattr(wanted, "for_run"):
+        return wanted
+    policy = wanted.for_run(steps, guided)
+    if not callable(getattr(policy, "plan", None)):
+        raise PolicyError(f"{type(wanted).__name__}.for_run must return a policy, not {told(policy)}")
+    return cast(Policy, policy)

@@ -29,6 +29,11 @@ class LoweringError(TocaError, RuntimeError):
     """The machine cannot compile: no C++ compiler, no room, or no place for Inductor's files."""
 
 
+class ExportError(TocaError, ValueError):
+    """A model or policy that a file cannot hold, a file that is none of ours or not for this machine, or a call that
+    the model in it was not exported for."""
+
+
 class PassError(TocaError):
     """A compiler pass failed; the message names it and the passes that ran before."""
 

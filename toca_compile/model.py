@@ -38,9 +38,9 @@ from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untra
 from toca_compile.ir.plan import Policy
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.progress import working
+from toca_compile.runtime.controls import RunControls
 from toca_compile.runtime.executor import Executor
-from toca_compile.runtime.sight import Told
-from toca_compile.runtime.step_control import StepControl, StepRecord, Unexpected
+from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Calls:
             return _Entry(
                 lambda _, args, kwargs: call(model, *args, **kwargs), code, policy, uncached={why: TocaError(why)}
             )
-        if _has_hooks(model):
+        if has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
             inner = self.context(types.MethodType(call, model))
             return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
@@ -284,17 +284,16 @@ class Calls:
         session.warn_once(str(error))
 
 
-class Controls:
+class Controls(RunControls):
     """What is seen and said of the caching of one model: an optimised model is one, ``controls`` gives one for any."""
 
     @property
     def _session(self) -> Session:
         raise NotImplementedError
 
-    def reset(self, context: str | None = None) -> None:
-        """Forget every run, or those of one context: its next call is step 0 of a new one, and the caches are freed."""
-        with self._session.control.lock:
-            self._session.control.reset(context)
+    @property
+    def _control(self) -> StepControl:
+        return self._session.control
 
     def begin(self, timesteps: Iterable[float] | torch.Tensor) -> None:
         """A sampling begins, in this thread or task, and its timesteps are these: what follows from them alone
@@ -319,41 +318,6 @@ class Controls:
             self._session.control.reset(mine=True)
             self._session.control.announce(announced)
 
-    @contextlib.contextmanager
-    def cache_context(
-        self,
-        name: str,
-        *,
-        step_index: int | None = None,
-        num_inference_steps: int | None = None,
-        timestep: Any = None,
-        sigma: Any = None,
-        **_: Any,
-    ) -> Iterator[None]:
-        """Calls inside belong to the run ``name``: one for each guidance pass, as in diffusers.
-
-        Contexts belong to the thread or task that enters them: two threads may each have one of a name.
-
-        Args:
-            name: of the run.
-            step_index: which step of the sampling this is, from 0: it decides whether the run goes on. The same number
-                again is another pass of the step; any other than the next begins a new run.
-            num_inference_steps: a change of it begins a new run.
-            timestep, sigma: the denoising time, where the model's own is no host value.
-        """
-        control = self._session.control
-        told = Told.of(step_index, num_inference_steps, timestep, sigma)
-        tokens = control.enter(name, told)
-        try:
-            yield
-        finally:
-            control.leave(tokens)
-
-    @property
-    def steps(self) -> list[StepRecord]:
-        """What each model call of the last sampling did, in order of time; in every thread."""
-        return self._session.control.records
-
     @property
     def policy(self) -> Policy:
         """The policy. Assigning another takes effect with the next run, without tracing again."""
@@ -373,11 +337,6 @@ class Controls:
     def lowering(self, name: str) -> None:
         with self._session.control.lock:
             self._session.set_lowering(name)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by all caches now; those of a run are freed when its last step is done."""
-        return self._session.control.cache_bytes
 
     def fresh_tokens(self) -> dict[str, torch.Tensor]:
         """Which tokens each site computed in the last call: bool ``[batch, tokens]`` by site name."""
@@ -567,7 +526,8 @@ def _kind(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something stands around the whole model, which runs outside of what is traced."""
     return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
 
 

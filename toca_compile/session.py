@@ -5,7 +5,7 @@ import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import fx
@@ -53,6 +53,8 @@ class Session:
 
     It knows graphs and plans, and nothing of Dynamo, which hands it graphs through ``backend.py``.
     """
+
+    runs: ClassVar[type[Executor]] = Executor
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class Session:
         variants, capture = self._variants(program), self._capture(program)
         names = tuple(input_name(n) for n in program.placeholders)
         graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
-        executor = Executor(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
+        executor = self.runs(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         executor.graphs = graphs
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)

@@ -56,3 +56,9 @@ class Slot:
     def name(self) -> str:
         """As the graph's input is called."""
         return f"{self.kind.value}{self.position}" + (f"_{self.index}" if self.index else "")
+
+
+def sizes_of(number: int) -> tuple[int, int, int]:
+    """The sizes of an empty tensor that tells a host number to code that takes tensors alone: the last two are what is
+    positive of it, and what is negative."""
+    return 0, max(number, 0), max(-number, 0)

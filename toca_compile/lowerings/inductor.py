@@ -52,7 +52,7 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
         LoweringError: the machine cannot compile.
     """
     with _LOCK:
-        key = (_text(variant.module.graph), tuple(_kind(e) for e in examples), config.save_config_portable().__repr__())
+        key = (*told(variant.module.graph, examples), config.save_config_portable().__repr__())
         if key not in _ARTIFACTS:
             # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
             try:
@@ -105,26 +105,44 @@ def _kept_or_compiled(key: tuple[Any, ...], module: fx.GraphModule, examples: Se
 
 
 def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-    # 0 and 1 are sizes as any other: K may be 1, and no guard may tell it from 2.
-    env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
-    mode = FakeTensorMode(shape_env=env)
-    values: list[Any] = []
-    for i, example in enumerate(examples):
-        if isinstance(example, torch.Tensor):
-            with mode:
-                values.append(
-                    torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
-                )
-        else:
-            source = ConstantSource(f"toca_number_{i}")
-            symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
-            values.append(env.create_symintnode(symbol, hint=example, source=source))
-    graph = _with_values(module.graph, values)
+    mode = symbolic_mode()
+    values: list[Any] = [
+        fake(mode, e) if isinstance(e, torch.Tensor) else symbol(mode, f"toca_number_{i}", e)
+        for i, e in enumerate(examples)
+    ]
+    graph = with_values(module.graph, values)
     fuse_scores(graph)
     own = fx.GraphModule(module, graph)
-    # A buffer is written in place only if what reads it before is not moved behind the write.
-    with config.patch(reorder_for_locality=False), _order_kept(), tracing(TracingContext(mode)):
+    with settings(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """Where sizes may be symbols. 0 and 1 are sizes as any other: K may be 1, and no guard may tell it from 2."""
+    return FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False, duck_shape=False))
+
+
+def fake(mode: FakeTensorMode, example: torch.Tensor) -> torch.Tensor:
+    """A tensor like an example."""
+    with mode:
+        return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+
+
+def symbol(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:
+    """A number that may be any."""
+    env, source = mode.shape_env, ConstantSource(name)
+    assert env is not None
+    made = env.create_symintnode(env.create_symbol(example, source, DimDynamic.DYNAMIC), hint=example, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """How Inductor compiles variants. A buffer is written in place only if what reads it before is not moved behind the
+    write."""
+    with config.patch(reorder_for_locality=False), _order_kept():
+        yield
 
 
 @contextmanager
@@ -145,7 +163,8 @@ def _order_kept() -> Iterator[None]:
         yield
 
 
-def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
+def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
+    """A copy of a graph, given these."""
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
@@ -158,6 +177,11 @@ def _with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
         if node.op != "placeholder":
             node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     return copy
+
+
+def told(graph: fx.Graph, examples: Sequence[Any]) -> tuple[str, Any]:
+    """What tells a variant from others: its text, and the kinds of its inputs."""
+    return _text(graph), tuple(_kind(e) for e in examples)
 
 
 def _kind(example: Any) -> Any:

@@ -123,11 +123,14 @@ class Conditioning:
         clock: the graph's inputs that tell the time, by number.
         labels: its other inputs that are no parameters and that the segments read.
         weights: the parameters that they read.
+        at_once: whether the parts can be computed for several times at once, as far as is known.
     """
 
-    def __init__(self, clock: Sequence[int], labels: Sequence[int], weights: Sequence[int]) -> None:
+    def __init__(
+        self, clock: Sequence[int], labels: Sequence[int], weights: Sequence[int], *, at_once: bool = True
+    ) -> None:
         self._clock, self._labels, self._weights = clock, labels, weights
-        self._at_once = True  # whether the parts can be computed for several times at once, as far as is known
+        self._at_once = at_once
 
     def fill(
         self,

@@ -1,0 +1,127 @@
+"""What a file of ``toca_compile.export`` costs and spares, on the shipped DiT.
+
+    python benchmarks/export.py                     # about 10 minutes on 2 cores
+    python benchmarks/export.py --policy toca
+
+Size, time to export, and in processes of their own the time from the start to the first picture: a file that is loaded,
+the live model, and the model compiled whole, the last two with Inductor's caches empty and full. Then 50 steps of the
+loaded and the live model in turns in one process. Results go to ``benchmarks/results/export.{json,md}``.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial as bind
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import interleaved, save
+from diffusers import DDIMScheduler
+
+import toca_compile
+from toca_compile import BlockCache, Fora
+from toca_compile.demo import fashion_dit
+
+STEPS, COUNT = 50, 2
+POLICIES: dict[str, Any] = {
+    "blocks": BlockCache(STEPS, first=0, interval=3, order=2, basis="newton"),
+    "fora": Fora(STEPS, 3),
+    "toca": toca_compile.preset("dit-xl-2/ddim-50"),
+}
+
+
+def pictures(model: Any) -> torch.Tensor:
+    """One sampling."""
+    scheduler = DDIMScheduler.from_pretrained(fashion_dit.default_model() / "scheduler")
+    return fashion_dit.sample(model, scheduler, fashion_dit.labels(COUNT), STEPS)
+
+
+def export(policy: Any, path: Path) -> float:
+    """Seconds that it takes."""
+    model = fashion_dit.load(fashion_dit.default_model())[0]
+    size = model.config.sample_size
+    inputs = {
+        "timestep": torch.full((2 * COUNT,), 999),
+        "class_labels": torch.zeros(2 * COUNT, dtype=torch.int64),
+    }
+    start = time.perf_counter()
+    toca_compile.export(model, policy, ((torch.zeros(2 * COUNT, 1, size, size),), inputs), path)
+    return time.perf_counter() - start
+
+
+def first_picture(way: str, policy: str, path: str) -> None:
+    """What a process of its own does."""
+    if way == "loaded":
+        model: Any = toca_compile.load(path)
+    elif way == "live":
+        model = toca_compile.optimize(fashion_dit.load(fashion_dit.default_model())[0], POLICIES[policy])
+    else:
+        model = torch.compile(fashion_dit.load(fashion_dit.default_model())[0], dynamic=False)
+    pictures(model)
+
+
+def process(way: str, policy: str, path: Path, cache: str) -> float:
+    """Seconds from the start of a process to its end, after one sampling."""
+    command = [sys.executable, __file__, "--way", way, "--policy", policy, "--path", str(path)]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
+    return time.perf_counter() - start
+
+
+def first_step(path: Path) -> tuple[float, float]:
+    """Seconds to load, and of the first step after it."""
+    start = time.perf_counter()
+    model = toca_compile.load(path)
+    loaded = time.perf_counter()
+    size = model.config.sample_size
+    with torch.no_grad():
+        model(
+            torch.zeros(2 * COUNT, 1, size, size),
+            timestep=torch.full((2 * COUNT,), 980),
+            class_labels=torch.zeros(2 * COUNT, dtype=torch.int64),
+        )
+    return loaded - start, time.perf_counter() - loaded
+
+
+def main() -> None:
+    """Measure and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", choices=POLICIES, default="blocks")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--path", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.way:
+        first_picture(given.way, given.policy, given.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path, cache = Path(folder) / "dit.pt2", str(Path(folder) / "cache")
+        row: dict[str, Any] = {
+            "policy": str(POLICIES[given.policy])[:60],
+            "export s": export(POLICIES[given.policy], path),
+        }
+        row["file MB"] = path.stat().st_size / 1e6
+        row["load s"], row["first step s"] = first_step(path)
+        row["process, loaded s"] = process("loaded", given.policy, path, cache)
+        for way in ("live", "compiled"):
+            row[f"process, {way}, cold s"] = process(way, given.policy, path, f"{cache}-{way}")
+            row[f"process, {way}, warm s"] = process(way, given.policy, path, f"{cache}-{way}")
+        loaded = toca_compile.load(path)
+        live = toca_compile.optimize(fashion_dit.load(fashion_dit.default_model())[0], POLICIES[given.policy])
+        calls: dict[str, Callable[[], Any]] = {"loaded": bind(pictures, loaded), "live": bind(pictures, live)}
+        pictures(live)
+        row["difference"] = (pictures(loaded) - pictures(live)).abs().max().item()
+        median = interleaved(calls, given.repeats)
+        row["run, loaded s"], row["run, live s"] = median["loaded"], median["live"]
+        row["loaded / live"] = median["loaded"] / median["live"]
+    print(row)
+    save("export", "cpu", {given.policy: [row]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""A model that was exported, in a process with torch alone: no code of the model, no Dynamo, no compiler."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toca_compile.errors import ExportError
+from toca_compile.exported import archive
+from toca_compile.exported.signature import Fields, arranged, fixed, leaves
+from toca_compile.exported.table import About, Call, Number, Step, Table
+from toca_compile.ir.history import CacheSpec, Past
+from toca_compile.ir.state import sizes_of
+from toca_compile.ir.types import StepKind
+from toca_compile.runtime.conditioning import Conditioning
+from toca_compile.runtime.controls import RunControls
+from toca_compile.runtime.step_control import Run, RunConstants, StepControl
+
+Entries = Mapping[str, Callable[[list[Tensor]], Sequence[Tensor]]]
+
+_KEY = (0, 0, 0)  # of the one graph that there is, in a run
+
+
+def load(path: str | PathLike[str]) -> "LoadedModel":
+    """A model that ``toca_compile.export`` wrote. It holds machine code: load only files that you trust.
+
+    Args:
+        path: of the file. It is not needed any more when the model is loaded.
+
+    Returns:
+        A callable with the arguments of the exported model, of the shapes that it was exported for.
+
+    Raises:
+        ExportError: the file is none of ours, incomplete, or made for another version or machine; the message says
+            which.
+    """
+    about, table, tensors, entries = archive.read(path)
+    return LoadedModel(about, table, tensors, entries)
+
+
+class LoadedModel(RunControls, nn.Module):
+    """A model with its caches, called as the exported one was: each call is the next step of its run.
+
+    Args:
+        about, table: of the file.
+        tensors: the weights and constants, by name.
+        entries: what the table's calls call.
+    """
+
+    def __init__(self, about: About, table: Table, tensors: Mapping[str, Tensor], entries: Entries) -> None:
+        super().__init__()
+        self._about, self._table, self._tensors, self._entries = about, table, dict(tensors), dict(entries)
+        self._of_runs = StepControl()
+        self._conditioning = Conditioning(table.clock, table.labels, (), at_once=False)
+        self._parts = [_Part(call, self._entries[call.entry]) for call in (table.calls[i] for i in table.timed)]
+        self._sizes: dict[int, Tensor] = {}
+        self._values: list[Any] = [None] * table.places
+        for place, name in table.weights.items():
+            self._values[place] = self._tensors[name]
+
+    @property
+    def _control(self) -> StepControl:
+        return self._of_runs
+
+    @property
+    def policy(self) -> Any:
+        """The policy that the model was exported with; of one that JSON does not hold, its name."""
+        from toca_compile.policies.storage import from_data
+
+        told = self._about.policy
+        return from_data(told) if isinstance(told, Mapping) else told
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the exported model, if it had one."""
+        return _as_fields(self._about.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are floating-point numbers."""
+        return next((t.dtype for t in self._tensors.values() if t.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(self._about.machine["device"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The next step.
+
+        Raises:
+            ExportError: the model was not exported for such arguments.
+        """
+        found = leaves(self._about.parameters, args, kwargs)
+        with self._control.lock, torch.no_grad():
+            given = self._checked(found)
+            self._control.begin_call(found)
+            failed, shapes = True, []
+            try:
+                results = self._step(given)
+                failed, shapes = False, [tuple(r.shape) for r in results if isinstance(r, Tensor)]
+            finally:
+                self._control.end_call(failed, shapes)
+        return arranged(self._about.returns, lambda which: results[which] if type(which) is int else found[which])
+
+    def update_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Put other weights in the place of the model's, all or some, such as those with a LoRA fused. Every run is
+        forgotten.
+
+        Args:
+            state_dict: tensors by the names that the model's state dict has for them.
+
+        Raises:
+            ExportError: a name or a shape is not the model's; then nothing is changed.
+        """
+        new = {}
+        for name, value in state_dict.items():
+            own = self._about.names.get(name, name)
+            if own not in self._tensors:
+                raise ExportError(f"the exported model has no weight {name!r} that its code reads")
+            if self._tensors[own].shape != value.shape:
+                shapes = tuple(value.shape), tuple(self._tensors[own].shape)
+                raise ExportError(f"the weight {name!r} is {shapes[0]}, and the exported model's is {shapes[1]}")
+            new[own] = value
+        with self._control.lock, torch.inference_mode(False), torch.no_grad():
+            for name, value in new.items():
+                self._tensors[name].copy_(value)
+        self.reset()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights, by the names of the exported model."""
+        named = {name: self._tensors[own] for name, own in self._about.names.items()}
+        return {**{name: t for name, t in self._tensors.items() if not name.startswith("(")}, **named}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``update_weights``."""
+        self.update_weights(state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "LoadedModel":
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        moved = fn(like)
+        if (moved.device, moved.dtype) != (like.device, like.dtype):
+            raise ExportError(f"it was compiled for {like.dtype} on {like.device}: export it anew for another")
+        return self
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
+        self._control.reset(mine=True)
+
+    def _checked(self, found: Mapping[str, Any]) -> dict[int, Tensor]:
+        """The graph's inputs among a call's values, as it takes them."""
+        about, table = self._about, self._table
+        told, want = fixed(found, about.defaults), about.given
+        for path in sorted({*told, *want}):
+            if told.get(path) != want.get(path) or (path in told) != (path in want):
+                raise ExportError(
+                    f"{about.model} was exported for {path}={want.get(path, 'a tensor, or nothing')!r}, and is called "
+                    f"with {path}={told[path]!r}" if path in told else f"{path} is missing or no tensor"
+                )  # fmt: skip
+        given = {}
+        for place, path in table.inputs.items():
+            value, kind = found.get(path), table.kinds[place]
+            if not isinstance(value, Tensor):
+                raise ExportError(f"{about.model} was exported for a tensor {path}, and is called without")
+            have = [list(value.shape), str(value.dtype).removeprefix("torch."), str(value.device)]
+            asked = [list(kind["shape"]), kind["dtype"], kind["device"]]
+            if have != asked:
+                raise ExportError(
+                    f"{about.model} was exported for {path} of shape {asked[0]}, {asked[1]}, on {asked[2]}, and is "
+                    f"called with {have[0]}, {have[1]}, on {have[2]}: export it for that as well"
+                )
+            given[place] = _laid(value, kind["stride"])
+        return given
+
+    def _step(self, given: Mapping[int, Tensor]) -> list[Any]:
+        table, control = self._table, self._control
+        values = list(self._values)
+        for place, value in given.items():
+            values[place] = value
+        steps = None if table.endless else len(table.steps)
+        run, _ = control.enter_graph(0, 0, steps, given, [values[i] for i in table.clock])
+        step = table.steps[min(run.step, len(table.steps) - 1)]
+        run.last[_KEY] = run.step
+        past = run.computed.get(_KEY, Past())
+        moves = self._moves(past, run.step)
+        self._begin(step, values, run)
+        done = 0
+        test = table.test
+        if test is not None and step.computed is not None:
+            done = test.at - len(table.constant) - len(table.timed)
+            self._calls(step, slice(0, done), moves, values, run)
+            if not self._skips(past, values, run):
+                step = step.computed
+                self._begin(step, values, run)
+        self._calls(step, slice(done, None), moves, values, run)
+        if test is not None and step.computed is None:
+            past = Past((*past.full, run.step)[-(test.order + 1) :], past.times + 1, min(past.times, test.order))
+            run.computed[_KEY] = past
+        # What a cache holds is changed by the next step; what was handed out must not be.
+        return [None if r is None else _laid(values[r[0]], r[1]) for r in table.results]
+
+    def _begin(self, step: Step, values: list[Any], run: Run) -> None:
+        """Note what a step does, and put there what does not change in a run, and what follows from the time."""
+        table, control = self._table, self._control
+        row = table.rows[step.row]
+        control.record(run).note(_KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
+        if table.constant:
+            watched = [values[i] for i in table.watched]
+            kept = run.kept.get(_KEY)
+            if kept is None or not kept.holds(watched):
+                made: dict[int, Tensor] = {}
+                for call in (table.calls[i] for i in table.constant):
+                    results = self._entries[call.entry]([values[place] for place in call.values])
+                    made.update(zip(call.results, results, strict=True))
+                    for place in call.results:
+                        values[place] = made[place]
+                kept = run.kept[_KEY] = RunConstants.of(watched, made)
+            for place, value in kept.values.items():
+                values[place] = value
+        if row.timed:
+            tables = control.tables.setdefault(_KEY, [])
+            self._conditioning.fill(values, self._parts, frozenset(row.timed), tables, full=True)
+
+    def _calls(self, step: Step, which: slice, moves: Mapping[str, int], values: list[Any], run: Run) -> None:
+        row = self._table.rows[step.row]
+        for number, numbers in zip(row.calls[which], step.numbers[which], strict=True):
+            call = self._table.calls[number]
+            made = self._entries[call.entry](self._arguments(call, numbers, moves, values, run))
+            for place, value in zip(call.results, made, strict=False):
+                values[place] = value
+            for place in call.free:
+                values[place] = None
+
+    def _arguments(
+        self, call: Call, numbers: Sequence[Number], moves: Mapping[str, int], values: Sequence[Any], run: Run
+    ) -> list[Tensor]:
+        arguments = [values[place] for place in call.values]
+        left = iter(numbers)
+        for slot in call.slots:
+            if slot is not None:
+                arguments.append(self._buffer(slot, run))
+            else:
+                number = next(left)
+                arguments.append(self._sized(moves[number] if isinstance(number, str) else number))
+        return arguments
+
+    def _buffer(self, number: int, run: Run) -> Tensor:
+        name = (*_KEY, number)
+        if name not in run.buffers:
+            kept = self._table.buffers[number]
+            # Not inference tensors: those could not be written by a later step outside inference mode.
+            with torch.inference_mode(False):
+                run.buffers[name] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype), device=kept.device)
+        return run.buffers[name]
+
+    def _sized(self, number: int) -> Tensor:
+        if number not in self._sizes:
+            self._sizes[number] = torch.empty(sizes_of(number), dtype=torch.int8, device=self.device)
+        return self._sizes[number]
+
+    def _moves(self, past: Past, step: int) -> dict[str, int]:
+        """The host numbers that only a run tells, by name."""
+        test = self._table.test
+        if test is None:
+            return {}
+        memory = CacheSpec(test.order, None, test.basis)
+        return {f"{kind.value} {i}": n for (kind, i), n in memory.numbers(past, step, past.made).items()}
+
+    def _skips(self, past: Past, values: Sequence[Any], run: Run) -> bool:
+        """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
+        test = self._table.test
+        assert test is not None
+        if not past.times or (test.limit is not None and run.step - past.since > test.limit):
+            return False
+        call = self._table.calls[test.call]
+        (change,) = self._entries[call.entry](self._arguments(call, (), {}, values, run))
+        return not bool(change > test.threshold)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A call of what follows from the time, as ``Conditioning`` takes it."""
+
+    of: Call
+    entry: Callable[[list[Tensor]], Sequence[Tensor]]
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        return self.of.values
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        return self.of.results
+
+    def call(self, *arguments: Tensor) -> Sequence[Tensor]:
+        return self.entry(list(arguments))
+
+
+def _laid(value: Tensor, stride: Sequence[int]) -> Tensor:
+    """A tensor with these strides, of which code may rely."""
+    pairs = zip(value.stride(), stride, value.shape, strict=True)
+    if all(ours == theirs or size == 1 for ours, theirs, size in pairs):
+        return value
+    return torch.empty_strided(value.shape, list(stride), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _as_fields(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Fields((k, _as_fields(v)) for k, v in value.items())
+    return [_as_fields(v) for v in value] if isinstance(value, list) else value

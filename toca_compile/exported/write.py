@@ -1,0 +1,248 @@
+"""``export``: a model, traced and planned as ``optimize`` does it, to a file."""
+
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toca_compile.diffusers import first_call, for_run, is_pipeline
+from toca_compile.errors import ExportError, PolicyError, TocaError
+from toca_compile.exported import archive
+from toca_compile.exported.recorder import Entry, Recorder
+from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
+from toca_compile.exported.table import About, Table
+from toca_compile.in_place import handle_of
+from toca_compile.ir.plan import Policy
+from toca_compile.lowerings.aot import compile_files
+from toca_compile.model import has_hooks, unwrapped, wrap
+from toca_compile.policies.given import checked_policy
+from toca_compile.policies.storage import as_data
+from toca_compile.progress import working
+from toca_compile.session import Session
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def export(
+    model: Any, policy: Policy | str | None, example_inputs: Any, path: str | PathLike[str], **options: Any
+) -> None:
+    """Write a model with its caches to a file that runs without its code, without Dynamo and without a compiler
+    (``toca_compile.load``).
+
+    Args:
+        model: a diffusion transformer in eval mode, or what ``optimize`` made of one; or a diffusers pipeline with one
+            transformer, which is what is exported.
+        policy: as of ``optimize``; None: that of an optimised model.
+        example_inputs: what the model is called with: a tuple of arguments, a dictionary of them by name, or a pair of
+            both. Their shapes, and what is no tensor among them, are compiled in. Of a pipeline: the arguments of its
+            call, which is made as far as the first call of the transformer.
+        path: of the file, ``*.pt2``. It is written whole, or not at all.
+        options: ``grid`` and ``hoist``, as of ``optimize``.
+
+    Raises:
+        ExportError: the model or the policy cannot be held by a file; the message says why.
+        TocaError: as of ``optimize`` and of a first call.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ExportError(f"the file must be called *.pt2, not {Path(path).name}")
+    if not Path(path).absolute().parent.is_dir():
+        raise ExportError(f"there is no folder {Path(path).absolute().parent}")
+    traced = trace(model, policy, example_inputs, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for i, (name, entry) in enumerate(traced.entries.items(), 1):
+            with working(f"compiling entry {i} of {len(traced.entries)}"):
+                files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name)
+        archive.write(path, traced.about, traced.table, traced.tensors, files)
+
+
+def trace(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> "Traced":
+    """What ``export`` writes, before it is compiled."""
+    if not is_pipeline(model):
+        return Traced(model, policy, arguments(example_inputs), **options)
+    if not isinstance(example_inputs, Mapping):
+        raise ExportError("example_inputs of a pipeline must be a dictionary of the arguments of its call")
+    call = first_call(model, example_inputs)
+    handle = handle_of(call.model)
+    wanted = checked_policy(policy) if policy is not None else handle._session.policy if handle is not None else None
+    fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
+    return Traced(call.model, fit, (call.args, call.kwargs), **options)
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments and those by name."""
+    given = example_inputs
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and isinstance(given[0], tuple)
+        and isinstance(given[1], Mapping)
+    ):
+        return given[0], dict(given[1])
+    if isinstance(given, Sequence):
+        return tuple(given), {}
+    raise ExportError(f"example_inputs must be a tuple or a dictionary of arguments, not {type(given).__name__}")
+
+
+class Traced:
+    """A model as it is written: the table of its steps, what they call, and its tensors.
+
+    Attributes:
+        entries: what is to be compiled, by name.
+        tensors: weights and constants, by name; those without a name in the model have one in brackets.
+    """
+
+    about: About
+    table: Table
+    entries: dict[str, Entry]
+    tensors: dict[str, Tensor]
+
+    def __init__(
+        self, model: nn.Module, policy: Policy | str | None, call: tuple[Any, Mapping[str, Any]], **options: Any
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ExportError(
+                f"export takes a torch.nn.Module or what optimize made of one, not {type(model).__name__}"
+            )
+        handle = handle_of(model)
+        if policy is None:
+            if handle is None:
+                raise PolicyError("a policy is needed: the model is not an optimised one that has its own")
+            policy = handle._session.policy
+        if handle is not None:
+            options = {"grid": handle._session.grid, "hoist": handle._session.hoist, **options}
+        plain = unwrapped(model)
+        if has_hooks(plain):
+            raise ExportError(
+                f"{type(plain).__name__} has hooks, or a forward, put around it (offloading, timers, what changes its "
+                "arguments or results), which no file can hold: remove them"
+            )
+        session = _Session(policy, lowering="eager", **options)
+        args, kwargs = (mapped(given, _apart) for given in call)
+        with torch.no_grad():
+            out = wrap(plain, session)(*args, **kwargs)
+        recorder = _the_graph(session, type(plain).__name__)
+        given = inspect.signature(plain.forward).parameters
+        parameters = tuple(n for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        found = leaves(parameters, args, kwargs)
+        table, self.entries = recorder.table()
+        self._name_inputs(table, recorder, plain, found)
+        defaults = {n: p.default for n, p in given.items() if isinstance(p.default, _SCALARS)}
+        device = next((v.device for v in recorder.inputs if isinstance(v, Tensor) and v.device.type != "cpu"), None)
+        self.table = table
+        self.about = About(
+            model=type(plain).__name__,
+            torch=torch.__version__,
+            machine=archive.machine(device or torch.device("cpu")),
+            policy=_policy(session.policy),
+            parameters=parameters,
+            defaults=defaults,
+            given=fixed(found, defaults),
+            returns=arrangement(out, _Results(recorder.results, found)),
+            config=_config(plain),
+            names=self._aliases,
+        )
+
+    def _name_inputs(self, table: Table, recorder: Recorder, model: nn.Module, found: Mapping[str, Any]) -> None:
+        """What stands at which place before anything is computed."""
+        own: dict[int, str] = {}
+        self._aliases: dict[str, str] = {}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, value in named:
+            if own.setdefault(id(value), name) != name:
+                self._aliases[name] = own[id(value)]
+        paths = {id(value): path for path, value in found.items() if isinstance(value, Tensor)}
+        self.tensors = {}
+        for place, value in enumerate(recorder.inputs):
+            if place in recorder.owned:
+                name = own.get(id(value), f"(input {place})")
+                table.weights[place] = name
+                self.tensors[name] = _compact(value)
+            elif id(value) in paths:
+                table.inputs[place] = paths[id(value)]
+                table.kinds[place] = {
+                    "shape": list(value.shape),
+                    "stride": list(value.stride()),
+                    "dtype": str(value.dtype).removeprefix("torch."),
+                    "device": str(value.device),
+                }
+            else:
+                raise ExportError(
+                    "the model reads a tensor that is neither an argument nor its own: make it a buffer "
+                    "(register_buffer)"
+                )
+        for place, value in recorder.constants.items():
+            table.weights[place] = f"(constant {place})"
+            self.tensors[f"(constant {place})"] = _compact(value)
+
+
+class _Session(Session):
+    runs = Recorder
+
+
+class _Results:
+    """Which tensor of a model's result is which: the number of a result of the graph, or the path of an argument."""
+
+    def __init__(self, results: Sequence[Any], found: Mapping[str, Any]) -> None:
+        self._known: dict[int, Any] = {id(v): path for path, v in found.items() if isinstance(v, Tensor)}
+        self._known |= {id(v): i for i, v in enumerate(results) if isinstance(v, Tensor)}
+
+    def __call__(self, value: Tensor) -> Any:
+        if id(value) not in self._known:
+            raise ExportError("the model returns a tensor that its graph does not make")
+        return self._known[id(value)]
+
+
+def _the_graph(session: Session, name: str) -> Recorder:
+    """The one graph of a model.
+
+    Raises:
+        ExportError: there are several, or it does what a file cannot.
+    """
+    if session.broken or len(session.executors) != 1 or session.graphs != 1:
+        raise ExportError(f"{name} cannot be exported: {session.split(session.graphs) or 'it is not one graph'}")
+    (recorder,) = session.executors
+    assert isinstance(recorder, Recorder)
+    if recorder.program.written:
+        raise ExportError(f"{name} cannot be exported: it changes one of its inputs in place (as a cache of keys)")
+    return recorder
+
+
+def _apart(value: Any) -> Any:
+    """An argument that is no other's object, so that the graph's inputs tell which argument they are."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _compact(value: Tensor) -> Tensor:
+    """A tensor without the rest of its memory, in its own strides, of which dimensions may share memory."""
+    plain = value.detach()
+    if not plain.numel():
+        return plain.clone()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+    return plain.as_strided((span,), (1,)).clone().as_strided(plain.shape, plain.stride())
+
+
+def _policy(policy: Policy) -> Any:
+    try:
+        return json.loads(json.dumps(as_data(policy)))
+    except (PolicyError, TypeError, TocaError):
+        return told(policy)
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    # What begins with an underscore says where it came from.
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(own, default=repr))

@@ -1,0 +1,85 @@
+"""AOTInductor: a variant as machine code in files, which a process without Dynamo and Inductor can run.
+
+Such code takes tensors alone. A host number (K, the step) is therefore told by the size of an empty tensor, which is
+read on the host, and is a symbol as in any other lowering (``ir/state.py``, ``sizes_of``)::
+
+    forward(x, cache, k)        ⇒        forward(x, cache, k[0, p, n]):  k = p − n
+
+Buffers are changed in place.
+"""
+
+import operator
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import aot_compile
+
+from toca_compile.ir.program import Variant
+from toca_compile.ir.state import sizes_of
+from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, with_values
+
+aten = torch.ops.aten
+
+
+def compile_files(variant: Variant, examples: Sequence[Any], folder: Path) -> list[str]:
+    """Compile a variant.
+
+    Args:
+        examples: a fake tensor or a plausible host number for each of the variant's inputs.
+        folder: where the files go; no other variant's may.
+
+    Returns:
+        The files, as ``torch.export.pt2_archive`` takes them.
+
+    Raises:
+        LoweringError: the machine cannot compile.
+    """
+    mode = symbolic_mode()
+    device = next((e.device for e in examples if isinstance(e, torch.Tensor)), torch.device("cpu"))
+    values: list[torch.Tensor] = []
+    for i, example in enumerate(examples):
+        if isinstance(example, torch.Tensor):
+            values.append(fake(mode, example))
+        else:
+            none, *parts = sizes_of(example)
+            sizes = [symbol(mode, f"toca_number_{i}_{j}", part) for j, part in enumerate(parts)]
+            with mode:
+                values.append(torch.empty((none, *sizes), dtype=torch.int8, device=device))
+    numbers = [not isinstance(e, torch.Tensor) for e in examples]
+    module = fx.GraphModule(variant.module, with_values(by_sizes(variant.module.graph, numbers), values))
+    options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
+    try:
+        # Outside inference mode, as every variant is compiled.
+        with torch.inference_mode(False), torch.no_grad(), settings(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own
+            files: Any = aot_compile(module, tuple(values), options=options)
+    except Exception as error:
+        trouble = machine_trouble(error)
+        if trouble is None:
+            raise
+        raise trouble from error
+    return [str(file) for file in files]
+
+
+def by_sizes(graph: fx.Graph, numbers: Sequence[bool]) -> fx.Graph:
+    """A copy of a variant's graph that is told its host numbers by the sizes of tensors. ``numbers``: which of its
+    inputs are some."""
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in inputs:
+        env[node] = copy.node_copy(node)
+    for node, number in zip(inputs, numbers, strict=True):
+        if number:
+            parts = [copy.call_function(aten.sym_size.int, (env[node], dim)) for dim in (1, 2)]
+            env[node] = copy.call_function(operator.sub, tuple(parts))
+    for node in graph.nodes:
+        if node.op == "output":
+            copy.output(fx.node.map_arg(node.args[0], env.__getitem__))
+        elif node not in env:
+            env[node] = copy.node_copy(node, env.__getitem__)
+    return copy
