@@ -30,6 +30,7 @@ from toca_compile.ir.program import Variant
 from toca_compile.ir.state import Number
 from toca_compile.ir.types import Site
 from toca_compile.lowerings import inductor
+from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.runtime.schedule import Schedule, SegmentCall
 
 Rows = list[dict[str, Any]]
@@ -101,6 +102,7 @@ def generate(module: fx.GraphModule, examples: Sequence[Any], made: list[Generat
     """What Inductor makes of a variant as our lowering gives it; ``examples``: as a lowering is given them."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    fuse_scores(graph)
     on_gpu(graph)
     with FakeTensorMode():
         inputs = [

@@ -25,6 +25,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch.nn.attention import SDPBackend
 from torch.utils import _triton
 
 aten = torch.ops.aten
@@ -155,6 +156,7 @@ def fake_gpu() -> Iterator[list[Generated]]:
         patches += [(Tensor, name, _method(name, op)) for name, op in _METHODS.items()]
         patches += [
             (torch.version, "cuda", "12.8"),
+            (torch, "_fused_sdp_choice", _always(SDPBackend.FLASH_ATTENTION.value)),
             (joint_graph, "lazy_init", _always()),  # it makes real CUDA tensors, for patterns
             (triton_helpers, "set_driver_to_gpu", _always()),
             (driver, "_active", _Driver()),
@@ -195,7 +197,9 @@ def _kind(node: BaseSchedulerNode) -> str | None:
     call = node.node
     if not node.is_extern() or not isinstance(call, ir.ExternKernel):
         return "triton"
-    if isinstance(call, ir.MultiOutput):
+    if isinstance(call, ir.UserDefinedTritonKernel):
+        return "triton"
+    if isinstance(call, ir.MultiOutput | ir.MutationOutput):
         return None
     if isinstance(call, ir.DeviceCopy | ir.DynamicScalar):
         return "host copy"

@@ -1,6 +1,6 @@
-"""What each level costs and keeps: the shipped DiT sampled by DDIM at several numbers of steps.
+"""What each level costs and keeps: the trained models sampled at several numbers of steps.
 
-    python benchmarks/levels.py [--steps 4 8 20 28 50] [--seeds 0 1] [--samples 4] [--out benchmarks/results/levels.md]
+    python benchmarks/levels.py [--models NAME …] [--steps 4 8 20 28 50] [--seeds 0 1] [--samples 4] [--out FILE.md]
 
 PSNR to the uncached samples of the same steps, in dB for values in [−1, 1], mean over seeds; and how many steps each
 level computes. Nothing is timed. Beside each level stand the schedules that it was chosen among: another warm-up, full
@@ -9,12 +9,13 @@ steps counted from the start, and a last step that is computed.
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from trained import TRAINED, Trained
 
 import toca_compile
-from toca_compile.demo import fashion_dit
 from toca_compile.ir.plan import Policy
 from toca_compile.policies import LEVELS, Composition, Every, FullCompute, Level, Listed, Rule, SkipBlocks
 from toca_compile.policies.schedules import end_aligned_steps
@@ -24,26 +25,36 @@ from toca_compile.quality.metrics import psnr
 def main() -> None:
     """Parse, sample, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=list(TRAINED), nargs="+", default=list(TRAINED))
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20, 28, 50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levels.md"))
     given = parser.parse_args()
-    model, sampler = fashion_dit.model_and_sampler()
+    lines = [
+        f"# Levels on the trained models\n\n{len(given.seeds)} seeds of {given.samples} samples, PSNR in dB to the "
+        "uncached samples (steps computed in brackets). Written by `python benchmarks/levels.py`."
+    ]
+    for name in given.models:
+        lines += _section(TRAINED[name], given.steps, given.seeds, given.samples)
+    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _section(trained: Trained, numbers: Sequence[int], seeds: Sequence[int], samples: int) -> list[str]:
+    """One model's table."""
+    model, sampler = trained.load()
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
 
     def sampled(policy: Policy, steps: int) -> list[torch.Tensor]:
         opt.policy = policy
-        return [sampler(opt, steps, seed, given.samples) for seed in given.seeds]
+        return [sampler(opt, steps, seed, samples) for seed in seeds]
 
     lines = [
-        f"# Levels on the shipped DiT\n\nDDIM, guidance {fashion_dit.GUIDANCE}, {len(given.seeds)} seeds of "
-        f"{given.samples} samples, PSNR in dB to the uncached samples (steps computed in brackets). Written by "
-        "`python benchmarks/levels.py`.\n",
+        f"\n## {trained.title}\n\n{trained.sampling}.\n",
         "| steps | level | the level | warm-up + 1 | warm-up − 1 | from the start | last step computed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for steps in given.steps:
+    for steps in numbers:
         base = sampled(FullCompute(), steps)
         for name in LEVELS:
             level = Level(name, steps)
@@ -60,7 +71,7 @@ def main() -> None:
             row = ["–" if p is None else _cell(base, sampled(p, steps), p) for p in (level, *others)]
             lines.append(f"| {steps} | {name} | {' | '.join(row)} |")
             print(lines[-1], flush=True)
-    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
 
 
 def _composed(steps: int, when: Every | Listed) -> Composition:

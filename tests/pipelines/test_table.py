@@ -124,5 +124,7 @@ def test_a_pipeline(name: str) -> None:
         model.reset()
     with patch.object(Session, "compiles", True), patch.object(Conditioning, "_make", side_effect=AssertionError):
         torch.testing.assert_close(run(pipe, call, CALLS), first, rtol=1e-4, atol=1e-4)
-    tables = [t for m in optimized_components(pipe).values() for ts in m._session.control.tables.values() for t in ts]
+    tables = [
+        t for m in optimized_components(pipe).values() for ts in m._toca.session.control.tables.values() for t in ts
+    ]
     assert bool(tables) == (name not in UNCONDITIONED)

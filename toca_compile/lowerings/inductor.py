@@ -28,6 +28,7 @@ from torch.utils._ordered_set import OrderedSet
 from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import artifacts
+from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
@@ -118,7 +119,9 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
             source = ConstantSource(f"toca_number_{i}")
             symbol = env.create_symbol(example, source, DimDynamic.DYNAMIC)
             values.append(env.create_symintnode(symbol, hint=example, source=source))
-    own = fx.GraphModule(module, _with_values(module.graph, values))
+    graph = _with_values(module.graph, values)
+    fuse_scores(graph)
+    own = fx.GraphModule(module, graph)
     # A buffer is written in place only if what reads it before is not moved behind the write.
     with config.patch(reorder_for_locality=False), _order_kept(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
