@@ -10,6 +10,7 @@ steps counted from the start, and a last step that is computed.
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from trained import TRAINED, Trained
 
 import toca_compile
 from toca_compile.ir.plan import Policy
-from toca_compile.policies import LEVELS, Composition, Every, FullCompute, Level, Listed, Rule, SkipBlocks
+from toca_compile.policies import LEVELS, Composition, Every, FullCompute, Level, Listed
 from toca_compile.policies.schedules import end_aligned_steps
 from toca_compile.quality.metrics import psnr
 
@@ -75,7 +76,7 @@ def _section(trained: Trained, numbers: Sequence[int], seeds: Sequence[int], sam
 
 
 def _composed(steps: int, when: Every | Listed) -> Composition:
-    return Composition(steps, when, (Rule(SkipBlocks(0, order=2)),), basis="newton")
+    return replace(Level(num_steps=steps).choices[0], when=when)
 
 
 def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:

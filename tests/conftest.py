@@ -35,6 +35,11 @@ def leave_imports_alone() -> None:
         _modules = len(sys.modules)
 
 
+def pytest_unconfigure() -> None:
+    """Triton's bindings name, at the process's end, each object of theirs that nobody collected."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)

@@ -12,7 +12,8 @@ from torch import Tensor
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile.policies import LEVELS, Composition, EndAligned, Forecast, Level, Rule, load_policy, save_policy
+from toca_compile.policies import LEVELS, Composition, EndAligned, Level, Rule, load_policy, save_policy
+from toca_compile.policies.anchors import Anchors, Foca
 
 STEPS = (1, 2, 3, 4, 8, 20, 28, 50)
 
@@ -97,7 +98,7 @@ def test_where_blocks_cannot_be_skipped_each_site_is_forecast() -> None:
     assert [s.kind.value for s in opt.steps] == [
         "full", "full", "full", "forecast", "full", "forecast", "full", "forecast"
     ]  # fmt: skip
-    own = Composition(8, EndAligned(2, 2), (Rule(Forecast(2)),), basis="newton")
+    own = Composition(8, EndAligned(2, 2), (Rule(Anchors(Foca(), 3)),))
     again = toca_compile.optimize(opt._orig_mod, own, lowering="eager")
     torch.testing.assert_close(sample(opt, 8, noise()), sample(again, 8, noise()), rtol=0, atol=0)
 

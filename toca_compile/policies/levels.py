@@ -7,15 +7,16 @@ from toca_compile.ir.fields import OneOf, Steps
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.registry import register
 from toca_compile.ir.types import Site
+from toca_compile.policies.anchors import Anchors, Foca
 from toca_compile.policies.base import CachingPolicy
-from toca_compile.policies.composition import Composition, Forecast, Rule, SkipBlocks
+from toca_compile.policies.composition import Composition, Rule, SkipBlocks
 from toca_compile.policies.when import EndAligned
 
 LEVELS = ("quality", "balanced", "fast", "max")
 
 # From so many steps of a run on, one of how many is computed after the warm-up, level by level; with 1 all are. Chosen
-# on a trained DiT by the finished sample (benchmarks/results/levels.md): the fewer steps there are, the further apart
-# they lie, and the shorter the gap that a forecast can bridge.
+# on a trained DiT by the finished sample: the fewer steps there are, the further apart they lie, and the shorter the
+# gap that a forecast can bridge.
 _INTERVALS = (
     (40, (2, 3, 4, 6)),
     (16, (2, 3, 4, 5)),
@@ -24,15 +25,18 @@ _INTERVALS = (
     (1, (1, 1, 1, 1)),
 )
 _WARMUP = 2  # the first steps decide the picture; a third brings anchors so near each other that a forecast overshoots
+# Of all published rules the one that is best or near it on every trained model (benchmarks/results/tried.md); Newton's
+# polynomial gains up to 2 dB on one where steps are far apart, and loses 4 to 13 on the other.
+_FORECAST = Anchors(Foca(), 3)
 
 
 @register
 @dataclass(frozen=True)
 class Level(CachingPolicy):
     """A policy by name that fits the number of steps: the first two steps are computed, and one of several counted
-    back from the last but one; on the others what all blocks add to the stream is forecast by Newton's polynomial of
-    order 2 through the last computed steps (each site's output, where the blocks cannot be skipped as a whole). Of how
-    many steps one is computed:
+    back from the last but one; on the others what all blocks add to the stream is forecast from the last three computed
+    steps by FoCa's rule (each site's output, where the blocks cannot be skipped as a whole). Of how many steps one is
+    computed:
 
     =========  =========  ==========  ======  =====
     steps      "quality"  "balanced"  "fast"  "max"
@@ -61,8 +65,9 @@ class Level(CachingPolicy):
     @property
     def choices(self) -> tuple[Composition, ...]:
         """What it may mean for a graph; the first that the graph can follow is meant."""
-        do = (SkipBlocks(0, order=2), Forecast(2))
-        return tuple(Composition(self.num_steps, self.when, (Rule(d),), basis="newton") for d in do)
+        return tuple(
+            Composition(self.num_steps, self.when, (Rule(do),)) for do in (SkipBlocks(do=_FORECAST), _FORECAST)
+        )
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The computed steps as call indices, 0 first."""
