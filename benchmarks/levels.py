@@ -4,7 +4,7 @@
 
 PSNR to the uncached samples of the same steps, in dB for values in [−1, 1], mean over seeds; and how many steps each
 level computes. Nothing is timed. Beside each level stand the schedules that it was chosen among: another warm-up, full
-steps counted from the start, and a last step that is computed.
+steps counted from the start, and a last step that is computed, or is not where the level's is.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def _section(trained: Trained, numbers: Sequence[int], seeds: Sequence[int], sam
 
     lines = [
         f"\n## {trained.title}\n\n{trained.sampling}.\n",
-        "| steps | level | the level | warm-up + 1 | warm-up − 1 | from the start | last step computed |",
+        "| steps | level | the level | warm-up + 1 | warm-up − 1 | from the start | last step as well, or not |",
         "|---|---|---|---|---|---|---|",
     ]
     for steps in numbers:
@@ -64,10 +64,10 @@ def _section(trained: Trained, numbers: Sequence[int], seeds: Sequence[int], sam
                 continue
             interval, warmup = level.when.interval, level.when.warmup
             others = [
-                _listed(steps, end_aligned_steps(steps, interval, warmup + 1)),
-                _listed(steps, end_aligned_steps(steps, interval, warmup - 1)) if warmup > 1 else None,
-                _composed(steps, Every(interval, warmup)),
-                _listed(steps, sorted({*level.full_steps(), steps - 1})),
+                _listed(level, end_aligned_steps(steps, interval, warmup + 1)),
+                _listed(level, end_aligned_steps(steps, interval, warmup - 1)) if warmup > 1 else None,
+                _composed(level, Every(interval, warmup)),
+                _listed(level, sorted({*level.full_steps()} ^ {steps - 1})),
             ]
             row = ["–" if p is None else _cell(base, sampled(p, steps), p) for p in (level, *others)]
             lines.append(f"| {steps} | {name} | {' | '.join(row)} |")
@@ -75,12 +75,12 @@ def _section(trained: Trained, numbers: Sequence[int], seeds: Sequence[int], sam
     return lines
 
 
-def _composed(steps: int, when: Every | Listed) -> Composition:
-    return replace(Level(num_steps=steps).choices[0], when=when)
+def _composed(level: Level, when: Every | Listed) -> Composition:
+    return replace(level.choices[0], when=when)
 
 
-def _listed(steps: int, full: tuple[int, ...] | list[int]) -> Composition:
-    return _composed(steps, Listed(tuple(full)))
+def _listed(level: Level, full: tuple[int, ...] | list[int]) -> Composition:
+    return _composed(level, Listed(tuple(full)))
 
 
 def _cell(base: list[torch.Tensor], found: list[torch.Tensor], policy: Level | Composition) -> str:

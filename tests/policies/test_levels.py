@@ -21,13 +21,14 @@ STEPS = (1, 2, 3, 4, 8, 20, 28, 50)
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("steps", STEPS)
 def test_full_steps(name: str, steps: int) -> None:
-    """The first steps are computed, no gap is longer than the interval, and the last gap is one step."""
+    """The first steps are computed, no gap is longer than the interval, and the last gap is one step or none."""
     level = Level(name, steps)
     full = level.full_steps()
     assert full == tuple(sorted(set(full)))
     assert full[: level.when.warmup] == tuple(range(min(steps, level.when.warmup)))
     assert all(b - a <= level.when.interval for a, b in itertools.pairwise(full))
-    assert full[-1] == max(steps - 2, 0) or len(full) == steps
+    assert full[-1] == (steps - 1 if level.when.last else max(steps - 2, 0)) or len(full) == steps
+    assert level.when.last == (name == "quality" and steps >= 16)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -39,6 +40,7 @@ def test_a_level_further_computes_no_more(steps: int) -> None:
 
 def test_end_aligned() -> None:
     assert EndAligned(3, 2).phases(9, "") == (0, 0, 1, 2, 0, 1, 2, 0, 1)
+    assert EndAligned(3, 2, last=True).phases(9, "") == (0, 0, 1, 2, 0, 1, 2, 0, 0)
     assert EndAligned(3, 1).phases(1, "") == (0,)
     assert EndAligned(5, 3).phases(2, "") == (0, 0)
     assert EndAligned(1, 1).phases(3, "") == (0, 0, 0)

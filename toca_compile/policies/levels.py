@@ -7,7 +7,7 @@ from toca_compile.ir.fields import OneOf, Steps
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.registry import register
 from toca_compile.ir.types import Site
-from toca_compile.policies.anchors import Anchors, Foca
+from toca_compile.policies.anchors import Anchors, Foca, Polynomial
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
 from toca_compile.policies.when import EndAligned
@@ -25,9 +25,10 @@ _INTERVALS = (
     (1, (1, 1, 1, 1)),
 )
 _WARMUP = 2  # the first steps decide the picture; a third brings anchors so near each other that a forecast overshoots
-# Of all published rules the one that is best or near it on every trained model (benchmarks/results/tried.md); Newton's
-# polynomial gains up to 2 dB on one where steps are far apart, and loses 4 to 13 on the other.
-_FORECAST = Anchors(Foca(), 3)
+# Chosen by the worse of two trained models: FoCa's rule, and Newton's polynomial where full steps are so far apart that
+# FoCa's recursion drifts (benchmarks/results/levels.md).
+_NEAR, _FAR, _DRIFTS = Anchors(Foca(), 3), Anchors(Polynomial(), 3), 5
+_LAST = 16  # from so many steps on, "quality" computes the last too
 
 
 @register
@@ -35,8 +36,9 @@ _FORECAST = Anchors(Foca(), 3)
 class Level(CachingPolicy):
     """A policy by name that fits the number of steps: the first two steps are computed, and one of several counted
     back from the last but one; on the others what all blocks add to the stream is forecast from the last three computed
-    steps by FoCa's rule (each site's output, where the blocks cannot be skipped as a whole). Of how many steps one is
-    computed:
+    steps by FoCa's rule, or Newton's polynomial where one of five or more is computed (each site's output, where the
+    blocks cannot be skipped as a whole). From 16 steps on ``"quality"`` computes the last step too. Of how many steps
+    one is computed:
 
     =========  =========  ==========  ======  =====
     steps      "quality"  "balanced"  "fast"  "max"
@@ -60,14 +62,14 @@ class Level(CachingPolicy):
     def when(self) -> EndAligned:
         """Which steps are computed."""
         intervals = next(row for least, row in _INTERVALS if self.num_steps >= least)
-        return EndAligned(intervals[LEVELS.index(self.name)], _WARMUP)
+        last = self.name == "quality" and self.num_steps >= _LAST
+        return EndAligned(intervals[LEVELS.index(self.name)], _WARMUP, last)
 
     @property
     def choices(self) -> tuple[Composition, ...]:
         """What it may mean for a graph; the first that the graph can follow is meant."""
-        return tuple(
-            Composition(self.num_steps, self.when, (Rule(do),)) for do in (SkipBlocks(do=_FORECAST), _FORECAST)
-        )
+        forecast = _NEAR if self.when.interval < _DRIFTS else _FAR
+        return tuple(Composition(self.num_steps, self.when, (Rule(do),)) for do in (SkipBlocks(do=forecast), forecast))
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The computed steps as call indices, 0 first."""

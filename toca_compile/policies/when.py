@@ -109,14 +109,16 @@ class Spread(When):
 @dataclass(frozen=True)
 class EndAligned(When):
     """The first ``warmup`` steps, and every ``interval``-th counted back from the last but one, so that the run ends
-    with one step that is not full. With an interval of 1, all steps."""
+    with one step that is not full, or with ``last`` is too. With an interval of 1, all steps."""
 
     interval: Count = 3
     warmup: Count = 1
+    last: bool = False
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
-        return _since(end_aligned_steps(num_steps, self.interval, self.warmup), num_steps)
+        full = end_aligned_steps(num_steps, self.interval, self.warmup)
+        return _since(sorted({*full, num_steps - 1}) if self.last else full, num_steps)
 
 
 @register
