@@ -25,6 +25,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch._inductor.utils import sympy_product
 from torch.nn.attention import SDPBackend
 from torch.utils import _triton
 
@@ -48,7 +49,7 @@ class Launch:
         kind: ``"triton"``, ``"gemm"``, ``"attention"``, ``"other"`` (any other library call) or ``"host copy"``.
         moved: bytes read and written, as Inductor counts them: a buffer that is read at places known at run time alone
             counts whole.
-        flops: of a product, by torch's counter.
+        flops: of products.
     """
 
     kind: str
@@ -187,7 +188,18 @@ def _launches(graph: GraphLowering) -> Iterator[Launch]:
     for node in graph.scheduler.nodes:
         kind = _kind(node)
         if kind is not None:
-            yield Launch(kind, node.get_read_write_buffers_sizes(), node.estimate_flops() or 0)
+            yield Launch(kind, node.get_read_write_buffers_sizes(), _flops(node, kind))
+
+
+def _flops(node: BaseSchedulerNode, kind: str) -> int:
+    """By torch's counter; of attention, which that leaves out, and of our own kernel by hand: each query with each key,
+    and each weight with each value."""
+    call: Any = node.node
+    products = 2 if kind == "attention" else 1 if isinstance(call, ir.UserDefinedTritonKernel) else 0
+    if not products:
+        return node.estimate_flops() or 0
+    query, key = (value.get_size() for value in call.inputs[:2])
+    return 2 * products * int(sympy_product(query)) * int(key[-2])
 
 
 def _kind(node: BaseSchedulerNode) -> str | None:

@@ -62,7 +62,7 @@ ASSUMED = Assumed()
 
 def busy(launch: Launch, gpu: GPU, assumed: Assumed = ASSUMED) -> float:
     """Seconds of a launch on the GPU."""
-    share = assumed.attention if launch.kind == "attention" else assumed.products
+    share = assumed.products if launch.kind == "gemm" else assumed.attention  # kernels of ours are no better than that
     return max(launch.flops / (gpu.rate * 1e12 * share), launch.moved / (gpu.bandwidth * 1e9 * assumed.memory))
 
 

@@ -95,6 +95,12 @@ def test_launches_do_not_grow(generated: dict[str, Generated]) -> None:
         assert counted[name]["host copies"] == 0
 
 
+def test_a_score_costs_half_of_its_attention(generated: dict[str, Generated]) -> None:
+    code = generated["ToCa, attention: template1[compute [output, scores]; compute [output]]"]
+    (attention,) = (launch.flops for launch in code.launches if launch.kind == "attention")
+    assert [launch.flops for launch in code.launches if launch.kind == "triton" and launch.flops] == [attention // 2]
+
+
 def test_kernels_are_counted_as_they_are_called(generated: dict[str, Generated]) -> None:
     for name, code in generated.items():
         assert counts(code.launches)["Triton"] == code.source.count(".run("), name
