@@ -188,10 +188,10 @@ def _launches(graph: GraphLowering) -> Iterator[Launch]:
     for node in graph.scheduler.nodes:
         kind = _kind(node)
         if kind is not None:
-            yield Launch(kind, node.get_read_write_buffers_sizes(), _flops(node, kind))
+            yield Launch(kind, node.get_read_write_buffers_sizes(), _flops(node, kind, graph))
 
 
-def _flops(node: BaseSchedulerNode, kind: str) -> int:
+def _flops(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
     """By torch's counter; of attention, which that leaves out, and of our own kernel by hand: each query with each key,
     and each weight with each value."""
     call: Any = node.node
@@ -199,7 +199,7 @@ def _flops(node: BaseSchedulerNode, kind: str) -> int:
     if not products:
         return node.estimate_flops() or 0
     query, key = (value.get_size() for value in call.inputs[:2])
-    return 2 * products * int(sympy_product(query)) * int(key[-2])
+    return int(graph.sizevars.optimization_hint(2 * products * sympy_product(query) * key[-2]))
 
 
 def _kind(node: BaseSchedulerNode) -> str | None:
