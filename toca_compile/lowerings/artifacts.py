@@ -119,7 +119,7 @@ def _is_ours(path: Path) -> bool:
 def _sources() -> str:
     """A digest of what runs inside artifacts: this package's kernels and how it lowers."""
     package = Path(__file__).resolve().parent.parent
-    files = sorted(file for part in ("ops", "lowerings") for file in (package / part).glob("*.py"))
+    files = sorted(file for part in ("ops", "kernels", "lowerings") for file in (package / part).glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
