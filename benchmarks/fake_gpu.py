@@ -32,6 +32,7 @@ from torch.utils import _triton
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
+_HEADS = 4  # dimensions of queries and keys: batch, heads, tokens, features
 
 # What Inductor and Triton ask of an H100.
 _H100: dict[str, Any] = {
@@ -222,10 +223,12 @@ def _flops(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
     """By torch's counter; of attention, which that leaves out, and of our own kernel by hand: each query with each key,
     and each weight with each value."""
     call: Any = node.node
-    products = 2 if kind == "attention" else 1 if isinstance(call, ir.UserDefinedTritonKernel) else 0
+    given: Any = getattr(call, "inputs", ())
+    own = isinstance(call, ir.UserDefinedTritonKernel) and len(given[0].get_size()) == _HEADS
+    products = 2 if kind == "attention" else 1 if own else 0
     if not products:
         return node.estimate_flops() or 0
-    query, key = (value.get_size() for value in call.inputs[:2])
+    query, key = (value.get_size() for value in given[:2])
     return int(graph.sizevars.optimization_hint(2 * products * sympy_product(query) * key[-2]))
 
 
