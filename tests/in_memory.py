@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toca_compile import LoadedModel
-from toca_compile.exported.recorder import Entry
+from toca_compile.compiler.lay_out import Entry
 from toca_compile.exported.table import from_json, to_json
 from toca_compile.exported.write import trace
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from toca_compile.errors import ExportError
 from toca_compile.exported import archive
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
-from toca_compile.exported.table import About, Call, Number, Step, Table
+from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import sizes_of
+from toca_compile.ir.table import Call, Number, Step, Table
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.controls import RunControls

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toca_compile.compiler.lay_out import Entry
 from toca_compile.diffusers import first_call, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive
-from toca_compile.exported.recorder import Entry, Recorder
+from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
-from toca_compile.exported.table import About, Table
+from toca_compile.exported.table import About
 from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.table import Table
 from toca_compile.lowerings.aot import compile_files
 from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
