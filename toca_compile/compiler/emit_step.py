@@ -324,8 +324,13 @@ class _Emitter:
     def _branch(self, body: _Body, pred: fx.Node, yes: tuple[str, _Body], no: tuple[str, _Body]) -> list[fx.Node]:
         names = list(dict.fromkeys((*yes[1].given, *no[1].given)))
         sides = [body.within(name, side.closed(names)) for name, side in (yes, no)]
-        operands = tuple(body.read(name) for name in names)
-        return self._parts(body, body.call(torch.ops.higher_order.cond, pred, *sides, operands))
+        operands = []
+        for name in names:
+            value = body.read(name)
+            # No two of a branch's inputs may share memory, as the shifts and scales of one layer do.
+            given = value.op in ("placeholder", "get_attr") or name == "row"
+            operands.append(value if given else body.call(aten.clone.default, value))
+        return self._parts(body, body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)))
 
     def _parts(self, body: _Body, made: fx.Node) -> list[fx.Node]:
         return [body.call(operator.getitem, made, i) for i in range(len(self.results) + len(self.written))]
