@@ -17,7 +17,9 @@ def loaded(model: Any, policy: Any, example_inputs: Any, **options: Any) -> Load
     """What ``load`` returns of what ``export`` writes."""
     traced = trace(model, policy, example_inputs, **options)
     about, table = from_json(to_json(traced.about, traced.table))
-    return LoadedModel(about, table, traced.tensors, {name: eager(entry) for name, entry in traced.entries.items()})
+    return LoadedModel(
+        about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}
+    )
 
 
 def eager(entry: Entry) -> Callable[[list[Tensor]], Sequence[Tensor]]:

@@ -39,6 +39,7 @@ class StepProgram:
         module: called with the graph's inputs and an empty tensor for each number of tokens (``sizes``); it returns the
             graph's results that are tensors.
         kinds: what the kinds of steps are called, in the order of their branches.
+        plan: of each step its kind and its numbers, as the buffer ``plan`` has them.
         sizes: the second dimension of each input ``rows``, of each step.
         written: the names of the buffers that some step changes.
     """
@@ -46,6 +47,7 @@ class StepProgram:
     module: fx.GraphModule
     laid: LaidOut
     kinds: tuple[str, ...]
+    plan: tuple[tuple[int, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
     written: tuple[str, ...]
 
@@ -69,16 +71,13 @@ class StepProgram:
         return sizes
 
 
-def step_program(laid: LaidOut, inputs: int, device: torch.device) -> StepProgram:
-    """The program of a plan that was laid out with its numbers on ``device``.
-
-    Args:
-        inputs: how many the graph has.
+def step_program(laid: LaidOut) -> StepProgram:
+    """The program of a plan that was laid out with its numbers in memory.
 
     Raises:
         VerifyError: what was made is not what it stands for.
     """
-    made = _Emitter(laid, inputs, device).program()
+    made = _Emitter(laid).program()
     verify(made)
     return made
 
@@ -150,6 +149,13 @@ class _Body:
         """Add a call."""
         return self.graph.call_function(target, args, kwargs)
 
+    def parts(self, made: fx.Node, names: Sequence[str]) -> list[fx.Node]:
+        """What a call made, under these names as far as they are free."""
+        return [
+            self.graph.create_node("call_function", operator.getitem, (made, i), name=name)
+            for i, name in enumerate(names)
+        ]
+
     def within(self, name: str, module: nn.Module) -> fx.Node:
         """A submodule, as ``cond`` takes it."""
         self.modules[name] = module
@@ -178,8 +184,8 @@ class _Body:
 
 
 class _Emitter:
-    def __init__(self, laid: LaidOut, inputs: int, device: torch.device) -> None:
-        self.laid, self.table, self.inputs, self.device = laid, laid.table, inputs, device
+    def __init__(self, laid: LaidOut) -> None:
+        self.laid, self.table = laid, laid.table
         self.functional = {name: functional(entry) for name, entry in laid.entries.items()}
         self.kinds: dict[_Kind, int] = {}
         self.first: dict[_Kind, Step] = {}
@@ -257,7 +263,7 @@ class _Emitter:
     def program(self) -> StepProgram:
         """All of it."""
         root, state = _Body(), self._state()
-        for i in range(self.inputs):
+        for i in range(self.laid.inputs):
             root.named[f"x{i}"] = root.graph.placeholder(f"x{i}")
         for j in range(len(self.sizes[0])):
             root.named[f"rows{j}"] = root.graph.placeholder(f"rows{j}")
@@ -283,12 +289,12 @@ class _Emitter:
             module.register_buffer(name, buffer)
         made = fx.GraphModule(module, root.graph)
         names = tuple(self._name(kind) for kind in self.kinds)
-        return StepProgram(made, self.laid, names, self.sizes, tuple(self.written))
+        return StepProgram(made, self.laid, names, tuple(map(tuple, self.plan)), self.sizes, tuple(self.written))
 
     def _state(self) -> dict[str, Tensor]:
         """The buffers, as a run begins."""
         with torch.inference_mode(False):
-            step = torch.zeros(1, dtype=torch.int64, device=self.device)
+            step = torch.zeros(1, dtype=torch.int64, device=self.laid.device)
             state = {"step": step, "plan": step.new_tensor(self.plan)}
             if self.table.test is not None:
                 state["past"] = step.new_zeros(2 + self.table.test.order)
@@ -309,7 +315,7 @@ class _Emitter:
             name = f"kind{self.kinds[kinds[0]]}"
             body.modules[name] = made
             call = body.graph.call_module(name, tuple(body.read(n) for n in names))
-            return self._parts(body, call)
+            return body.parts(call, self._made())
         middle = len(kinds) // 2
         which = body.once("number0", aten.select.int, body.read("row"), 0, 0)
         first = body.call(aten.lt.Scalar, which, self.kinds[kinds[middle]])
@@ -319,7 +325,7 @@ class _Emitter:
         if len(kinds) == 1:
             return f"kind{self.kinds[kinds[0]]}", self._leaf(kinds[0])
         side = _Body()
-        return f"branch{self.kinds[kinds[0]]}", side.close(self._tree(side, kinds))
+        return f"branch{self.kinds[kinds[0]]}_{self.kinds[kinds[-1]]}", side.close(self._tree(side, kinds))
 
     def _branch(self, body: _Body, pred: fx.Node, yes: tuple[str, _Body], no: tuple[str, _Body]) -> list[fx.Node]:
         names = list(dict.fromkeys((*yes[1].given, *no[1].given)))
@@ -330,10 +336,11 @@ class _Emitter:
             # No two of a branch's inputs may share memory, as the shifts and scales of one layer do.
             given = value.op in ("placeholder", "get_attr") or name == "row"
             operands.append(value if given else body.call(aten.clone.default, value))
-        return self._parts(body, body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)))
+        return body.parts(body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)), self._made())
 
-    def _parts(self, body: _Body, made: fx.Node) -> list[fx.Node]:
-        return [body.call(operator.getitem, made, i) for i in range(len(self.results) + len(self.written))]
+    def _made(self) -> list[str]:
+        """What all branches return."""
+        return [*self.results, *self.written]
 
     def _leaf(self, kind: _Kind) -> _Body:
         """One kind of step."""
@@ -362,8 +369,8 @@ class _Emitter:
         _computed(computes, test.order)
         (change,) = self._call(body, test.call, iter(()))
         pred = _must_compute(body, change, test.threshold, test.limit)
-        sides = [(f"{name}{self.kinds[kind]}", side.close(self._returned(side))) for name, side in (
-            ("branch_computed", computes), ("branch_skipped", skips))]  # fmt: skip
+        sides = [(f"branch{self.kinds[kind]}_{name}", side.close(self._returned(side))) for name, side in (
+            ("computed", computes), ("skipped", skips))]  # fmt: skip
         return body.close(self._branch(body, pred, *sides))
 
     def _returned(self, body: _Body) -> list[fx.Node]:
@@ -373,8 +380,8 @@ class _Emitter:
             body.call(aten.clone.default, body.read(r), memory_format=torch.contiguous_format) for r in self.results
         ]
         for name in self.written:
-            changed = name in body.named and name not in body.given
-            outputs.append(body.read(name) if changed else body.call(aten.clone.default, body.read(name)))
+            value = body.read(name)
+            outputs.append(body.call(aten.clone.default, value) if body.given.get(name) is value else value)
         return outputs
 
     def _call(self, body: _Body, number: int, places: Any) -> list[fx.Node]:
@@ -389,7 +396,8 @@ class _Emitter:
         body.modules[call.entry] = module
         made = body.graph.call_module(call.entry, tuple(arguments))
         count = len(module.graph.output_node().args[0]) - len(changed)  # type: ignore[arg-type]
-        parts = [body.call(operator.getitem, made, i) for i in range(count + len(changed))]
+        names = [f"x{place}" for place in call.results[:count]] or [f"told{i}" for i in range(count)]
+        parts = body.parts(made, [*names, *(f"cache{call.slots[i]}" for i in changed)])
         body.named |= {f"x{place}": value for place, value in zip(call.results, parts[:count], strict=False)}
         body.named |= {f"cache{call.slots[i]}": value for i, value in zip(changed, parts[count:], strict=True)}
         return parts[:count]

@@ -13,6 +13,7 @@ from torch import fx
 
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import PolicyError
+from toca_compile.ir.calls import tensors
 from toca_compile.ir.history import CacheSpec, Numbers, Past
 from toca_compile.ir.printer import variant_name
 from toca_compile.ir.program import Chain, Stream, Variant
@@ -45,33 +46,42 @@ class LaidOut:
         entries: what its calls call, by name.
         titles: what these are, as reports call them.
         buffers: which buffer of which owner each of the table's is, and which of several.
+        owners: the names of sites, and of what leaves skipped blocks.
         constants: the tensors in the graph itself, by place.
+        inputs: how many the graph has.
+        device: on which the numbers lie, where they are not the host's.
     """
 
     table: Table
     entries: dict[str, Entry]
     titles: dict[str, str]
     buffers: tuple[tuple[State, int, int], ...]
+    owners: tuple[str, ...]
     constants: dict[int, torch.Tensor]
+    inputs: int
+    device: torch.device
 
 
-def lay_out(of: Executor, schedule: Schedule, numbers: torch.device | None = None) -> LaidOut:
+def lay_out(of: Executor, schedule: Schedule, *, in_memory: bool = False) -> LaidOut:
     """What each step of a plan calls in a graph.
 
     Args:
-        numbers: the device on which host numbers lie for the variants, all but K; None: on the host.
+        in_memory: whether variants are given the numbers of a step, all but K, as tensors.
 
     Raises:
         PolicyError: the plan cannot be told beforehand.
     """
-    return _Laid(of, schedule, numbers).out()
+    return _Laid(of, schedule, in_memory=in_memory).out()
 
 
 class _Laid:
     """A table while it is made."""
 
-    def __init__(self, of: Executor, schedule: Schedule, numbers: torch.device | None) -> None:
+    def __init__(self, of: Executor, schedule: Schedule, *, in_memory: bool) -> None:
         self.of, self.schedule = of, schedule
+        devices = [x.device for x in tensors(list(of.program.inputs))]
+        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        numbers = self.device if in_memory else None
         self.variants = ProgramVariants(of.program, self._entry, dense=False, numbers=numbers)
         self.variants.checked = of.variants.checked
         self.entries: dict[str, Entry] = {}
@@ -89,7 +99,10 @@ class _Laid:
         """All of it."""
         table = self.table()
         constants = {self.of._place[node]: value for node, value in self.of._constants}
-        return LaidOut(table, self.entries, self.titles, tuple(self.buffers), constants)
+        names = tuple(owner.name for owner in self.schedule.owners)
+        return LaidOut(
+            table, self.entries, self.titles, tuple(self.buffers), names, constants, self.of._inputs, self.device
+        )
 
     def table(self) -> Table:
         of, schedule = self.of, self.schedule

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from toca_compile.compiler.emit_step import StepProgram, step_program
-from toca_compile.compiler.lay_out import lay_out
-from toca_compile.ir.calls import tensors
+from toca_compile.compiler.lay_out import LaidOut, lay_out
+from toca_compile.compiler.print_step import print_step
+from toca_compile.compiler.trace import show
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import Past
-from toca_compile.ir.program import Program, Variant
+from toca_compile.ir.program import Variant
 from toca_compile.lowerings import Lowering
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.schedule import Schedule
@@ -38,23 +39,36 @@ class Whole:
             VerifyError, LoweringError: as of a variant.
         """
         if schedule not in self._known:
-            device = device_of(executor.program)
-            made = step_program(lay_out(executor, schedule, device), len(executor.program.placeholders), device)
-            self._known[schedule] = Runnable(made, self._lower, [value_of(n) for n in executor.program.placeholders])
+            examples = [value_of(n) for n in executor.program.placeholders]
+            self._known[schedule] = programmed(lay_out(executor, schedule, in_memory=True), self._lower, examples)
         return self._known[schedule]
+
+
+def programmed(laid: LaidOut, lower: Lowering, examples: Sequence[Any] = ()) -> "Runnable":
+    """The program of a plan that was laid out in memory, lowered. ``examples``: like the graph's inputs.
+
+    Raises:
+        VerifyError, LoweringError: as of a variant.
+    """
+    made = step_program(laid)
+    show("program", lambda: f"{len(made.kinds)} kinds of steps", lambda: print_step(made))
+    return Runnable(made, lower(Variant(made.module, (), ()), examples))
 
 
 class Runnable:
     """A program and what it was lowered to. A run has buffers of its own, which are the module's while it runs.
 
     Attributes:
+        call: what the program was lowered to.
         kept: which buffer of which owner each of the program's caches is.
     """
 
-    def __init__(self, program: StepProgram, lower: Lowering, examples: Sequence[Any]) -> None:
-        self.program = program
+    def __init__(self, program: StepProgram, call: Callable[..., Sequence[Any]]) -> None:
+        self.program, self.call = program, call
         self.kept = tuple(program.caches.values())
-        self._call: Callable[..., Sequence[Any]] = lower(Variant(program.module, (), ()), examples)
+
+    def __str__(self) -> str:
+        return print_step(self.program)
 
     def begin(self, caches: Sequence[Tensor], step: int, past: Past) -> dict[str, Tensor]:
         """The buffers of a run that is about to do a step."""
@@ -74,16 +88,10 @@ class Runnable:
         before = {name: module._buffers[name] for name in state}
         module._buffers.update(state)
         try:
-            return self._call(*inputs, *self.program.rows(index))
+            return self.call(*inputs, *self.program.rows(index))
         finally:
             module._buffers.update(before)
 
     def computed(self, state: dict[str, Tensor], past: Past) -> bool:
         """Whether the last step computed what it could skip. The one read of a device value."""
         return "past" not in state or int(state["past"][0]) > past.times
-
-
-def device_of(program: Program) -> torch.device:
-    """Where a graph computes."""
-    found = [x.device for x in tensors(list(program.inputs))]
-    return next((d for d in found if d.type != "cpu"), torch.device("cpu"))

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import torch
-
-from toca_compile.compiler.lay_out import Entry, lay_out
+from toca_compile.compiler.lay_out import LaidOut, lay_out
 from toca_compile.errors import ExportError, PolicyError
-from toca_compile.ir.table import Table
 from toca_compile.runtime.executor import Executor
 
 
@@ -27,25 +24,19 @@ class Recorder(Executor):
         self.results = tuple(results)
         return results
 
-    def table(self) -> tuple[Table, dict[str, Entry]]:
-        """What each step of the plan calls, and what is called, by name. The table's ``weights``, ``inputs`` and
-        ``kinds`` are left to who knows the model's call.
+    def laid_out(self, *, in_memory: bool) -> LaidOut:
+        """What each step of the plan calls, and what is called. The table's ``weights``, ``inputs`` and ``kinds`` are
+        left to who knows the model's call.
 
         Raises:
             ExportError: the plan cannot be told beforehand.
         """
         try:
-            made = lay_out(self, self.schedule)
+            return lay_out(self, self.schedule, in_memory=in_memory)
         except PolicyError as error:
             raise ExportError(str(error)) from error
-        return made.table, made.entries
 
     @property
     def owned(self) -> tuple[int, ...]:
         """The places of the inputs that are the model's own."""
         return tuple(i for i in range(self._inputs) if i not in self._varying)
-
-    @property
-    def constants(self) -> dict[int, torch.Tensor]:
-        """The tensors in the graph itself, by place."""
-        return {self._place[node]: value for node, value in self._constants}
