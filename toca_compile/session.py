@@ -237,6 +237,9 @@ class Session:
         """How steps of a graph are recorded; None where they are not, which is said if it was asked for."""
         if self.mode == "default":
             return None
+        if is_whole(self._lower):
+            self.warn_once(without(f"lowering={self.lowering!r} runs whole steps by itself"))
+            return None
         if program.fragment:
             self.warn_once(without(_SPLIT))
             return None

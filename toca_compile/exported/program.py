@@ -53,6 +53,10 @@ class ProgramModel(LoadedModel):
         """The program of a step."""
         return self._step_program.module
 
+    def rows(self, step: int) -> list[Tensor]:
+        """What the graph is given behind the values in a step of the plan."""
+        return self._step_program.rows(step)
+
     @property
     def _step_program(self) -> StepProgram:
         return self._whole.program
