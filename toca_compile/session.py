@@ -127,7 +127,7 @@ class Session:
         """
         self._lower, self.lowering = find_lowering(name), name
         for executor in self.executors:
-            executor.set_variants(self._variants(executor.program))
+            executor.set_variants(executor.variants.lowered(self._lower, dense=is_dense(self._lower)))
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:

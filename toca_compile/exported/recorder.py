@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import ExportError
 from toca_compile.exported.table import Call, Kept, Number, Row, Step, Table, Test
 from toca_compile.ir.history import CacheSpec, Numbers, Past
@@ -74,8 +73,7 @@ class _Laid:
 
     def __init__(self, of: Recorder) -> None:
         self.of, self.schedule = of, of.schedule
-        self.variants = ProgramVariants(of.program, self._entry, dense=False)
-        self.variants.checked = of.variants.checked
+        self.variants = of.variants.lowered(self._entry, dense=False)
         self.entries: dict[str, Entry] = {}
         self.names: dict[Any, str] = {}  # of entries, by what tells them
         self.called: dict[SegmentCall, tuple[int, list[_Asked]]] = {}
