@@ -50,10 +50,10 @@ class ProgramVariants:
         self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
         self._values: dict[Any, Any] = {}  # of calls, by op and types of operands: variants differ in a few
 
-    def lowered(self, lower: Lowering, *, dense: bool) -> "ProgramVariants":
+    def lowered(self, lower: Lowering, *, dense: bool, numbers: torch.device | None) -> "ProgramVariants":
         """The same, lowered another way: what is built for one way is built for all."""
         other = copy(self)
-        other.lower, other.dense, other._unranked = lower, dense, {}
+        other.lower, other.dense, other.numbers, other._unranked = lower, dense, numbers, {}
         return other
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
