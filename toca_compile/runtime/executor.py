@@ -42,10 +42,14 @@ class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
     held against its plain meaning."""
 
-    checked: dict[tuple[int, tuple[Form, ...]], float]
+    checked: dict[Any, float]
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """A segment's variant, verified."""
+        ...
+
+    def lowered(self, lower: Any, *, dense: bool, numbers: torch.device | None) -> "Variants":
+        """The same, lowered another way."""
         ...
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
