@@ -444,6 +444,10 @@ class Executor:
         if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
             return False
         (change,) = step.run([self._bind(probe, now, run, key)])
+        assert self.program.types is not None
+        for group in self.program.types.groups:  # or processes would part ways
+            change = torch.ops._c10d_functional.all_reduce(change, "max", group)
+            change = torch.ops._c10d_functional.wait_tensor(change)
         return not bool(change > skip.threshold)
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
