@@ -20,6 +20,7 @@ torch.set_num_threads(1)  # models this small are slower on several, and the sui
 logging.getLogger("torch.__trace").propagate = True
 gc.set_threshold(*gc.get_threshold()[:2], 50)  # all that is alive is looked through five times less often
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
+os.environ["TORCH_WARM_POOL"] = "0"  # torch.compile would start processes for GPUs' kernels, each with its own torch
 
 
 _modules = 0  # that were imported when the garbage collector was told to leave alone what there is
