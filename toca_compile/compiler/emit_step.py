@@ -67,7 +67,7 @@ class StepProgram:
         device = self.module.get_buffer("step").device
         sizes = [torch.empty((0, size), dtype=torch.int8, device=device) for size in self.sizes[step]]
         for told in sizes:
-            torch._dynamo.maybe_mark_dynamic(told, 1)
+            torch._dynamo.decorators.mark_unbacked(told, 1)
         return sizes
 
 
