@@ -132,12 +132,18 @@ class Session:
         """Lower the graphs another way from the next run on; nothing is traced again.
 
         Raises:
-            TocaError: there is no such lowering.
+            TocaError: there is no such lowering, or it cannot hold the graphs; then all is as before.
         """
+        before = self._lower, self.lowering
         self._lower, self.lowering = find_lowering(name), name
-        for executor in self.executors:
-            executor.set_variants(self._variants(executor.program))
-            executor.whole = self._whole(executor.program)
+        try:
+            made = [(e, self._variants(e.program), self._whole(e.program)) for e in self.executors]
+        except TocaError:
+            self._lower, self.lowering = before
+            raise
+        for executor, variants, whole in made:
+            executor.set_variants(variants)
+            executor.whole = whole
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:

@@ -67,6 +67,7 @@ class StepProgram:
         device = self.module.get_buffer("step").device
         sizes = [torch.empty((0, size), dtype=torch.int8, device=device) for size in self.sizes[step]]
         for told in sizes:
+            # No guard may tell one K from another: 1 is not special, nor is the first.
             torch._dynamo.decorators.mark_unbacked(told, 1)
         return sizes
 
