@@ -137,19 +137,24 @@ class Session:
         before = self._lower, self.lowering
         self._lower, self.lowering = find_lowering(name), name
         try:
-            made = [(e, self._variants(e.program), self._whole(e.program)) for e in self.executors]
-        except TocaError:
+            wholes = [self._whole(executor.program) for executor in self.executors]
+        except LoweringError:
             self._lower, self.lowering = before
             raise
-        for executor, variants, whole in made:
-            executor.set_variants(variants)
+        for executor, whole in zip(self.executors, wholes, strict=True):
+            numbers = self._numbers(executor.program)
+            executor.set_variants(executor.variants.lowered(self._lower, dense=is_dense(self._lower), numbers=numbers))
             executor.whole = whole
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:
+        numbers = self._numbers(program)
+        return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=numbers)
+
+    def _numbers(self, program: Program) -> torch.device | None:
+        """Where the numbers of a step lie for variants, if in memory."""
         capture = self._capture(program)
-        device = capture.device if capture is not None else None
-        return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=device)
+        return capture.device if capture is not None else None
 
     def _whole(self, program: Program) -> Whole | None:
         """What makes one graph of all steps, if the lowering takes that.
