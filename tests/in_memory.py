@@ -21,7 +21,7 @@ from toca_compile import (
 )
 from toca_compile.compiler.lay_out import Entry
 from toca_compile.exported.table import from_json, to_json
-from toca_compile.exported.write import trace
+from toca_compile.exported.write import Traced, traces
 from toca_compile.policies import Anchors, Hermite, Listed, Rule
 
 STEPS = 8
@@ -45,7 +45,12 @@ POLICIES = [
 
 def loaded(model: Any, policy: Any, example_inputs: Any, **options: Any) -> LoadedModel:
     """What ``load`` returns of what ``export`` writes."""
-    traced = trace(model, policy, example_inputs, **options)
+    (traced,) = traces(model, policy, example_inputs, **options).values()
+    return written(traced)
+
+
+def written(traced: Traced) -> LoadedModel:
+    """The same of one transformer."""
     about, table = from_json(to_json(traced.about, traced.table))
     return LoadedModel(
         about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}

@@ -85,37 +85,51 @@ class _Stop(Exception):
     pass
 
 
-def first_call(pipe: Any, call: Mapping[str, Any]) -> FirstCall:
-    """Call a pipeline as far as its first model call.
+def first_calls(pipe: Any, call: Mapping[str, Any]) -> dict[str, FirstCall]:
+    """Call a pipeline as far as the first call of each of its transformers, by their names. One that is called again
+    meanwhile answers with its first result.
 
     Raises:
-        ExportError: it has no transformer or several, or calls none.
+        ExportError: it has no transformer, or does not call one.
     """
-    found = transformers_of(pipe)
-    if len(found) != 1:
-        raise ExportError(
-            f"{type(pipe).__name__} has {len(found)} transformers, and a file holds one: export each by itself, with "
-            "the arguments that it is called with"
-        )
-    ((name, model),) = found.items()
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Stop
-
-    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        pipe(**call)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    if not seen:
-        raise ExportError(f"this call of {type(pipe).__name__} does not call its {name}")
+    models = transformers_of(pipe)
+    if not models:
+        raise ExportError(f"{type(pipe).__name__} has no transformer to export")
     arguments = inspect.signature(type(pipe).__call__).bind(pipe, **call)
     arguments.apply_defaults()
-    return FirstCall(model, *seen[0], _steps(pipe.scheduler), _guided(arguments.arguments))
+    found: dict[str, FirstCall] = {}
+    index = 0
+
+    def step() -> None:
+        nonlocal index
+        index += 1
+
+    def answering(name: str, model: nn.Module) -> Callable[..., Any]:
+        forward, answers = model.forward, list[Any]()
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if name not in found:
+                left = _steps(pipe.scheduler) - index
+                found[name] = FirstCall(model, args, kwargs, left, _guided(arguments.arguments))
+            if len(found) == len(models):
+                raise _Stop
+            if not answers:
+                answers.append(forward(*args, **kwargs))
+            return answers[0]
+
+        return answer
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(_Stop))
+        if len(models) > 1:
+            stack.enter_context(_shadowed(pipe.scheduler, "step", _Telling(pipe.scheduler, "step", step)))
+        for name, model in models.items():
+            stack.enter_context(_shadowed(model, "forward", answering(name, model)))
+        pipe(**call)
+    left_out = [name for name in models if name not in found]
+    if left_out:
+        raise ExportError(f"this call of {type(pipe).__name__} does not call its {' and its '.join(left_out)}")
+    return found
 
 
 def _steps(scheduler: Any) -> int:

@@ -132,13 +132,19 @@ class Session:
         """Lower the graphs another way from the next run on; nothing is traced again.
 
         Raises:
-            TocaError: there is no such lowering.
+            TocaError: there is no such lowering, or it cannot hold the graphs; then all is as before.
         """
+        before = self._lower, self.lowering
         self._lower, self.lowering = find_lowering(name), name
-        for executor in self.executors:
+        try:
+            wholes = [self._whole(executor.program) for executor in self.executors]
+        except LoweringError:
+            self._lower, self.lowering = before
+            raise
+        for executor, whole in zip(self.executors, wholes, strict=True):
             numbers = self._numbers(executor.program)
             executor.set_variants(executor.variants.lowered(self._lower, dense=is_dense(self._lower), numbers=numbers))
-            executor.whole = self._whole(executor.program)
+            executor.whole = whole
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:

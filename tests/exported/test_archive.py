@@ -18,11 +18,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import toca_compile
-from tests.models import diffusers_dit, randomize
+from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.runs import optimized
 from tests.sampling import noise, sample
-from toca_compile import ExportError, LoadedModel, ToCa
+from toca_compile import BlockCache, Composition, ExportError, Fora, LoadedModel, ToCa
 from toca_compile.demo import fashion_dit
+from toca_compile.policies import Anchors, Every, Hermite, Rule
 
 pytestmark = [pytest.mark.inductor, pytest.mark.xdist_group("export")]
 
@@ -89,6 +90,29 @@ def test_a_process_without_the_model_makes_the_same_pictures(exported: Exported,
     assert told["kinds"] == exported.kinds
     torch.testing.assert_close(told["made"][0], exported.live, rtol=0, atol=1e-5)
     assert torch.equal(told["made"][0], told["made"][1])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Fora(STEPS, 3),
+        Composition(STEPS, Every(3), (Rule(Anchors(Hermite(0.5), 3)),)),
+        BlockCache(STEPS, first=0, interval=3, order=2, basis="newton"),
+    ],
+    ids=["FORA", "anchors", "a forecast of the blocks"],
+)
+def test_other_policies_in_compiled_files(policy: Any, tmp_path: Path) -> None:
+    """Over a whole run, and over the next."""
+    model = randomize(PlainDiT(depth=1))
+    live = optimized(model, policy)
+    toca_compile.export(
+        model, policy, (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2)), tmp_path / "m.pt2"
+    )
+    own = toca_compile.load(tmp_path / "m.pt2")
+    for seed in range(2):
+        wanted = sample(live, STEPS, noise(seed=seed))
+        torch.testing.assert_close(sample(own, STEPS, noise(seed=seed)), wanted, rtol=1e-5, atol=1e-5)
+        assert [r.kind for r in own.steps] == [r.kind for r in live.steps]
 
 
 def test_two_loaded_models_have_two_caches_and_other_weights_are_theirs(exported: Exported) -> None:

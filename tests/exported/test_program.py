@@ -10,6 +10,7 @@ import toca_compile
 from tests.in_memory import POLICIES, STEPS
 from tests.lowerings.test_program import Halved
 from tests.models import PlainDiT, randomize
+from tests.pair import Pair
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, ExportError, Fora, ProgramModel
@@ -85,6 +86,8 @@ def test_the_graph_alone_counts_its_steps(model: nn.Module, toca: ProgramModel) 
 def test_models_that_no_graph_can_hold() -> None:
     with pytest.raises(ExportError, match=r"torch\.compile split it"):
         toca_compile.program(randomize(Halved(depth=2)), Fora(4, 2), INPUTS)
+    with pytest.raises(ExportError, match="pass the pipeline's transformer"):
+        toca_compile.program(Pair(), Fora(4, 2), {"num_inference_steps": 4})
 
 
 def test_it_prints(toca: ProgramModel) -> None:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 import toca_compile
-from tests.in_memory import loaded
+from tests.in_memory import loaded, written
 from tests.models import PlainDiT, randomize
+from tests.pair import Pair
 from tests.pipelines import build, run
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import ExportError, Fora, NoSiteError, PolicyError, ToCa
+from toca_compile.exported.write import traces
+from toca_compile.policies import Level
 
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
@@ -165,8 +168,35 @@ def test_pipelines_that_no_file_can_hold() -> None:
     with pytest.raises(ExportError, match="dictionary of the arguments"):
         loaded(pipe, Fora(6, 3), (noise(),))
     pipe.transformer = None
-    with pytest.raises(ExportError, match="0 transformers"):
+    with pytest.raises(ExportError, match="has no transformer"):
         loaded(pipe, Fora(6, 3), call)
+
+
+def test_two_transformers_that_share_the_steps() -> None:
+    """Each is planned for the steps from its own first one on, and runs in the unmodified pipeline."""
+    pipe = Pair()
+    made = traces(pipe, Level("balanced"), {"num_inference_steps": 12})
+    assert [len(one.table.steps) for one in made.values()] == [12, 6]
+
+    def run() -> Tensor:
+        return pipe(12, generator=torch.Generator().manual_seed(0))[0]
+
+    plain, own = (pipe.transformer, pipe.transformer_2), {name: written(one) for name, one in made.items()}
+    toca_compile.optimize(pipe, Level("balanced"), lowering="eager")
+    expected = run()
+    toca_compile.restore(pipe)
+    assert (pipe.transformer, pipe.transformer_2) == plain
+    uncached = run()
+    for name, model in own.items():
+        setattr(pipe, name, model)
+    assert torch.equal(run(), expected)
+    assert torch.equal(run(), expected)
+    assert not torch.equal(expected, uncached)
+
+
+def test_a_transformer_that_a_call_leaves_out() -> None:
+    with pytest.raises(ExportError, match=r"Pair does not call its transformer$"):
+        traces(Pair(), Fora(6, 3), {"num_inference_steps": 1})
 
 
 def test_no_site_is_the_compilers_error() -> None:

@@ -157,11 +157,14 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> list[CompileCounterWithBackend]
     return made
 
 
-@pytest.mark.parametrize("number", [2, 7, 12])
+FEW = ToCa(STEPS, interval=4, fresh_ratio=0.07)  # one token in some steps, several in others
+
+
+@pytest.mark.parametrize("policy", [FEW, POLICIES[7], POLICIES[12]], ids=lambda p: str(p)[:60])
 def test_one_graph_without_a_break_that_no_step_compiles_anew(
-    number: int, counters: list[CompileCounterWithBackend]
+    policy: Any, counters: list[CompileCounterWithBackend]
 ) -> None:
-    opt = optimized(randomize(PlainDiT(depth=1)), POLICIES[number])
+    opt = optimized(randomize(PlainDiT(depth=1)), policy)
     wanted = sample(opt, STEPS, noise())
     opt.lowering = "whole eager"
     assert torch.equal(sample(opt, STEPS, noise()), wanted)
@@ -208,6 +211,17 @@ class Halved(PlainDiT):
         return self.finish(x, c)
 
 
+class InParts(PlainDiT):
+    """Breaks between the stack of blocks and what follows."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.prepare(x, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+        torch._dynamo.graph_break()
+        return self.finish(x, c)
+
+
 def test_a_model_in_several_graphs_is_refused_and_goes_on_as_it_is() -> None:
     model = randomize(Halved(depth=2))
     opt = toca_compile.optimize(model, Fora(4, 2), lowering="program")
@@ -215,6 +229,12 @@ def test_a_model_in_several_graphs_is_refused_and_goes_on_as_it_is() -> None:
         sample(opt, 4, noise())
     loose = toca_compile.optimize(model, Fora(4, 2), lowering="program", strict=False)
     assert torch.equal(sample(loose, 4, noise()), sample(model, 4, noise()))
+    other = optimized(randomize(InParts(depth=2)), Fora(4, 2))
+    made = sample(other, 4, noise())
+    with pytest.raises(LoweringError):
+        other.lowering = "program"
+    assert other.lowering == "eager"
+    assert torch.equal(sample(other, 4, noise()), made)
 
 
 def test_it_prints_as_a_stage() -> None:

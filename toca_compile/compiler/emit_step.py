@@ -67,7 +67,8 @@ class StepProgram:
         device = self.module.get_buffer("step").device
         sizes = [torch.empty((0, size), dtype=torch.int8, device=device) for size in self.sizes[step]]
         for told in sizes:
-            torch._dynamo.maybe_mark_dynamic(told, 1)
+            # No guard may tell one K from another: 1 is not special, nor is the first.
+            torch._dynamo.decorators.mark_unbacked(told, 1)
         return sizes
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, fx
 from toca_compile.compiler.emit_step import StepProgram
 from toca_compile.compiler.print_step import print_step
 from toca_compile.compiler.step_program import programmed
+from toca_compile.diffusers import is_pipeline
+from toca_compile.errors import ExportError
 from toca_compile.exported.loaded import KEY, LoadedModel, laid_as
-from toca_compile.exported.write import Traced, trace
+from toca_compile.exported.write import Traced, traces
 from toca_compile.ir.history import Past
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.types import StepKind
@@ -32,7 +34,9 @@ def program(model: Any, policy: Policy | str | None, example_inputs: Any, **opti
         ExportError: the model or the policy cannot be held by one graph; the message says why.
         TocaError: as of ``optimize`` and of a first call.
     """
-    return ProgramModel(trace(model, policy, example_inputs, in_memory=True, **options))
+    if is_pipeline(model):
+        raise ExportError("program takes a model: pass the pipeline's transformer, and what it is called with")
+    return ProgramModel(traces(model, policy, example_inputs, in_memory=True, **options)[""])
 
 
 class ProgramModel(LoadedModel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from toca_compile.compiler.lay_out import LaidOut
-from toca_compile.diffusers import first_call, for_run, is_pipeline
+from toca_compile.diffusers import first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive
 from toca_compile.exported.recorder import Recorder
@@ -33,19 +33,23 @@ _SCALARS = (bool, int, float, str, type(None))
 
 def export(
     model: Any, policy: Policy | str | None, example_inputs: Any, path: str | PathLike[str], **options: Any
-) -> None:
+) -> dict[str, Path]:
     """Write a model with its caches to a file that runs without its code, without Dynamo and without a compiler
     (``toca_compile.load``).
 
     Args:
-        model: a diffusion transformer in eval mode, or what ``optimize`` made of one; or a diffusers pipeline with one
-            transformer, which is what is exported.
+        model: a diffusion transformer in eval mode, or what ``optimize`` made of one; or a diffusers pipeline, whose
+            transformer is what is exported. Of several transformers each has a file of its own.
         policy: as of ``optimize``; None: that of an optimised model.
         example_inputs: what the model is called with: a tuple of arguments, a dictionary of them by name, or a pair of
             both. Their shapes, and what is no tensor among them, are compiled in. Of a pipeline: the arguments of its
-            call, which is made as far as the first call of the transformer.
-        path: of the file, ``*.pt2``. It is written whole, or not at all.
+            call, which is made as far as the first call of each transformer.
+        path: of the file, ``*.pt2``. It is written whole, or not at all. Of several transformers the names stand before
+            the suffix: ``video.pt2`` is then ``video.transformer.pt2`` and ``video.transformer_2.pt2``.
         options: ``grid`` and ``hoist``, as of ``optimize``.
+
+    Returns:
+        The files, by the names of a pipeline's transformers; that of a bare model by an empty one.
 
     Raises:
         ExportError: the model or the policy cannot be held by a file; the message says why.
@@ -55,7 +59,15 @@ def export(
         raise ExportError(f"the file must be called *.pt2, not {Path(path).name}")
     if not Path(path).absolute().parent.is_dir():
         raise ExportError(f"there is no folder {Path(path).absolute().parent}")
-    traced = trace(model, policy, example_inputs, **options)
+    traced = traces(model, policy, example_inputs, **options)
+    several, target = len(traced) > 1, Path(path)
+    paths = {name: target.with_suffix(f".{name}.pt2") if several else target for name in traced}
+    for name, one in traced.items():
+        _compile(one, paths[name])
+    return paths
+
+
+def _compile(traced: "Traced", path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         entries = traced.laid.entries
@@ -65,17 +77,20 @@ def export(
         archive.write(path, traced.about, traced.table, traced.tensors, files)
 
 
-def trace(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> "Traced":
-    """What ``export`` writes, before it is compiled. ``in_memory``: as of ``lay_out``."""
+def traces(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> dict[str, "Traced"]:
+    """What ``export`` writes, before it is compiled, by the names of a pipeline's transformers. ``in_memory``: as of
+    ``lay_out``."""
     if not is_pipeline(model):
-        return Traced(model, policy, arguments(example_inputs), **options)
+        return {"": Traced(model, policy, arguments(example_inputs), **options)}
     if not isinstance(example_inputs, Mapping):
         raise ExportError("example_inputs of a pipeline must be a dictionary of the arguments of its call")
-    call = first_call(model, example_inputs)
-    handle = handle_of(call.model)
-    wanted = checked_policy(policy) if policy is not None else handle._session.policy if handle is not None else None
-    fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
-    return Traced(call.model, fit, (call.args, call.kwargs), **options)
+    made = {}
+    for name, call in first_calls(model, example_inputs).items():
+        own = handle_of(call.model)
+        wanted = checked_policy(policy) if policy is not None else own._session.policy if own is not None else None
+        fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
+        made[name] = Traced(call.model, fit, (call.args, call.kwargs), **options)
+    return made
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
