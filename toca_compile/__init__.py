@@ -49,7 +49,8 @@ if TYPE_CHECKING:
         save_policy,
     )
     from toca_compile.quality.evaluation import evaluate
-    from toca_compile.quality.settings import EvaluationSettings, TuningSettings
+    from toca_compile.quality.planning import plan
+    from toca_compile.quality.settings import EvaluationSettings, PlanningSettings, TuningSettings
     from toca_compile.quality.tuning import Target, tune
 
 # Where each name is defined that stands above for type checkers alone.
@@ -61,7 +62,8 @@ _HOMES = {
     "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute TaylorSeer TaylorToCa ToCa load_policy preset "
     "save_policy",
     "quality.evaluation": "evaluate",
-    "quality.settings": "EvaluationSettings TuningSettings",
+    "quality.planning": "plan",
+    "quality.settings": "EvaluationSettings PlanningSettings TuningSettings",
     "quality.tuning": "Target tune",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -106,6 +108,7 @@ __all__ = [
     "NoSiteError",
     "OptimizedModel",
     "PassError",
+    "PlanningSettings",
     "PolicyError",
     "Target",
     "TaylorSeer",
@@ -125,6 +128,7 @@ __all__ = [
     "load",
     "load_policy",
     "optimize",
+    "plan",
     "preset",
     "restore",
     "save_policy",

@@ -2,7 +2,7 @@
 
 from toca_compile.ir.registry import import_files, register
 from toca_compile.ir.selectors import Selector
-from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
+from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Mixed, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.clusca import ClusCa, Clusters
 from toca_compile.policies.composition import (
@@ -19,6 +19,7 @@ from toca_compile.policies.composition import (
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.levels import LEVELS, Level
 from toca_compile.policies.peers import from_dict
+from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
@@ -50,8 +51,10 @@ __all__ = [
     "IntervalFunction",
     "Level",
     "Listed",
+    "Mixed",
     "Partial",
     "Periodic",
+    "Planned",
     "Polynomial",
     "Queries",
     "Reuse",
