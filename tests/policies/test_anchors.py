@@ -28,6 +28,7 @@ from toca_compile.policies import (
     Foca,
     Hermite,
     Listed,
+    Mixed,
     Partial,
     Polynomial,
     Rule,
@@ -45,6 +46,11 @@ PREDICTORS: list[tuple[Weights, Any]] = [
     (Foca(), literal.foca),
     (Chebyshev(4, 0.1, 14), literal.spectrum(4, 0.1, 14, 0.0)),
     (Chebyshev(3, 0.05, 14, local=0.5), literal.spectrum(3, 0.05, 14, 0.5)),
+    (Polynomial(last=2), lambda anchors, step: literal.newton(anchors[-2:], step)),
+    (
+        Mixed((Foca(), Polynomial(1)), tuple((i / 10, 1 - i / 10) for i in range(14))),
+        lambda anchors, step: step / 10 * literal.foca(anchors, step) + (1 - step / 10) * anchors[-1][1].double(),
+    ),
 ]
 UNEVEN = (0, 1, 4, 6, 7, 11)
 

@@ -324,7 +324,7 @@ class _Search:
             gap = range(full[i] + 1, full[i + 1] if i + 1 < len(full) else self.steps)
             for step in gap if draw.random() < 0.8 else range(self.steps):
                 old = shares[step]
-                shares[step] = tuple(round((1 - part) * s + part * (r == rule), 6) for r, s in enumerate(old))
+                shares[step] = tuple((1 - part) * s + part * (r == rule) for r, s in enumerate(old))
         kept = tuple(sorted(set(full)))
         valid = len(kept) == self.budget and kept[0] == 0 and kept[-1] < self.steps
         return Candidate(kept if valid else now.full, tuple(shares))
