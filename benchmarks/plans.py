@@ -103,7 +103,7 @@ def table() -> None:
     lines = [
         "# Plans searched by the finished sample\n\nPSNR in dB to the uncached samples. Calibration: one seed of the "
         f"first classes or prompts. Held out: {len(SEEDS)} seeds of {SAMPLES} samples of other classes or prompts, "
-        "mean and spread over the seeds. All rows of a table compute the same number of steps, but for levels, which say "
+        "mean and spread over the seeds. All rows compute the same number of steps, but for levels, which say "
         "theirs. Written by `python benchmarks/plans.py`."
     ]
     for path in sorted(PLANS.glob("*.held-out.json")):
