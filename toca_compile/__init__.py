@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         DuCa,
         Fora,
         FullCompute,
+        MagCache,
         TaylorSeer,
         TaylorToCa,
         ToCa,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         preset,
         save_policy,
     )
+    from toca_compile.quality.calibration import magnitudes
     from toca_compile.quality.evaluation import evaluate
     from toca_compile.quality.planning import plan
     from toca_compile.quality.settings import EvaluationSettings, PlanningSettings, TuningSettings
@@ -59,8 +61,9 @@ _HOMES = {
     "exported.loaded": "LoadedModel load",
     "exported.write": "export",
     "model": "OptimizedModel",
-    "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute TaylorSeer TaylorToCa ToCa load_policy preset "
-    "save_policy",
+    "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute MagCache TaylorSeer TaylorToCa ToCa load_policy "
+    "preset save_policy",
+    "quality.calibration": "magnitudes",
     "quality.evaluation": "evaluate",
     "quality.planning": "plan",
     "quality.settings": "EvaluationSettings PlanningSettings TuningSettings",
@@ -105,6 +108,7 @@ __all__ = [
     "InferenceModeError",
     "LoadedModel",
     "LoweringError",
+    "MagCache",
     "NoSiteError",
     "OptimizedModel",
     "PassError",
@@ -127,6 +131,7 @@ __all__ = [
     "is_optimized",
     "load",
     "load_policy",
+    "magnitudes",
     "optimize",
     "plan",
     "preset",

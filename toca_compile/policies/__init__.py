@@ -18,6 +18,7 @@ from toca_compile.policies.composition import (
 )
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.levels import LEVELS, Level
+from toca_compile.policies.magcache import MagCache, Magnitudes
 from toca_compile.policies.peers import from_dict
 from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
@@ -51,6 +52,8 @@ __all__ = [
     "IntervalFunction",
     "Level",
     "Listed",
+    "MagCache",
+    "Magnitudes",
     "Mixed",
     "Partial",
     "Periodic",

@@ -318,6 +318,11 @@ class StepControl:
         return self._call.inputs or {}
 
     @property
+    def running(self) -> Run | None:
+        """The run of the call that this thread is in."""
+        return self._call.run
+
+    @property
     def records(self) -> list[StepRecord]:
         """The steps of the last sampling, in call order; they outlive its caches."""
         return [record for _, record in self._records]
