@@ -9,10 +9,12 @@ from torch import fx
 from toca_compile.errors import PolicyError
 from toca_compile.ir.graph import ancestors, operand_nodes, source_line, uncast, value_of
 from toca_compile.ir.plan import Skip
-from toca_compile.ir.program import BlockRange, Entry, Program, Stream
+from toca_compile.ir.program import BlockRange, Entry, Probe, Program, Stream
 from toca_compile.ir.types import AxisTypes, Site, Type
 
 aten = torch.ops.aten
+
+_LAYERS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.convolution.default, aten.conv2d.default)
 
 
 def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
@@ -54,7 +56,9 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
             )
     entries = [_entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs]
     numbered = enumerate(zip(outputs, entries, strict=True), len(program.sites))
-    probe = _probe(program, first, sources) if skip.threshold is not None else None
+    probe = None
+    if skip.threshold is not None:
+        probe = _change(program, first, sources) if skip.gate.first else _input(program, first, last, skip)
     return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
 
 
@@ -108,8 +112,34 @@ def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: 
     return None
 
 
-def _probe(program: Program, first: int, sources: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """The stream of the picture's tokens before the first block and before the range."""
+def _input(program: Program, first: int, last: int, skip: Skip) -> Probe:
+    """What the first linear layer is given on the way of the picture's tokens into the range, and what of the range
+    makes it."""
+    sites = [program.sites[i] for s in program.segments[first:last] for i in s.sites]
+    block = [site for site in sites if site.block == sites[0].block]
+    main = max((site.axis for site in block), key=lambda axis: axis.size)
+    site = next(site for site in block if site.axis == main)
+    inside = [n for s in program.segments[first:last] for n in s.nodes]
+    own, reached = set(inside), {site.source}
+    for node in inside:
+        if reached.isdisjoint(node.all_input_nodes):
+            continue
+        reached.add(node)
+        if node.target in _LAYERS:
+            value = next(n for n in node.all_input_nodes if n in reached)
+            break
+    else:
+        raise PolicyError(f"no linear layer reads the stream {_told(site.source)}: its input is not measured")
+    needed = ancestors([value], within=own.__contains__)
+    if not needed.isdisjoint(s.output for s in sites):
+        raise PolicyError(f"what {_told(value)} is made of is computed among the blocks to skip: it is not measured")
+    nodes = tuple(n for n in inside if n in needed)
+    given = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in needed))
+    return Probe(given or (value,), nodes, value, at_each_step=skip.gate.adds_up)
+
+
+def _change(program: Program, first: int, sources: Sequence[fx.Node]) -> Probe:
+    """What changes of the stream of the picture's tokens from before the first block to before the range."""
     assert program.types is not None
     before = [i for s in program.segments[:first] for i in s.sites]
     if not before:
@@ -119,7 +149,7 @@ def _probe(program: Program, first: int, sources: Sequence[fx.Node]) -> tuple[fx
     enters = next((s for s in sources if program.types.type_of(s) == program.types.type_of(start)), None)
     if enters is None:
         raise PolicyError(f"the stream {_told(start)} does not enter the blocks to skip: their change is not measured")
-    return start, enters
+    return Probe((start, enters), (), enters, start)
 
 
 def _told(node: fx.Node) -> str:

@@ -110,6 +110,8 @@ class _Laid:
             skip = plan.skip
             assert skip.threshold is not None
             assert isinstance(memory, CacheSpec)
+            if skip.gate.adds_up:
+                raise ExportError(f"what {type(skip.gate).__name__} adds up cannot be told at run time")
             at, call = schedule.probe.at, self._call(schedule.probe)[0]
             test = Test(call, at, skip.threshold, skip.limit, memory.order, memory.basis)
         timed = {place for call in front[of._constant :] for place in self.calls[call].results}

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from toca_compile.ir.actions import Action, Keep, union
 from toca_compile.ir.fields import Count, Threshold
+from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
 from toca_compile.ir.selectors import Selector, TokenSelector
 from toca_compile.ir.types import Site, StepKind
@@ -30,16 +31,17 @@ class Skip:
         residual: keep what the range added to the residual stream, and add it to what enters the range now; else keep
             the stream as it left the range.
         memory: what is kept of it, for a forecast.
-        threshold: a step that the plan skips is computed all the same where the change that the blocks before the
-            range make differs by more than this from what they did at the last computed step: mean |difference| over
-            mean |change|, one number for the batch (FirstBlockCache). None: the plan alone decides.
+        threshold: a step that the plan skips is computed all the same where what ``gate`` measures goes beyond this.
+            None: the plan alone decides.
         limit: how many steps in a row may be skipped at most; None: any number.
+        gate: what is measured.
     """
 
     residual: bool = True
     memory: History = OUTPUT_ONLY
     threshold: Threshold | None = None
     limit: Count | None = None
+    gate: Gate = field(default_factory=FirstBlocks)
 
 
 @dataclass(frozen=True)

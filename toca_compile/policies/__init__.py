@@ -1,5 +1,6 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
+from toca_compile.ir.gates import FirstBlocks, FirstInput
 from toca_compile.ir.registry import import_files, register
 from toca_compile.ir.selectors import Selector
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Mixed, Polynomial, Taylor
@@ -24,6 +25,7 @@ from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
+from toca_compile.policies.teacache import TeaCache
 from toca_compile.policies.toca import DuCa, Fora, ToCa
 from toca_compile.policies.when import Adaptive, EndAligned, Every, IntervalFunction, Listed, Periodic, Spread
 
@@ -44,6 +46,8 @@ __all__ = [
     "DuCa",
     "EndAligned",
     "Every",
+    "FirstBlocks",
+    "FirstInput",
     "Foca",
     "Fora",
     "Forecast",
@@ -69,6 +73,7 @@ __all__ = [
     "Taylor",
     "TaylorSeer",
     "TaylorToCa",
+    "TeaCache",
     "ToCa",
     "from_dict",
     "load_policy",

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Call, Count, Counting, Family, Fraction, Kind, Natural, Number, Threshold, told
+from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.registry import register
 from toca_compile.policies.schedules import (
     counted,
@@ -146,17 +147,19 @@ class Listed(When):
 @register
 @dataclass(frozen=True)
 class Adaptive(When):
-    """After the ``warmup``, a step is full where a test at run time says so: the change that the first blocks make
-    differs from what it was at the last full step by more than ``threshold`` (FirstBlockCache, DBCache). ``limit``: of
-    other steps in a row."""
+    """After the ``warmup``, a step is full where a test at run time says so: what ``by`` measures goes beyond
+    ``threshold``. ``limit``: of other steps in a row; ``ends_full``: whether the last step is full whatever it says."""
 
     threshold: Threshold = 0.1
     warmup: Count = 1
     limit: Count | None = None
+    by: Gate = field(default_factory=FirstBlocks)
+    ends_full: bool = False
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the warm-up: those that need not be full."""
-        return since(range(min(self.warmup, num_steps)), num_steps)
+        last = {num_steps - 1} if self.ends_full else set()
+        return since({*range(min(self.warmup, num_steps)), *last}, num_steps)
 
 
 def check_range(name: str, ends: tuple[float, float]) -> None:

@@ -338,6 +338,7 @@ class Executor:
             step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
+            run.drift[key] = 0.0
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
 
@@ -389,7 +390,10 @@ class Executor:
         if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
             return False
         (change,) = step.run([self._bind(probe, now, run, key)])
-        return not bool(change > skip.threshold)
+        if not skip.gate.adds_up:
+            return not bool(change > skip.threshold)
+        run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(float(change))
+        return run.drift[key] < skip.threshold
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
         """The plan as a step follows it that is not the run's first: it goes with what the graph has of the step
