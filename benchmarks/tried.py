@@ -15,7 +15,7 @@ from trained import TRAINED
 
 import toca_compile
 from toca_compile import BlockCache, Composition, DuCa, MagCache, TaylorSeer, TaylorToCa, ToCa
-from toca_compile.policies import EndAligned, Rule, SkipBlocks, TeaCache
+from toca_compile.policies import EndAligned, Rule, SeaCache, SkipBlocks, TeaCache
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.quality.metrics import psnr
 
@@ -89,13 +89,14 @@ def predictors(steps: int) -> Iterator[Row]:
 
 
 def gates(steps: int) -> Iterator[Row]:
-    """What says when a step is full: the first block's change, its input (TeaCache), a curve of magnitudes (MagCache,
-    with the model's own)."""
+    """What says when a step is full: the first block's change, its input (TeaCache), what of that is picture (SeaCache,
+    by σ = 1 − step / steps, which is true of the FLUX alone), a curve of magnitudes (MagCache, with the model's own)."""
     for threshold in (0.05, 0.1, 0.2, 0.4):
         for order in (0, 1):
             what = "forecast by a line" if order else "reused"
             yield f"first block {threshold}, {what}", BlockCache(steps, 1, threshold=threshold, order=order)
             yield f"TeaCache {threshold}, {what}", TeaCache(steps, threshold, order=order)
+            yield f"SeaCache {threshold}, {what}", SeaCache(steps, threshold, order=order)
     model, sampler = next(t for t in TRAINED.values() if t.steps == steps).load()
     ratios = toca_compile.magnitudes(model, sampler, steps=steps, seeds=(100,), samples=4)
     for threshold, limit in ((0.03, 2), (0.06, 3), (0.12, 4), (0.24, 5)):

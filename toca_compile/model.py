@@ -109,7 +109,8 @@ class Calls:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any]] = (-1, [])
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
-        self._fit: tuple[Policy, Signature, Policy, str] | None = None  # a policy, asked of a call, and what it meant
+        # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
+        self._fit: tuple[Policy, Signature, Policy, str | None] | None = None
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
@@ -162,7 +163,9 @@ class Calls:
         announced = self.session.control.announced or None
         known = replace(call, times=call.times or announced)
         if self._fit is None or self._fit[0] is not policy or self._fit[1] != known:
-            own = self._fit[3] if self._fit is not None and self._fit[0] is policy else fingerprint(model)
+            own = self._fit[3] if self._fit is not None and self._fit[0] is policy else None
+            if own is None and getattr(policy, "made_for", None) is not None:
+                own = fingerprint(model)
             try:
                 meant = policy.for_call(replace(known, model=own))
             except PolicyError as error:

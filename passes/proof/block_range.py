@@ -2,15 +2,17 @@
 its place. What a skipped range yields is what entered, and what the range added when it was computed."""
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import fx
 
 from toca_compile.errors import PolicyError
+from toca_compile.ir.gates import FilteredInput
 from toca_compile.ir.graph import ancestors, operand_nodes, source_line, uncast, value_of
 from toca_compile.ir.plan import Skip
 from toca_compile.ir.program import BlockRange, Entry, Probe, Program, Stream
-from toca_compile.ir.types import AxisTypes, Site, Type
+from toca_compile.ir.types import AxisTypes, Site, TokenAxis, Type
 
 aten = torch.ops.aten
 
@@ -135,7 +137,22 @@ def _input(program: Program, first: int, last: int, skip: Skip) -> Probe:
         raise PolicyError(f"what {_told(value)} is made of is computed among the blocks to skip: it is not measured")
     nodes = tuple(n for n in inside if n in needed)
     given = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in needed))
-    return Probe(given or (value,), nodes, value, at_each_step=skip.gate.adds_up)
+    places = _places(program.types, value, main, skip.gate) if isinstance(skip.gate, FilteredInput) else None
+    return Probe(given or (value,), nodes, value, at_each_step=skip.gate.adds_up, filter=places)
+
+
+def _places(types: AxisTypes | None, value: fx.Node, axis: TokenAxis, gate: FilteredInput) -> tuple[Any, ...]:
+    """Where the picture lies in a value, and how it is filtered."""
+    assert types is not None
+    if axis.grid is None:
+        raise PolicyError(
+            "the picture's height and width in tokens are not known, and it is filtered over them: "
+            "optimize(grid=(h, w))"
+        )
+    dims = [d for d, dim in enumerate(types.type_of(value)) if set(dim) & set(axis.factors)]
+    if not dims or dims != list(range(dims[0], dims[-1] + 1)):
+        raise PolicyError(f"the tokens of {_told(value)} lie in dimensions {dims}: they are not filtered")
+    return dims[0], len(dims), (axis.frames, *axis.grid), axis.offset, gate.power
 
 
 def _change(program: Program, first: int, sources: Sequence[fx.Node]) -> Probe:

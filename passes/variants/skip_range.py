@@ -16,7 +16,7 @@ from torch import fx
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import OUTPUT_ONLY, History
 from toca_compile.ir.program import BlockRange, Entry, Form, StandIn, Variant
-from toca_compile.ir.state import State
+from toca_compile.ir.state import Number, State
 from toca_compile.passes.variants.emit import Builder
 from toca_compile.passes.variants.series import series_of
 
@@ -90,6 +90,8 @@ def _measured(found: BlockRange) -> tuple[Builder, fx.Node]:
     for node in probe.nodes:
         builder.env[node] = builder.graph.node_copy(node, lambda n: builder.env[n])
     value = builder.env[probe.value]
+    if probe.filter is not None:
+        value = builder.call(toca.sea_filter.default, value, builder.slot(Number.SIGMA, 0), *probe.filter)
     return builder, value if probe.minus is None else builder.call(aten.sub.Tensor, value, builder.env[probe.minus])
 
 

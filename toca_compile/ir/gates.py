@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Factor, Family
+from toca_compile.ir.fields import Factor, Family, Fraction, Number
+from toca_compile.ir.history import Numbers
 from toca_compile.ir.registry import register
+from toca_compile.ir.state import Number as HostNumber
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Gate(Family):
     def rescaled(self, distance: float) -> float:
         """What a distance counts."""
         return distance
+
+    def numbers(self, step: int, steps: int) -> Numbers:
+        """The host numbers of a step that the measuring needs."""
+        return {}
 
 
 @register
@@ -55,8 +61,29 @@ class FirstInput(Gate):
     adds_up = True
 
     def check(self) -> None:
+        super().check()
         if not self.rescale:
             raise PolicyError("rescale must have a coefficient at least, as (1.0, 0.0), which changes nothing")
 
     def rescaled(self, distance: float) -> float:
         return reduce(lambda total, c: total * distance + c, self.rescale, 0.0)
+
+
+@register
+@dataclass(frozen=True)
+class FilteredInput(FirstInput):
+    """The same, of which over the token grid is kept what is picture and not noise (SeaCache, arXiv 2602.18993): a
+    Wiener filter along each axis of the grid, for the share of noise σ of flow matching, x = (1 − σ)·x₀ + σ·ε, and a
+    picture whose power falls with the frequency f as f⁻ᵖ.
+
+    Args:
+        power: p.
+        sigmas: σ at each step of a run; none: 1 − step / steps.
+    """
+
+    power: Annotated[float, Number(0, 16, above=True)] = 2.0
+    sigmas: tuple[Fraction, ...] = ()
+
+    def numbers(self, step: int, steps: int) -> Numbers:
+        sigma = self.sigmas[min(step, len(self.sigmas) - 1)] if self.sigmas else 1 - step / steps
+        return {(HostNumber.SIGMA, 0): round(sigma * 2**32)}

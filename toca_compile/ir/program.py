@@ -121,6 +121,7 @@ class Probe:
         nodes: the model's own ops that make it of them, in order.
         value: it, or what ``minus`` is subtracted from.
         at_each_step: whether it is kept at each step, or at those that compute the range.
+        filter: if it is filtered, where its tokens lie: the last arguments of ``toca.sea_filter``.
     """
 
     given: tuple[fx.Node, ...]
@@ -128,6 +129,7 @@ class Probe:
     value: fx.Node
     minus: fx.Node | None = None
     at_each_step: bool = False
+    filter: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
-from toca_compile.ir.gates import FirstBlocks, FirstInput
+from toca_compile.ir.gates import FilteredInput, FirstBlocks, FirstInput
 from toca_compile.ir.registry import import_files, register
 from toca_compile.ir.selectors import Selector
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Mixed, Polynomial, Taylor
@@ -23,6 +23,7 @@ from toca_compile.policies.magcache import MagCache, Magnitudes
 from toca_compile.policies.peers import from_dict
 from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
+from toca_compile.policies.seacache import SeaCache
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
 from toca_compile.policies.teacache import TeaCache
@@ -46,6 +47,7 @@ __all__ = [
     "DuCa",
     "EndAligned",
     "Every",
+    "FilteredInput",
     "FirstBlocks",
     "FirstInput",
     "Foca",
@@ -66,6 +68,7 @@ __all__ = [
     "Queries",
     "Reuse",
     "Rule",
+    "SeaCache",
     "Selector",
     "Share",
     "SkipBlocks",

@@ -227,7 +227,8 @@ _NEAREST = {
     "attention at every second step, whatever the timestep",
     "FasterCacheConfig": "a level, such as 'balanced', forecasts what all blocks add; a Composition with Periodic(2) "
     "and Rule(Compute(), kinds=('mlp',)) reuses attention at every second step",
-    "SeaCacheConfig": "BlockCache(threshold=…, order=1) decides by what the first blocks do",
+    "SeaCacheConfig": "SeaCache(threshold=…, power=…, warmup=…, limit=…, order=…) filters what the first block is "
+    "given, and knows step, σ and number of steps by itself",
 }
 
 

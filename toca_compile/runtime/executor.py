@@ -313,6 +313,8 @@ class Executor:
         past = run.computed.get(key, Past())
         # What leaves skipped blocks has a past of its own, which a test at run time may decide.
         moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
+        if schedule.probe is not None:
+            moves = moves | schedule.plan.skip.gate.numbers(run.step, len(schedule.rows))
         fixed = self._fixed(run, key)
         step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed)
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
