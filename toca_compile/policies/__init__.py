@@ -3,7 +3,7 @@
 from toca_compile.ir.gates import FilteredInput, FirstBlocks, FirstInput
 from toca_compile.ir.registry import import_files, register
 from toca_compile.ir.selectors import Selector
-from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Mixed, Polynomial, Taylor
+from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Given, Hermite, Mixed, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.clusca import ClusCa, Clusters
 from toca_compile.policies.composition import (
@@ -54,6 +54,7 @@ __all__ = [
     "Fora",
     "Forecast",
     "FullCompute",
+    "Given",
     "Hermite",
     "IntervalFunction",
     "Level",

@@ -184,6 +184,30 @@ class Mixed(Weights):
 
 @register
 @dataclass(frozen=True)
+class Given(Weights):
+    """The weights themselves, step by step, as L2P learns them (arXiv 2604.26365): see
+    ``toca_compile.quality.calibration.least_squares``.
+
+    Args:
+        rows: a row for each step of the run, in it a number for each full step that the forecast may use there, oldest
+            first; none at full steps. Where other full steps are at hand than there are numbers (another graph of the
+            model took part), the last value is repeated.
+    """
+
+    rows: tuple[tuple[Factor, ...], ...] = ()
+
+    def weights(self, full: Sequence[int], step: int) -> Vector:
+        row = self.rows[step] if step < len(self.rows) else ()
+        return list(row) if len(row) == len(full) else Polynomial(1).weights(full, step)
+
+    def for_run(self, num_steps: int) -> "Given":
+        if num_steps != len(self.rows):
+            raise PolicyError(f"weights for {len(self.rows)} steps do not fit a run of {num_steps}")
+        return self
+
+
+@register
+@dataclass(frozen=True)
 class Dmd(Measured):
     """Dynamic mode decomposition, as cache-dit's calibrator has it: the kept values as a sum of exponentials, each of
     which goes on. Exact where they are that, with fewer exponentials than values, of which none turns by a quarter
@@ -224,4 +248,4 @@ def _solved(matrix: list[Vector], right: Vector) -> Vector:
     return [rows[i][size] / rows[i][i] for i in range(size)]
 
 
-__all__ = ["Anchors", "Chebyshev", "Dmd", "Foca", "Hermite", "Mixed", "Polynomial", "Taylor"]
+__all__ = ["Anchors", "Chebyshev", "Dmd", "Foca", "Given", "Hermite", "Mixed", "Polynomial", "Taylor"]

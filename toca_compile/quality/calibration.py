@@ -1,6 +1,6 @@
 """What policies need to be told of a model and its sampler, measured in one uncached run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +15,7 @@ from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
+from toca_compile.policies.anchors import Given
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
 from toca_compile.policies.when import Listed
@@ -50,6 +51,45 @@ def magnitudes(
         for before, now in pairwise(values):
             found.append(float((_lengths(now) / (_lengths(before) + 1e-8)).mean()))
     return tuple(found)
+
+
+def least_squares(
+    model: Any,
+    sampler: Sampler,
+    full: Sequence[int],
+    *,
+    kept: int = 3,
+    settings: SearchSettings = DEFAULTS,
+    **overrides: Any,
+) -> Given:
+    """L2P's weights (arXiv 2604.26365) by their closed form: of each step that is not full, those of the last ``kept``
+    full ones with the least squared error of what the blocks add, in one uncached run.
+
+    Errors of one step are not those of the picture: on the trained models of this repository such weights lose to
+    Newton's and FoCa's (``benchmarks/results/plans.md``).
+
+    Args:
+        model, sampler, settings, overrides: as of ``magnitudes``.
+        full: the full steps, as rising call indices with 0 among them.
+        kept: as in ``Anchors``.
+
+    Raises:
+        TocaError: the model's blocks cannot be skipped, or a sampling has another number of steps.
+    """
+    settings = overridden(settings, overrides)
+    Listed(tuple(full))
+    rows: list[tuple[float, ...]] = []
+    with _added(model, sampler, 0, settings) as values:
+        flat = [torch.cat([s.double().flatten() for s in streams]) for streams in values]
+        for step, value in enumerate(flat):
+            anchors = [f for f in full if f < step][-kept:]
+            if step in full:
+                rows.append(())
+                continue
+            known = torch.stack([flat[f] for f in anchors], 1)
+            solved = torch.linalg.lstsq(known.T @ known, (known.T @ value)[:, None], driver="gelsd").solution
+            rows.append(tuple(solved[:, 0].tolist()))
+    return Given(tuple(rows))
 
 
 def _lengths(streams: list[Tensor]) -> Tensor:
