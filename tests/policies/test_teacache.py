@@ -13,7 +13,7 @@ from tests import pipelines
 from tests.models import PlainDiT, randomize
 from tests.policies.test_block_cache import Traced, close
 from tests.sampling import noise, sample, sample_flux
-from toca_compile import BlockCache, FullCompute, PolicyError, load_policy, save_policy
+from toca_compile import BlockCache, FullCompute, PolicyError, TocaError, load_policy, save_policy
 from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SkipBlocks, TeaCache
 
 FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
@@ -174,3 +174,9 @@ def test_as_parts_and_as_a_file(tmp_path: Any) -> None:
     assert load_policy(tmp_path / "parts.json") == policy.composition()
     with pytest.raises(PolicyError, match="rescale must have a coefficient"):
         TeaCache(28, 0.4, ())
+
+
+def test_as_a_file_that_runs_alone_it_is_refused(tmp_path: Any) -> None:
+    model, x = randomize(PlainDiT((6, 10), depth=2)), noise(2, (6, 10))
+    with pytest.raises(TocaError, match="what FirstInput adds up cannot be told at run time"):
+        toca_compile.export(model, TeaCache(8, 0.3), (x, torch.ones(2), torch.zeros(2).long()), tmp_path / "it.pt2")
