@@ -65,8 +65,8 @@ def least_squares(
     """L2P's weights (arXiv 2604.26365) by their closed form: of each step that is not full, those of the last ``kept``
     full ones with the least squared error of what the blocks add, in one uncached run.
 
-    Errors of one step are not those of the picture: on the trained models of this repository such weights lose to
-    Newton's and FoCa's (``benchmarks/results/plans.md``).
+    Errors of one step are not those of the picture: ``benchmarks/results/plans.md`` has what such weights keep of it on
+    the trained models of this repository.
 
     Args:
         model, sampler, settings, overrides: as of ``magnitudes``.
