@@ -124,9 +124,9 @@ class Policy(Protocol):
     calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
     alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
     as it is, however many steps the run has. One with ``for_call(call: Signature) -> Policy`` is asked at a run's first
-    call with what is known of it, and may refuse it by a ``PolicyError``. One with ``choices``, a sequence of policies,
-    is each graph's first among them that the graph can follow; one with ``meaning(plan, computed) -> str`` says once
-    what it made of a run.
+    call with what is known of it, and may refuse it by a ``PolicyError``; of the weights it is told if it has a
+    ``made_for``. One with ``choices``, a sequence of policies, is each graph's first among them that the graph can
+    follow; one with ``meaning(plan, computed) -> str`` says once what it made of a run.
     """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,7 @@ class _Witness(CachingPolicy):
 
     of: Composition
     seen: list[Signature] = field(default_factory=list, compare=False)
+    made_for: ClassVar[Signature] = Signature()  # it asks for the weights, too
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         return self.of.plan(sites)
