@@ -16,13 +16,13 @@ class Trained:
         title: what it is.
         sampling: its sampler and guidance, in words.
         steps: that it is usually sampled in.
-        load: the model and its sampler.
+        load: the model and its sampler. ``first``: which class or prompt a batch begins with.
     """
 
     title: str
     sampling: str
     steps: int
-    load: Callable[[], tuple[Any, Sampler]]
+    load: Callable[..., tuple[Any, Sampler]]
 
 
 TRAINED = {

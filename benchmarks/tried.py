@@ -1,7 +1,7 @@
 """What was tried on the way to the policies that ``policies.md`` recommends, row by row: FLOPs and PSNR, eager.
 
     python benchmarks/tried.py series spread blocks queries published     # any of these; all take about 40 minutes
-    python benchmarks/tried.py predictors scores --models fashion_dit emoji_flux
+    python benchmarks/tried.py predictors gates scores --models fashion_dit emoji_flux
 
 Ten samples of one calibration seed that no result is reported on. Latency is not measured here. ``results/tried.md``
 has the rows.
@@ -14,8 +14,8 @@ from typing import Any
 from trained import TRAINED
 
 import toca_compile
-from toca_compile import BlockCache, Composition, DuCa, TaylorSeer, TaylorToCa, ToCa
-from toca_compile.policies import EndAligned, Rule, SkipBlocks
+from toca_compile import BlockCache, Composition, DuCa, MagCache, TaylorSeer, TaylorToCa, ToCa
+from toca_compile.policies import EndAligned, Rule, SeaCache, SkipBlocks, TeaCache
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.quality.metrics import psnr
 
@@ -88,6 +88,23 @@ def predictors(steps: int) -> Iterator[Row]:
             yield f"{name}, N={n}", Composition(steps, EndAligned(n, 2), (rule,)).for_run(steps, False)
 
 
+def gates(steps: int) -> Iterator[Row]:
+    """What says when a step is full: the first block's change, its input (TeaCache), what of that is picture (SeaCache,
+    by σ = 1 − step / steps, which is true of the FLUX alone), a curve of magnitudes (MagCache, the model's own)."""
+    for threshold in (0.05, 0.1, 0.2, 0.4):
+        for order in (0, 1):
+            what = "forecast by a line" if order else "reused"
+            yield f"first block {threshold}, {what}", BlockCache(steps, 1, threshold=threshold, order=order)
+            yield f"TeaCache {threshold}, {what}", TeaCache(steps, threshold, order=order)
+            yield f"SeaCache {threshold}, {what}", SeaCache(steps, threshold, order=order)
+    model, sampler = next(t for t in TRAINED.values() if t.steps == steps).load()
+    ratios = toca_compile.magnitudes(model, sampler, steps=steps, seeds=(100,), samples=4)
+    for threshold, limit in ((0.03, 2), (0.06, 3), (0.12, 4), (0.24, 5)):
+        for order in (0, 1):
+            what = "forecast by a line" if order else "reused"
+            yield f"MagCache {threshold}, K={limit}, {what}", MagCache(steps, ratios, threshold, limit, order=order)
+
+
 def scores(steps: int) -> Iterator[Row]:
     """ToCa's score by all queries and by some, and no score."""
     for ratio in (0.1, 0.3):
@@ -97,7 +114,7 @@ def scores(steps: int) -> Iterator[Row]:
             yield f"ToCa N=3, {ratio:.0%} by every {stride}. query" if stride > 1 else f"ToCa N=3, {ratio:.0%}", policy
 
 
-GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published, predictors, scores)}
+GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published, predictors, gates, scores)}
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         DuCa,
         Fora,
         FullCompute,
+        MagCache,
         TaylorSeer,
         TaylorToCa,
         ToCa,
@@ -49,8 +50,10 @@ if TYPE_CHECKING:
         preset,
         save_policy,
     )
+    from toca_compile.quality.calibration import magnitudes
     from toca_compile.quality.evaluation import evaluate
-    from toca_compile.quality.settings import EvaluationSettings, TuningSettings
+    from toca_compile.quality.planning import plan
+    from toca_compile.quality.settings import EvaluationSettings, PlanningSettings, TuningSettings
     from toca_compile.quality.tuning import Target, tune
 
 # Where each name is defined that stands above for type checkers alone.
@@ -60,10 +63,12 @@ _HOMES = {
     "exported.program": "ProgramModel program",
     "exported.write": "export",
     "model": "OptimizedModel",
-    "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute TaylorSeer TaylorToCa ToCa load_policy preset "
-    "save_policy",
+    "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute MagCache TaylorSeer TaylorToCa ToCa load_policy "
+    "preset save_policy",
+    "quality.calibration": "magnitudes",
     "quality.evaluation": "evaluate",
-    "quality.settings": "EvaluationSettings TuningSettings",
+    "quality.planning": "plan",
+    "quality.settings": "EvaluationSettings PlanningSettings TuningSettings",
     "quality.tuning": "Target tune",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -105,9 +110,11 @@ __all__ = [
     "InferenceModeError",
     "LoadedModel",
     "LoweringError",
+    "MagCache",
     "NoSiteError",
     "OptimizedModel",
     "PassError",
+    "PlanningSettings",
     "PolicyError",
     "ProgramModel",
     "Target",
@@ -127,7 +134,9 @@ __all__ = [
     "is_optimized",
     "load",
     "load_policy",
+    "magnitudes",
     "optimize",
+    "plan",
     "preset",
     "program",
     "restore",

@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from toca_compile.errors import ExportError, PolicyError
 from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import Signature
 from toca_compile.model import AROUND_CALL, Controls, Handle
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class Home:
 def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """One call of a pipeline."""
     models = list(optimized_components(pipe).values())
-    runs = [_Run(model, pipe.scheduler, _guided(arguments)) for model in models]
+    runs = [_Run(model, pipe.scheduler, arguments) for model in models]
 
     with contextlib.ExitStack() as stack:
         for method, act in (("step", _Run.next_step), ("set_timesteps", _Run.restart)):
@@ -248,8 +249,8 @@ def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
 class _Run:
     """One model during one call of a pipeline."""
 
-    def __init__(self, model: Handle, scheduler: Any, guided: bool) -> None:
-        self.model, self.scheduler, self.guided = model, scheduler, guided
+    def __init__(self, model: Handle, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+        self.model, self.scheduler, self.arguments = model, scheduler, arguments
         self.restart()
 
     def restart(self) -> None:
@@ -270,10 +271,10 @@ class _Run:
         self.model._session.control.reset(mine=True)
 
     @contextlib.contextmanager
-    def around_call(self) -> Iterator[None]:
+    def around_call(self, call: Signature) -> Iterator[None]:
         """Around one model call: the plan for the run before the first, and a context for each guidance pass."""
         if self.policy is None:
-            self.policy = self._policy()
+            self.policy = self._policy(call)
             self._announce()
         # At each call: another thread may have sampled with the model by another plan since.
         self.model._session.follow(self.policy)
@@ -295,10 +296,20 @@ class _Run:
         if self.model._session.compiles and isinstance(timesteps, torch.Tensor) and timesteps.device.type == "cpu":
             self.model._session.control.announce(timesteps.tolist())
 
-    def _policy(self) -> Policy:
-        """The policy as it is meant for this run; one that has no ``for_run`` is meant as it is."""
+    def _policy(self, call: Signature) -> Policy:
+        """The policy as it is meant for this run; one that says nothing of runs is meant as it is."""
         # From here on: one of two transformers that share the steps may come in late.
-        return for_run(self.model._session.policy, _steps(self.scheduler) - self.index, self.guided)
+        steps, wanted = _steps(self.scheduler) - self.index, self.model._session.policy
+        if hasattr(wanted, "for_call"):
+            guidance = self.arguments.get("guidance_scale")
+            known = replace(
+                call,
+                sampler=type(self.scheduler).__name__,
+                times=tuple(torch.as_tensor(self.scheduler.timesteps).tolist()[-steps:]),
+                guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
+            )
+            wanted = self.model._toca.fitted(wanted, self.model._model, known)
+        return for_run(wanted, steps, _guided(self.arguments))
 
 
 def for_run(wanted: Policy, steps: int, guided: bool) -> Policy:

@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +36,9 @@ from toca_compile.errors import (
 )
 from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import Signature, called, fingerprint
 from toca_compile.lowerings.inductor import machine_trouble
+from toca_compile.policies.full import FullCompute
 from toca_compile.progress import working
 from toca_compile.runtime.controls import RunControls
 from toca_compile.runtime.executor import Executor
@@ -50,8 +52,10 @@ _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turn
 _SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
 
 
-# What a pipeline puts around each call of one of its models, in this thread or task.
-AROUND_CALL: ContextVar[Mapping[int, Callable[[], contextlib.AbstractContextManager[None]]]] = ContextVar(
+# What a pipeline puts around each call of one of its models, in this thread or task; it is given what the call's inputs
+# tell.
+Around = Callable[[Signature], contextlib.AbstractContextManager[None]]
+AROUND_CALL: ContextVar[Mapping[int, Around]] = ContextVar(
     "toca_around_call", default={}  # noqa: B039  (never changed, only replaced)
 )  # fmt: skip
 
@@ -105,6 +109,8 @@ class Calls:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any]] = (-1, [])
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
+        # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
+        self._fit: tuple[Policy, Signature, Policy, str | None] | None = None
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
@@ -144,6 +150,31 @@ class Calls:
         if not reached:
             self._uncached(model)
         return out
+
+    def fitted(self, policy: Policy, model: nn.Module, call: Signature) -> Policy:
+        """A policy as it is meant for a call; one without ``for_call`` is meant as it is. A model's weights are looked
+        at when it comes under a policy, and not again.
+
+        Raises:
+            PolicyError: it is made for something else (with ``strict``; else the call runs uncached).
+        """
+        if not hasattr(policy, "for_call"):
+            return policy
+        announced = self.session.control.announced or None
+        known = replace(call, times=call.times or announced)
+        if self._fit is None or self._fit[0] is not policy or self._fit[1] != known:
+            own = self._fit[3] if self._fit is not None and self._fit[0] is policy else None
+            if own is None and getattr(policy, "made_for", None) is not None:
+                own = fingerprint(model)
+            try:
+                meant = policy.for_call(replace(known, model=own))
+            except PolicyError as error:
+                if self.session.strict:
+                    raise
+                self.session.warn_once(f"{error}. The model runs uncached.")
+                meant = FullCompute()
+            self._fit = (policy, known, meant, own)
+        return self._fit[2]
 
     def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
@@ -379,10 +410,11 @@ class Handle(Controls):
         session = self._session
         with session.control.lock:
             around = AROUND_CALL.get().get(id(self))
+            call = called(_leaves(args, kwargs)) if hasattr(session.policy, "for_call") else Signature()
             if around is None:
-                session.follow(session.policy)
+                session.follow(self._toca.fitted(session.policy, self._model, call))
                 return self._toca.run(self._step, self._model, args, kwargs)
-            with around():
+            with around(call):
                 return self._toca.run(self._step, self._model, args, kwargs)
 
     @contextlib.contextmanager

@@ -314,8 +314,8 @@ class Session:
                 f"all {len(computed)} steps of a run are computed under {policy}, so nothing is cached: a run this "
                 "short leaves nothing out, or take a policy that does"
             )
-        elif hasattr(policy, "meaning"):
-            self.warn_once(policy.meaning(plan, sum(computed)))
+        elif hasattr(policy, "meaning") and (meaning := policy.meaning(plan, sum(computed))):
+            self.warn_once(meaning)
 
     def _explain_choices(self, program: Program, checked: GraphPlan) -> None:
         assert program.types is not None

@@ -2,17 +2,21 @@
 its place. What a skipped range yields is what entered, and what the range added when it was computed."""
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import fx
 
 from toca_compile.errors import PolicyError
+from toca_compile.ir.gates import FilteredInput
 from toca_compile.ir.graph import ancestors, operand_nodes, source_line, uncast, value_of
 from toca_compile.ir.plan import Skip
-from toca_compile.ir.program import BlockRange, Entry, Program, Stream
-from toca_compile.ir.types import AxisTypes, Site, Type
+from toca_compile.ir.program import BlockRange, Entry, Probe, Program, Stream
+from toca_compile.ir.types import AxisTypes, Site, TokenAxis, Type
 
 aten = torch.ops.aten
+
+_LAYERS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.convolution.default, aten.conv2d.default)
 
 
 def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
@@ -54,7 +58,9 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
             )
     entries = [_entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs]
     numbered = enumerate(zip(outputs, entries, strict=True), len(program.sites))
-    probe = _probe(program, first, sources) if skip.threshold is not None else None
+    probe = None
+    if skip.threshold is not None:
+        probe = _change(program, first, sources) if skip.gate.first else _input(program, first, last, skip)
     return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
 
 
@@ -108,8 +114,49 @@ def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: 
     return None
 
 
-def _probe(program: Program, first: int, sources: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """The stream of the picture's tokens before the first block and before the range."""
+def _input(program: Program, first: int, last: int, skip: Skip) -> Probe:
+    """What the first linear layer is given on the way of the picture's tokens into the range, and what of the range
+    makes it."""
+    sites = [program.sites[i] for s in program.segments[first:last] for i in s.sites]
+    block = [site for site in sites if site.block == sites[0].block]
+    main = max((site.axis for site in block), key=lambda axis: axis.size)
+    site = next(site for site in block if site.axis == main)
+    inside = [n for s in program.segments[first:last] for n in s.nodes]
+    own, reached = set(inside), {site.source}
+    for node in inside:
+        if reached.isdisjoint(node.all_input_nodes):
+            continue
+        reached.add(node)
+        if node.target in _LAYERS:
+            value = next(n for n in node.all_input_nodes if n in reached)
+            break
+    else:
+        raise PolicyError(f"no linear layer reads the stream {_told(site.source)}: its input is not measured")
+    needed = ancestors([value], within=own.__contains__)
+    if not needed.isdisjoint(s.output for s in sites):
+        raise PolicyError(f"what {_told(value)} is made of is computed among the blocks to skip: it is not measured")
+    nodes = tuple(n for n in inside if n in needed)
+    given = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in needed))
+    places = _places(program.types, value, main, skip.gate) if isinstance(skip.gate, FilteredInput) else None
+    return Probe(given or (value,), nodes, value, at_each_step=skip.gate.adds_up, filter=places)
+
+
+def _places(types: AxisTypes | None, value: fx.Node, axis: TokenAxis, gate: FilteredInput) -> tuple[Any, ...]:
+    """Where the picture lies in a value, and how it is filtered."""
+    assert types is not None
+    if axis.grid is None:
+        raise PolicyError(
+            "the picture's height and width in tokens are not known, and it is filtered over them: "
+            "optimize(grid=(h, w))"
+        )
+    dims = [d for d, dim in enumerate(types.type_of(value)) if set(dim) & set(axis.factors)]
+    if not dims or dims != list(range(dims[0], dims[-1] + 1)):
+        raise PolicyError(f"the tokens of {_told(value)} lie in dimensions {dims}: they are not filtered")
+    return dims[0], len(dims), (axis.frames, *axis.grid), axis.offset, gate.power
+
+
+def _change(program: Program, first: int, sources: Sequence[fx.Node]) -> Probe:
+    """What changes of the stream of the picture's tokens from before the first block to before the range."""
     assert program.types is not None
     before = [i for s in program.segments[:first] for i in s.sites]
     if not before:
@@ -119,7 +166,7 @@ def _probe(program: Program, first: int, sources: Sequence[fx.Node]) -> tuple[fx
     enters = next((s for s in sources if program.types.type_of(s) == program.types.type_of(start)), None)
     if enters is None:
         raise PolicyError(f"the stream {_told(start)} does not enter the blocks to skip: their change is not measured")
-    return start, enters
+    return Probe((start, enters), (), enters, start)
 
 
 def _told(node: fx.Node) -> str:

@@ -3,7 +3,7 @@ what the range added to the residual stream, or as it is::
 
     keep:   store_(cache, x_out − x_in)        at a step that computes the range (and the rest of its history)
     skip:   x_out = x_in + cache               at a step that skips it
-    probe:  mean|r − kept| / mean|kept|        where r = x_in − x_0 is what the blocks before the range changed
+    probe:  mean|r − kept| / mean|kept|        where r is what a gate measures, such as x_in − x_0
 
 A forecast replaces ``cache`` by what its history says.
 """
@@ -16,7 +16,7 @@ from torch import fx
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.history import OUTPUT_ONLY, History
 from toca_compile.ir.program import BlockRange, Entry, Form, StandIn, Variant
-from toca_compile.ir.state import State
+from toca_compile.ir.state import Number, State
 from toca_compile.passes.variants.emit import Builder
 from toca_compile.passes.variants.series import series_of
 
@@ -56,17 +56,22 @@ def skip_range(found: BlockRange, memory: History) -> Variant:
 
 
 def keep_change(found: BlockRange, memory: History) -> Variant:
-    """Keeps what the blocks before the range changed. Values: the probe's."""
-    builder = Builder(found.probe or ())
-    builder.call(toca.store_.default, builder.slot(State.CHANGE, 0), _change(builder, found))
+    """Keeps what is measured. Values: the probe's."""
+    builder, value = _measured(found)
+    builder.call(toca.store_.default, builder.slot(State.CHANGE, 0), value)
     return builder.finish(())
 
 
 def probe_range(found: BlockRange, memory: History) -> Variant:
-    """How much the change before the range differs from the kept one. Values: the probe's."""
-    builder = Builder(found.probe or ())
-    change = _change(builder, found)
-    return builder.finish([builder.call(toca.relative_change.default, change, builder.slot(State.CHANGE, 0))])
+    """How much what is measured differs from what was kept of it, which it then becomes if each step keeps it. Values:
+    the probe's."""
+    builder, value = _measured(found)
+    kept = builder.slot(State.CHANGE, 0)
+    distance = builder.call(toca.relative_change.default, value, kept)
+    assert found.probe is not None
+    if found.probe.at_each_step:
+        builder.call(toca.store_.default, kept, value)
+    return builder.finish([distance])
 
 
 GRAPHS: dict[str, Callable[[BlockRange, History], Variant]] = {
@@ -77,10 +82,17 @@ GRAPHS: dict[str, Callable[[BlockRange, History], Variant]] = {
 }
 
 
-def _change(builder: Builder, found: BlockRange) -> fx.Node:
-    assert found.probe is not None
-    start, enters = (builder.env[n] for n in found.probe)
-    return builder.call(aten.sub.Tensor, enters, start)
+def _measured(found: BlockRange) -> tuple[Builder, fx.Node]:
+    """A graph that makes what is measured, and that."""
+    probe = found.probe
+    assert probe is not None
+    builder = Builder(probe.given)
+    for node in probe.nodes:
+        builder.env[node] = builder.graph.node_copy(node, lambda n: builder.env[n])
+    value = builder.env[probe.value]
+    if probe.filter is not None:
+        value = builder.call(toca.sea_filter.default, value, builder.slot(Number.SIGMA, 0), *probe.filter)
+    return builder, value if probe.minus is None else builder.call(aten.sub.Tensor, value, builder.env[probe.minus])
 
 
 def _entered(builder: Builder, entry: Entry, output: fx.Node) -> fx.Node:

@@ -26,8 +26,10 @@ from toca_compile.policies import (
     Dmd,
     Every,
     Foca,
+    Given,
     Hermite,
     Listed,
+    Mixed,
     Partial,
     Polynomial,
     Rule,
@@ -37,6 +39,21 @@ from toca_compile.policies import (
 )  # fmt: skip
 from toca_compile.policies.storage import as_data, from_data
 
+
+def given_row(step: int) -> tuple[float, ...]:
+    """Some weights, of one, two or three values."""
+    rows = ((1.0,), (-0.1 * step, 1 + 0.1 * step), (0.1, -0.1 * step, 0.9 + 0.1 * step))
+    return rows[(step > 1) + (step > 4)]
+
+
+def given_weights(anchors: Sequence[literal.Anchor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted sum, or the last value, where there are more or fewer than weights."""
+    values = [h.double() for _, h in anchors]
+    if len(values) != len(weights):
+        return values[-1]
+    return torch.stack([w * h for w, h in zip(weights, values, strict=True)]).sum(0)
+
+
 PREDICTORS: list[tuple[Weights, Any]] = [
     (Polynomial(), literal.newton),
     (Taylor(), literal.taylor),
@@ -45,6 +62,15 @@ PREDICTORS: list[tuple[Weights, Any]] = [
     (Foca(), literal.foca),
     (Chebyshev(4, 0.1, 14), literal.spectrum(4, 0.1, 14, 0.0)),
     (Chebyshev(3, 0.05, 14, local=0.5), literal.spectrum(3, 0.05, 14, 0.5)),
+    (
+        Given(tuple(given_row(step) for step in range(14))),
+        lambda anchors, step: given_weights(anchors, given_row(step)),
+    ),
+    (Polynomial(last=2), lambda anchors, step: literal.newton(anchors[-2:], step)),
+    (
+        Mixed((Foca(), Polynomial(1)), tuple((i / 10, 1 - i / 10) for i in range(14))),
+        lambda anchors, step: step / 10 * literal.foca(anchors, step) + (1 - step / 10) * anchors[-1][1].double(),
+    ),
 ]
 UNEVEN = (0, 1, 4, 6, 7, 11)
 

@@ -4,10 +4,12 @@ import dataclasses
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     FirstBlockCacheConfig,
+    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     QwenImageTransformer2DModel,
     TaylorSeerCacheConfig,
@@ -56,6 +58,8 @@ def test_the_same_as_in_diffusers() -> None:
         TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=torch.float32),
         TaylorSeerCacheConfig(cache_interval=5, max_order=2, taylor_factors_dtype=torch.float32),
         TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32),
+        MagCacheConfig(0.3, 3, 0.2, STEPS, np.linspace(1.1, 0.8, STEPS)),
+        MagCacheConfig(0.06, 2, 0.0, STEPS, np.array([1.0, 1.2, 1.02, 0.99, 0.98, 0.9])),
     ):
         peer = small_model()
         peer.enable_cache(deepcopy(config))
@@ -125,6 +129,7 @@ def test_fields_of_other_libraries(given: dict[str, Any], meant: Any) -> None:
         ({"ratio_scheduler": "linear"}, "ratio_scheduler must be one of"),
         ({"threshold": 0.1, "num_inference_steps": 0}, "num_inference_steps must be a whole number from 1"),
         ({"lowering": "eager"}, "no policy"),
+        ({"threshold": 0.1, "max_skip_steps": 3}, r"mag_ratios must be given: toca_compile.magnitudes"),
         ({}, "no policy"),
     ],
 )
@@ -148,6 +153,7 @@ def test_a_field_of_a_later_version_at_its_default_changes_nothing() -> None:
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
 def test_defaults_make_a_policy_that_can_be_saved(peer: type[Peer]) -> None:
     """What a configuration means is one of this package's policies, and its exceptions name fields that it has."""
-    policy = peer().policy(20)
+    needed: dict[str, Any] = {"mag_ratios": (1.0, 0.9)} if peer.__name__ == "MagCacheConfig" else {}
+    policy = peer(**needed).policy(20)
     assert checked_policy(policy) is policy
     assert peer.without.keys() <= {field.name for field in dataclasses.fields(peer)}

@@ -128,17 +128,18 @@ def sample(
     return unpacked(x)
 
 
-def prompts(count: int) -> list[str]:
+def prompts(count: int, first: int = 0) -> list[str]:
     """What a batch is asked for."""
-    return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    return [PROMPTS[(first + i) % len(PROMPTS)] for i in range(count)]
 
 
-def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[Any, Sampler]:
-    """The trained model, and a sampler of it for ``evaluate`` and ``tune``."""
+def model_and_sampler(path: Path | None = None, device: str = "cpu", first: int = 0) -> tuple[Any, Sampler]:
+    """The trained model, and a sampler of it for ``evaluate`` and ``tune``. ``first``: prompt that a batch begins
+    with."""
     model, scheduler, text = load(path or default_model())
     text.to(device)
 
     def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(model, scheduler, text, prompts(count), steps, seed=seed)
+        return sample(model, scheduler, text, prompts(count, first), steps, seed=seed)
 
     return model.to(device), sampler

@@ -64,17 +64,18 @@ def sample(
     return x
 
 
-def labels(count: int) -> Tensor:
+def labels(count: int, first: int = 0) -> Tensor:
     """The classes that a batch is asked for."""
-    return torch.arange(count) % len(CLASSES)
+    return (first + torch.arange(count)) % len(CLASSES)
 
 
-def model_and_sampler(path: Path | None = None, device: str = "cpu") -> tuple[Any, Sampler]:
-    """The trained model, and a sampler of it for ``evaluate`` and ``tune``."""
+def model_and_sampler(path: Path | None = None, device: str = "cpu", first: int = 0) -> tuple[Any, Sampler]:
+    """The trained model, and a sampler of it for ``evaluate`` and ``tune``. ``first``: class that a batch begins
+    with."""
     model, scheduler = load(path or default_model())
 
     def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(model, scheduler, labels(count).to(device), steps, seed=seed)
+        return sample(model, scheduler, labels(count, first).to(device), steps, seed=seed)
 
     return model.to(device), sampler
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from toca_compile.ir.actions import Action, Keep, union
 from toca_compile.ir.fields import Count, Threshold
+from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
 from toca_compile.ir.selectors import Selector, TokenSelector
 from toca_compile.ir.types import Site, StepKind
@@ -30,16 +31,17 @@ class Skip:
         residual: keep what the range added to the residual stream, and add it to what enters the range now; else keep
             the stream as it left the range.
         memory: what is kept of it, for a forecast.
-        threshold: a step that the plan skips is computed all the same where the change that the blocks before the
-            range make differs by more than this from what they did at the last computed step: mean |difference| over
-            mean |change|, one number for the batch (FirstBlockCache). None: the plan alone decides.
+        threshold: a step that the plan skips is computed all the same where what ``gate`` measures goes beyond this.
+            None: the plan alone decides.
         limit: how many steps in a row may be skipped at most; None: any number.
+        gate: what is measured.
     """
 
     residual: bool = True
     memory: History = OUTPUT_ONLY
     threshold: Threshold | None = None
     limit: Count | None = None
+    gate: Gate = field(default_factory=FirstBlocks)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ class Policy(Protocol):
     pipeline asks it before the first model call of a run for the policy to follow in that run: ``num_steps`` model
     calls, and without guidance (``guided=False``) no batch that is a guidance pair. It must depend on its arguments
     alone, and equal policies must be equal (``==``), so that a plan is laid out once. A policy without it is followed
-    as it is, however many steps the run has. One with ``choices``, a sequence of policies, is each graph's first among
-    them that the graph can follow; one with ``meaning(plan, computed) -> str`` says once what it made of a run.
+    as it is, however many steps the run has. One with ``for_call(call: Signature) -> Policy`` is asked at a run's first
+    call with what is known of it, and may refuse it by a ``PolicyError``; of the weights it is told if it has a
+    ``made_for``. One with ``choices``, a sequence of policies, is each graph's first among them that the graph can
+    follow; one with ``meaning(plan, computed) -> str`` says once what it made of a run.
     """
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:

@@ -113,17 +113,36 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A value that is held against what was kept of it, before it is known whether a range of blocks is computed.
+
+    Attributes:
+        given: the values that it is made of, which are there before the range.
+        nodes: the model's own ops that make it of them, in order.
+        value: it, or what ``minus`` is subtracted from.
+        at_each_step: whether it is kept at each step, or at those that compute the range.
+        filter: if it is filtered, where its tokens lie: the last arguments of ``toca.sea_filter``.
+    """
+
+    given: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    value: fx.Node
+    minus: fx.Node | None = None
+    at_each_step: bool = False
+    filter: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
 class BlockRange:
     """The segments from ``first`` to before ``last``, which some steps skip, and what they make that others read.
 
-    ``probe``: the stream before the first block of all, and where it enters the range, where a threshold is held
-    against what changes between; ``change`` is that, kept as what leaves the range is.
+    ``probe``: where a test at run time decides, what it measures; ``change`` is that, kept as what leaves the range is.
     """
 
     first: int
     last: int
     streams: tuple[Stream, ...]
-    probe: tuple[fx.Node, fx.Node] | None = None
+    probe: Probe | None = None
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
@@ -138,7 +157,7 @@ class BlockRange:
     @property
     def change(self) -> Stream | None:
         """What the blocks before the range change."""
-        return Stream(self.streams[-1].index + 1, self.probe[0]) if self.probe is not None else None
+        return Stream(self.streams[-1].index + 1, self.probe.value) if self.probe is not None else None
 
     @property
     def owners(self) -> tuple[Stream, ...]:
@@ -147,7 +166,8 @@ class BlockRange:
 
     def segment(self, does: str) -> "StandIn":
         """The segment that does this for the range."""
-        given = {"skip": self.inputs, "keep": (*self.inputs, *self.outputs)}.get(does, self.probe or ())
+        measured = self.probe.given if self.probe is not None else ()
+        given = {"skip": self.inputs, "keep": (*self.inputs, *self.outputs)}.get(does, measured)
         owners = self.streams if does in ("skip", "keep") else self.owners[len(self.streams) :]
         return StandIn(
             template=-1,

@@ -25,6 +25,7 @@ class Number(Enum):
     SINCE = "since"  # the last step that computed all tokens
     SITE = "site"
     KEEP = "keep"  # of a history that is written: the steps that a difference spans
+    SIGMA = "sigma"  # the share of noise, in units of 2⁻³²
     MOVE = "move"  # of one that is moved on: what a difference is multiplied by
 
     @property

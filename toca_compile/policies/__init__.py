@@ -1,8 +1,9 @@
 """Caching policies, one a file: frozen dataclasses of host data. They know sites, never tensors."""
 
+from toca_compile.ir.gates import FilteredInput, FirstBlocks, FirstInput
 from toca_compile.ir.registry import import_files, register
 from toca_compile.ir.selectors import Selector
-from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
+from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Given, Hermite, Mixed, Polynomial, Taylor
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.clusca import ClusCa, Clusters
 from toca_compile.policies.composition import (
@@ -18,10 +19,14 @@ from toca_compile.policies.composition import (
 )
 from toca_compile.policies.full import FullCompute
 from toca_compile.policies.levels import LEVELS, Level
+from toca_compile.policies.magcache import MagCache, Magnitudes
 from toca_compile.policies.peers import from_dict
+from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
+from toca_compile.policies.seacache import SeaCache
 from toca_compile.policies.storage import load_policy, save_policy
 from toca_compile.policies.taylor import TaylorSeer, TaylorToCa
+from toca_compile.policies.teacache import TeaCache
 from toca_compile.policies.toca import DuCa, Fora, ToCa
 from toca_compile.policies.when import Adaptive, EndAligned, Every, IntervalFunction, Listed, Periodic, Spread
 
@@ -42,20 +47,29 @@ __all__ = [
     "DuCa",
     "EndAligned",
     "Every",
+    "FilteredInput",
+    "FirstBlocks",
+    "FirstInput",
     "Foca",
     "Fora",
     "Forecast",
     "FullCompute",
+    "Given",
     "Hermite",
     "IntervalFunction",
     "Level",
     "Listed",
+    "MagCache",
+    "Magnitudes",
+    "Mixed",
     "Partial",
     "Periodic",
+    "Planned",
     "Polynomial",
     "Queries",
     "Reuse",
     "Rule",
+    "SeaCache",
     "Selector",
     "Share",
     "SkipBlocks",
@@ -63,6 +77,7 @@ __all__ = [
     "Taylor",
     "TaylorSeer",
     "TaylorToCa",
+    "TeaCache",
     "ToCa",
     "from_dict",
     "load_policy",

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from math import factorial
 from typing import Annotated
 
-from toca_compile.ir.anchors import Anchors, Measured, Weights
-from toca_compile.ir.fields import Fraction, Number, Steps, Whole
+from toca_compile.errors import PolicyError
+from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, Measured, Weights
+from toca_compile.ir.fields import Factor, Fraction, Number, Steps, Whole, told
 from toca_compile.ir.registry import register
 
 Vector = list[float]  # a value, as what each anchor adds to it
@@ -20,10 +21,14 @@ Vector = list[float]  # a value, as what each anchor adds to it
 @register
 @dataclass(frozen=True)
 class Polynomial(Weights):
-    """The polynomial through all anchors (Newton's, by Lagrange's formula): exact on polynomials of a degree below the
-    number of anchors, however they are spaced."""
+    """The polynomial through all anchors, or the last few (Newton's, by Lagrange's formula): exact on polynomials of a
+    degree below their number, however they are spaced. ``last``: through how many; None: all."""
+
+    last: Annotated[int, Whole(1, MAX_ANCHORS)] | None = None
 
     def weights(self, full: Sequence[int], step: int) -> Vector:
+        if self.last is not None and self.last < len(full):
+            return [0.0] * (len(full) - self.last) + Polynomial().weights(full[-self.last :], step)
         found = []
         for i, own in enumerate(full):
             weight = 1.0
@@ -137,6 +142,72 @@ class Chebyshev(Weights):
 
 @register
 @dataclass(frozen=True)
+class Mixed(Weights):
+    """Several rules at once, each with its own share at each step: Σ shareᵣ · weightsᵣ. Shares may be negative; those
+    of a step add up to 1, so that what does not change is forecast as it is.
+
+    Args:
+        rules: that are mixed.
+        shares: a row for each step of the run, in it one for each rule.
+
+    Raises:
+        PolicyError: a row has another number of shares, or they do not add up to 1.
+    """
+
+    rules: tuple[Weights, ...] = ()
+    shares: tuple[tuple[Factor, ...], ...] = ()
+
+    def check(self) -> None:
+        for rule in self.rules:
+            if isinstance(rule, Measured) or type(rule) is Weights:
+                raise PolicyError(f"rules must give weights from the steps alone, not {rule!r}")
+        for i, row in enumerate(self.shares):
+            if len(row) != len(self.rules) or abs(sum(row) - 1) > 1e-6:
+                raise PolicyError(f"shares[{i}] must be {len(self.rules)} numbers that add up to 1, not {told(row)}")
+
+    def weights(self, full: Sequence[int], step: int) -> Vector:
+        row = self.shares[min(step, len(self.shares) - 1)]
+        used = [(rule.weights(full, step), share) for rule, share in zip(self.rules, row, strict=True) if share]
+        return _sum(used)
+
+    def for_run(self, num_steps: int) -> "Mixed":
+        if num_steps != len(self.shares):
+            raise PolicyError(f"weights for {len(self.shares)} steps do not fit a run of {num_steps}")
+        return replace(self, rules=tuple(rule.for_run(num_steps) for rule in self.rules))
+
+    def row(self, place: float) -> tuple[float, ...]:
+        """The shares at a place between steps."""
+        i = min(int(place), len(self.shares) - 1)
+        pairs = zip(self.shares[i], self.shares[min(i + 1, len(self.shares) - 1)], strict=True)
+        return tuple(a + (place - i) * (b - a) for a, b in pairs)
+
+
+@register
+@dataclass(frozen=True)
+class Given(Weights):
+    """The weights themselves, step by step, as L2P learns them (arXiv 2604.26365): see
+    ``toca_compile.quality.calibration.least_squares``.
+
+    Args:
+        rows: a row for each step of the run, in it a number for each full step that the forecast may use there, oldest
+            first; none at full steps. Where other full steps are at hand than there are numbers (another graph of the
+            model took part), the last value is repeated.
+    """
+
+    rows: tuple[tuple[Factor, ...], ...] = ()
+
+    def weights(self, full: Sequence[int], step: int) -> Vector:
+        row = self.rows[step] if step < len(self.rows) else ()
+        return list(row) if len(row) == len(full) else Polynomial(1).weights(full, step)
+
+    def for_run(self, num_steps: int) -> "Given":
+        if num_steps != len(self.rows):
+            raise PolicyError(f"weights for {len(self.rows)} steps do not fit a run of {num_steps}")
+        return self
+
+
+@register
+@dataclass(frozen=True)
 class Dmd(Measured):
     """Dynamic mode decomposition, as cache-dit's calibrator has it: the kept values as a sum of exponentials, each of
     which goes on. Exact where they are that, with fewer exponentials than values, of which none turns by a quarter
@@ -177,4 +248,4 @@ def _solved(matrix: list[Vector], right: Vector) -> Vector:
     return [rows[i][size] / rows[i][i] for i in range(size)]
 
 
-__all__ = ["Anchors", "Chebyshev", "Dmd", "Foca", "Hermite", "Polynomial", "Taylor"]
+__all__ = ["Anchors", "Chebyshev", "Dmd", "Foca", "Given", "Hermite", "Mixed", "Polynomial", "Taylor"]

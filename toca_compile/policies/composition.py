@@ -119,7 +119,7 @@ class Composition(CachingPolicy):
                     "whether a step is full is decided when its first blocks have run, so that the others can only be "
                     "skipped: Adaptive goes with one rule, SkipBlocks"
                 )
-            if not all(do.first for do in ranges):
+            if self.when.by.first and not all(do.first for do in ranges):
                 raise PolicyError("Adaptive is measured on the first blocks: SkipBlocks(first=1) or more")
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
@@ -189,8 +189,9 @@ class Composition(CachingPolicy):
         if not ranges:
             return Skip()
         history = ranges[0].history(CacheSpec(0, self._dtype(), self.basis))
-        test = (self.when.threshold, self.when.limit) if isinstance(self.when, Adaptive) else (None, None)
-        return Skip(ranges[0].residual, history, *test)
+        if not isinstance(self.when, Adaptive):
+            return Skip(ranges[0].residual, history)
+        return Skip(ranges[0].residual, history, self.when.threshold, self.when.limit, self.when.by)
 
     def _dtype(self) -> torch.dtype | None:
         return getattr(torch, self.cache_dtype) if self.cache_dtype is not None else None

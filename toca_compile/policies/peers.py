@@ -15,6 +15,7 @@ from toca_compile.ir.fields import (
     DtypeName,
     Fraction,
     Natural,
+    Number,
     OneOf,
     Order,
     Steps,
@@ -27,6 +28,7 @@ from toca_compile.ir.fields import (
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.block_cache import BlockCache
 from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
+from toca_compile.policies.magcache import MagCache, Ratio
 from toca_compile.policies.presets import preset
 from toca_compile.policies.schedules import RatioSchedule
 from toca_compile.policies.storage import from_data
@@ -92,6 +94,29 @@ class TaylorSeerCacheConfig(Peer):
         rules = (Rule(Forecast(self.max_order), kinds=(*ATTENTION, "cross_attention")), Rule(Compute()))
         when = Every(self.cache_interval, self.disable_cache_before_step, sooner)
         return Composition(num_steps, when, rules, cache_dtype=self.taylor_factors_dtype)
+
+
+@dataclass(frozen=True)
+class MagCacheConfig(Peer):
+    """diffusers' MagCache."""
+
+    threshold: Annotated[float, Number(0, 1e6)] = 0.24
+    max_skip_steps: Natural = 5
+    retention_ratio: Fraction = 0.1
+    mag_ratios: tuple[Ratio, ...] | None = None
+    calibrate: bool = False
+
+    without: ClassVar[Mapping[str, str]] = {
+        "calibrate": "toca_compile.magnitudes(model, sampler) measures mag_ratios",
+    }
+
+    def check(self) -> None:
+        super().check()
+        if not self.mag_ratios:
+            raise PolicyError("mag_ratios must be given: toca_compile.magnitudes(model, sampler) measures them")
+
+    def policy(self, num_steps: int) -> Policy:
+        return MagCache(num_steps, self.mag_ratios or (), self.threshold, self.max_skip_steps, self.retention_ratio)
 
 
 @dataclass(frozen=True)
@@ -191,6 +216,7 @@ class TaylorSeerArguments(Peer):
 PEERS: tuple[type[Peer], ...] = (
     FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
+    MagCacheConfig,
     DBCacheConfig,
     ToCaArguments,
     TaylorSeerArguments,
@@ -201,8 +227,8 @@ _NEAREST = {
     "attention at every second step, whatever the timestep",
     "FasterCacheConfig": "a level, such as 'balanced', forecasts what all blocks add; a Composition with Periodic(2) "
     "and Rule(Compute(), kinds=('mlp',)) reuses attention at every second step",
-    "MagCacheConfig": "BlockCache(threshold=…) decides by what the first blocks do, without calibration",
-    "SeaCacheConfig": "BlockCache(threshold=…, order=1) decides by what the first blocks do",
+    "SeaCacheConfig": "SeaCache(threshold=…, power=…, warmup=…, limit=…, order=…) filters what the first block is "
+    "given, and knows step, σ and number of steps by itself",
 }
 
 
@@ -277,7 +303,9 @@ def _defaults(peer: type[Peer]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dtypes and enums by name, as a file holds them."""
+    """Dtypes and enums by name, and arrays as lists, as a file holds them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     text = str(value)
     if text.startswith("torch."):
         return text.removeprefix("torch.")

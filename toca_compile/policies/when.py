@@ -6,6 +6,7 @@ from typing import Annotated
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Call, Count, Counting, Family, Fraction, Kind, Natural, Number, Threshold, told
+from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.registry import register
 from toca_compile.policies.schedules import (
     counted,
@@ -48,7 +49,7 @@ class Every(When):
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
-        return _since(counted_steps(num_steps, self.interval, self.warmup, self.sooner), num_steps)
+        return since(counted_steps(num_steps, self.interval, self.warmup, self.sooner), num_steps)
 
 
 @register
@@ -62,7 +63,7 @@ class Periodic(When):
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step of that kind."""
-        return _since(periodic_steps(num_steps, self.periods.get(kind, self.interval), self.warmup), num_steps)
+        return since(periodic_steps(num_steps, self.periods.get(kind, self.interval), self.warmup), num_steps)
 
 
 @register
@@ -102,7 +103,7 @@ class Spread(When):
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
-        return _since(spread_steps(num_steps, self.interval, self.bend, self.warmup), num_steps)
+        return since(spread_steps(num_steps, self.interval, self.bend, self.warmup), num_steps)
 
 
 @register
@@ -118,7 +119,7 @@ class EndAligned(When):
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the last full step."""
         full = end_aligned_steps(num_steps, self.interval, self.warmup)
-        return _since(sorted({*full, num_steps - 1}) if self.last else full, num_steps)
+        return since(sorted({*full, num_steps - 1}) if self.last else full, num_steps)
 
 
 @register
@@ -140,23 +141,25 @@ class Listed(When):
         """
         if self.full[-1] >= num_steps:
             raise PolicyError(f"full must stay below num_steps = {num_steps}, not {told(self.full)}")
-        return _since(self.full, num_steps)
+        return since(self.full, num_steps)
 
 
 @register
 @dataclass(frozen=True)
 class Adaptive(When):
-    """After the ``warmup``, a step is full where a test at run time says so: the change that the first blocks make
-    differs from what it was at the last full step by more than ``threshold`` (FirstBlockCache, DBCache). ``limit``: of
-    other steps in a row."""
+    """After the ``warmup``, a step is full where a test at run time says so: what ``by`` measures goes beyond
+    ``threshold``. ``limit``: of other steps in a row; ``ends_full``: whether the last step is full whatever it says."""
 
     threshold: Threshold = 0.1
     warmup: Count = 1
     limit: Count | None = None
+    by: Gate = field(default_factory=FirstBlocks)
+    ends_full: bool = False
 
     def phases(self, num_steps: int, kind: str) -> tuple[int, ...]:
         """Calls since the warm-up: those that need not be full."""
-        return _since(range(min(self.warmup, num_steps)), num_steps)
+        last = {num_steps - 1} if self.ends_full else set()
+        return since({*range(min(self.warmup, num_steps)), *last}, num_steps)
 
 
 def check_range(name: str, ends: tuple[float, float]) -> None:
@@ -169,7 +172,8 @@ def check_range(name: str, ends: tuple[float, float]) -> None:
         raise PolicyError(f"{name} must be a range that ends where it starts or later, not {ends}")
 
 
-def _since(full: Iterable[int], num_steps: int) -> tuple[int, ...]:
+def since(full: Iterable[int], num_steps: int) -> tuple[int, ...]:
+    """For each call, how many calls ago the last full one was."""
     steps, last, phases = set(full), 0, []
     for call in range(num_steps):
         last = call if call in steps else last

@@ -1,1 +1,1 @@
-"""How good the pictures are at which cost: evaluation, tuning, comparison."""
+"""How good the pictures are at which cost: evaluation, tuning, planning, calibration, comparison."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from toca_compile.api import explain, optimize
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import fingerprint
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.labels import label as label_points
@@ -100,7 +101,7 @@ def evaluate(
     settings = overridden(settings, overrides)
     store = _Store(out, {
         "steps": settings.steps, "samples": settings.samples, "batch": settings.batch, "seeds": list(settings.seeds),
-        "lowering": settings.lowering, "model": _fingerprint(model),
+        "lowering": settings.lowering, "model": fingerprint(model),
     })  # fmt: skip
     methods = _methods(model, policies, settings)
     _sample_all(methods, sampler, store, settings)
@@ -336,14 +337,6 @@ def _plot(results: Sequence[Result], path: Path) -> None:
         label_points(axis, points, [(x, y) for x, y, _ in front])
     figure.savefig(path)
     plt.close(figure)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their weights."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {float(value.float().sum()):.6e}".encode())
-    return digest.hexdigest()[:16]
 
 
 class _progress:

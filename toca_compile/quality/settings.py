@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from torch import Tensor
 
 from toca_compile.errors import PolicyError, TocaError
+from toca_compile.ir.anchors import MAX_ANCHORS
 from toca_compile.ir.fields import Checked, Number, Seed, Steps, Threshold, Whole
 
 S = TypeVar("S", bound="Settings")
@@ -88,8 +89,8 @@ class EvaluationSettings(SamplingSettings):
 
 
 @dataclass(frozen=True)
-class TuningSettings(SamplingSettings):
-    """How ``tune`` samples, and when it stops searching.
+class SearchSettings(SamplingSettings):
+    """How a search samples, and when it stops.
 
     Args:
         steps, seeds, samples, lowering, peak, console: as in ``SamplingSettings``. Trials are judged on these seeds;
@@ -105,6 +106,31 @@ class TuningSettings(SamplingSettings):
     lowering: str = "eager"
     seconds: Seconds = 1200.0
     trials: Trials | None = None
+
+
+@dataclass(frozen=True)
+class TuningSettings(SearchSettings):
+    """How ``tune`` samples, and when it stops searching: as ``SearchSettings``."""
+
+
+@dataclass(frozen=True)
+class PlanningSettings(SearchSettings):
+    """How ``plan`` samples and searches, and when it stops.
+
+    Args:
+        steps, seeds, samples, lowering, peak, console, seconds: as in ``SearchSettings``.
+        trials: samplings at most (None: 200), those that are known already among them: the search cools down over
+            them, so that one that was cut off by ``seconds`` goes on as if it had not been.
+        kept: full steps whose values a forecast may use.
+        seed: of the search's own choices.
+
+    Raises:
+        TocaError: a setting holds what it may not.
+    """
+
+    trials: Trials | None = 200
+    kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 3
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,21 @@ computing. Every trial is on disk, so a search that was cut off goes on where it
 the progress shown.
 """
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from toca_compile.api import explain, optimize
+from toca_compile.api import explain
 from toca_compile.errors import PolicyError, TocaError
 from toca_compile.ir.plan import Policy
-from toca_compile.model import OptimizedModel
 from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
-from toca_compile.policies.storage import as_data, from_data
 from toca_compile.policies.when import Every, Listed, When
 from toca_compile.quality.evaluation import Sampler
-from toca_compile.quality.metrics import psnr
 from toca_compile.quality.settings import TuningSettings, overridden
+from toca_compile.quality.trials import Trial, Trials, told_of
 
 DEFAULTS = TuningSettings()
 _DEPTHS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.0))
@@ -45,16 +40,6 @@ class Target:
         given = [x for x in (self.flops, self.latency, self.psnr) if x is not None]
         if len(given) != 1 or not given[0] > 0:
             raise TocaError("a target is one positive number: Target(flops=…), Target(latency=…) or Target(psnr=…)")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measured policy; ``latency_speedup`` is NaN where the target does not ask for it."""
-
-    policy: Policy
-    psnr: float
-    flop_speedup: float
-    latency_speedup: float = float("nan")
 
 
 def tune(
@@ -89,54 +74,39 @@ class _Search:
     def __init__(
         self, model: nn.Module, sampler: Sampler, target: Target, out: Path | None, settings: TuningSettings
     ) -> None:
-        self.sampler, self.target, self.settings, self.steps = sampler, target, settings, settings.steps
-        self.end, self.left = time.monotonic() + settings.seconds, settings.trials
-        self.trials: dict[str, Trial] = {}
-        self.log = out / "trials.jsonl" if out is not None else None
-        self.plain = torch.compile(model, dynamic=False) if settings.lowering == "inductor" else model
-        self.seconds, self.reference = self._sampled(self.plain)
-        if target.latency is not None:
-            self.seconds, _ = self._sampled(self.plain)  # compiled by now
-        self.opt: OptimizedModel = optimize(
-            model, Composition(self.steps, Every(2), (Rule(Forecast(1)),)), lowering=settings.lowering
-        )
-        self._sampled(self.opt)  # traced, so that plans can be priced
-        if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            for line in self.log.read_text().splitlines() if self.log.exists() else ():
-                row = json.loads(line)
-                trial = Trial(from_data(row.pop("policy")), **row)
-                self.trials[_key(trial.policy)] = trial
+        self.target, self.steps = target, settings.steps
+        start = Composition(self.steps, Every(2), (Rule(Forecast(1)),))
+        self.on = Trials(model, sampler, settings, out, start, timed=target.latency is not None)
 
     def run(self) -> Policy:
         """Schedules, forecasts, groups of sites, then single full steps, as long as time lasts."""
         for stage in (self._grid, self._series, self._groups):
             for policy in self._in_reach(stage()):
-                self._try(policy)
+                self.on.measure(policy)
         improved = True
-        while improved and not self._over():
+        while improved and not self.on.over():
             best, improved = self._best(), False
             for policy in self._in_reach(self._moves(best)):
-                trial = self._try(policy)
+                trial = self.on.measure(policy)
                 if trial is not None and self._rank(trial) > self._rank(best):
                     improved = True  # go on from there
                     break
         best = self._best()
-        self._say(f"best: PSNR {best.psnr:.2f} dB at {best.flop_speedup:.2f}× FLOPs, of {len(self.trials)} trials")
+        self.on.say(f"best: PSNR {best.psnr:.2f} dB at {best.flop_speedup:.2f}× FLOPs, of {len(self.on.known)} trials")
         return best.policy
 
     def sensitivity(self, base: Composition) -> dict[tuple[str, tuple[float, float]], float]:
         """PSNR of a run in which one group of sites alone is cached, by kind and depth: low is sensitive."""
-        kinds = dict.fromkeys(s.kind for s in explain(self.opt).sites)
+        kinds = dict.fromkeys(s.kind for s in explain(self.on.opt).sites)
         found = {}
         for kind in kinds:
             for depths in _DEPTHS:
                 alone = (Rule(Forecast(_order(base)), (kind,), depths), Rule(Compute()))
-                trial = self._try(replace(base, rules=alone))
+                trial = self.on.measure(replace(base, rules=alone))
                 if trial is not None:
                     found[kind, depths] = trial.psnr
         for (kind, depths), value in sorted(found.items(), key=lambda item: item[1]):
-            self._say(f"sensitivity: {kind} at depths {depths[0]:.2f} to {depths[1]:.2f}: {value:.2f} dB")
+            self.on.say(f"sensitivity: {kind} at depths {depths[0]:.2f} to {depths[1]:.2f}: {value:.2f} dB")
         return found
 
     # -- what to try --------------------------------------------------------------------------------------------------
@@ -172,7 +142,7 @@ class _Search:
     def _series(self) -> Iterator[Composition]:
         """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared."""
         for by_blocks in (True, False):
-            own = [t for t in self.trials.values() if _forecasts(t.policy, by_blocks=by_blocks)]
+            own = [t for t in self.on.known.values() if _forecasts(t.policy, by_blocks=by_blocks)]
             start = max(own, key=self._rank).policy if own else None
             if not isinstance(start, Composition):
                 continue
@@ -185,7 +155,7 @@ class _Search:
     def _groups(self) -> Iterator[Composition]:
         """The best schedule of single sites with the most sensitive groups computed at every step, or the least
         sensitive ones at a lower order."""
-        sites = [t for t in self.trials.values() if _forecasts(t.policy, by_blocks=False)]
+        sites = [t for t in self.on.known.values() if _forecasts(t.policy, by_blocks=False)]
         if not sites:
             return
         best = max(sites, key=self._rank)
@@ -227,7 +197,7 @@ class _Search:
     def _in_reach(self, policies: Iterator[Composition]) -> Iterator[Composition]:
         """Those worth a sampling, while there is time."""
         for policy in policies:
-            if self._over():
+            if self.on.over():
                 return
             if self._reaches(policy):
                 yield policy
@@ -236,48 +206,13 @@ class _Search:
         """Whether a policy is legal, and by its FLOPs neither too slow for the target nor much faster than it asks
         for."""
         try:
-            flops = self._price(policy)
+            flops = self.on.price(policy)
         except PolicyError:
             return False
         wanted = self.target.flops or self.target.latency
         # FLOPs fall at least as much as the clock.
         most = 1.5 if self.target.flops else 2.0
         return wanted is None or wanted - _SLACK <= flops <= most * wanted
-
-    def _price(self, policy: Policy) -> float:
-        """FLOP speed-up, without running anything."""
-        self.opt.policy = policy
-        return explain(self.opt).flop_speedup()
-
-    def _try(self, policy: Policy) -> Trial | None:
-        key = _key(policy)
-        if key in self.trials or self._over():
-            return self.trials.get(key)
-        if self.left is not None:
-            self.left -= 1
-        flops = self._price(policy)
-        seconds, found = self._sampled(self.opt)
-        latency = float("nan")
-        if self.target.latency is not None:
-            seconds, found = self._sampled(self.opt)
-            latency = self.seconds / seconds
-        quality = sum(psnr(a, b, self.settings.peak) for a, b in zip(found, self.reference, strict=True)) / len(found)
-        trial = self.trials[key] = Trial(policy, quality, flops, latency)
-        if self.log is not None:
-            with self.log.open("a") as file:
-                row: Mapping[str, Any] = {**trial.__dict__, "policy": as_data(policy)}
-                file.write(json.dumps(row) + "\n")
-        self._say(f"{len(self.trials)}: PSNR {quality:.2f} dB at {flops:.2f}× FLOPs: {_told(policy)}")
-        return trial
-
-    def _sampled(self, net: Callable[..., Any]) -> tuple[float, list[Tensor]]:
-        start = time.perf_counter()
-        found = []
-        for seed in self.settings.seeds:
-            if isinstance(net, OptimizedModel):
-                net.reset()
-            found.append(self.sampler(net, self.steps, seed, self.settings.samples))
-        return time.perf_counter() - start, found
 
     def _rank(self, trial: Trial) -> float:
         target = self.target
@@ -288,19 +223,12 @@ class _Search:
         return trial.psnr if reached >= wanted - _SLACK else -1e6 + reached
 
     def _best(self) -> Trial:
-        if not self.trials:
+        if not self.on.known:
             raise TocaError("nothing in reach of the target was tried: give more seconds or another target")
-        best = max(self.trials.values(), key=self._rank)
-        if self._rank(best) < -1e5 and self._over():
-            raise TocaError(f"no trial reaches {self.target}; the nearest is {_told(best.policy)}")
+        best = max(self.on.known.values(), key=self._rank)
+        if self._rank(best) < -1e5 and self.on.over():
+            raise TocaError(f"no trial reaches {self.target}; the nearest is {told_of(best.policy)}")
         return best
-
-    def _over(self) -> bool:
-        return time.monotonic() > self.end or self.left == 0
-
-    def _say(self, text: str) -> None:
-        if self.settings.console is not None:
-            self.settings.console.print(f"[{max(self.end - time.monotonic(), 0):5.0f} s left] {text}", markup=False)
 
 
 def _do(policy: Policy) -> Any:
@@ -315,14 +243,3 @@ def _forecasts(policy: Policy, *, by_blocks: bool) -> bool:
 
 def _order(policy: Composition) -> int:
     return getattr(_do(policy), "order", 2)
-
-
-def _key(policy: Policy) -> str:
-    return json.dumps(as_data(policy), sort_keys=True)
-
-
-def _told(policy: Policy) -> str:
-    if not isinstance(policy, Composition):
-        return repr(policy)
-    rules = ", ".join(f"{r.do}{' ' + str(r.kinds) + str(r.depths) if r.kinds else ''}" for r in policy.rules)
-    return f"{policy.when}; {rules}; {policy.basis}"

@@ -36,6 +36,8 @@ def carry_over(run: Run, key: tuple[int, ...], now: Schedule) -> Schedule | None
             run.buffers = {_renamed(name, other, key): buffer for name, buffer in run.buffers.items()}
             if other in run.computed:
                 run.computed[key] = run.computed[other]
+            if other in run.drift:
+                run.drift[key] = run.drift[other]
             _forget(run, other)
             return now if not before.start else Schedule(now.program, now.planned, before.start)
     return None
@@ -43,7 +45,7 @@ def carry_over(run: Run, key: tuple[int, ...], now: Schedule) -> Schedule | None
 
 def _forget(run: Run, key: tuple[int, ...]) -> None:
     run.buffers = {name: buffer for name, buffer in run.buffers.items() if name[: len(key)] != key}
-    for kept in (run.kept, run.computed, run.bound, run.fixed):
+    for kept in (run.kept, run.computed, run.drift, run.bound, run.fixed):
         kept.pop(key, None)
 
 

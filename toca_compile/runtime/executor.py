@@ -343,6 +343,8 @@ class Executor:
             return self._as_one(self.whole(self, schedule), inputs, run, key, past)
         # What leaves skipped blocks has a past of its own, which a test at run time may decide.
         moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
+        if schedule.probe is not None:
+            moves = moves | schedule.plan.skip.gate.numbers(run.step, len(schedule.rows))
         fixed = self._fixed(run, key)
         step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed)
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
@@ -368,6 +370,7 @@ class Executor:
             step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             depth = schedule.plan.skip.memory.depth
+            run.drift[key] = 0.0
             run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
 
@@ -448,7 +451,10 @@ class Executor:
         for group in self.program.types.groups:  # or processes would part ways
             change = torch.ops._c10d_functional.all_reduce(change, "max", group)
             change = torch.ops._c10d_functional.wait_tensor(change)
-        return not bool(change > skip.threshold)
+        if not skip.gate.adds_up:
+            return not bool(change > skip.threshold)
+        run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(float(change))
+        return run.drift[key] < skip.threshold
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
         """The plan as a step follows it that is not the run's first: it goes with what the graph has of the step

@@ -133,6 +133,7 @@ class Run:
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
     kept: dict[tuple[Any, ...], RunConstants] = field(default_factory=dict)  # what does not change during the run
     computed: dict[tuple[Any, ...], Past] = field(default_factory=dict)  # steps that did not skip their range
+    drift: dict[tuple[Any, ...], float] = field(default_factory=dict)  # what a gate has added up since such a step
     bound: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict)  # the executors' own
     fixed: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the same: memory of CUDA graphs
     spent: bool = False  # its buffers were freed
@@ -147,7 +148,7 @@ class Run:
         for name in [n for n in self.buffers if n[: len(key)] == key and State.STAMP not in n]:
             del self.buffers[name]
         self.spent |= self.steps is not None and self.step >= self.steps - 1
-        for kept in (self.kept, self.computed, self.bound, self.fixed):
+        for kept in (self.kept, self.computed, self.drift, self.bound, self.fixed):
             for name in [n for n in kept if n[: len(key)] == key]:
                 del kept[name]
 
@@ -316,6 +317,11 @@ class StepControl:
     def call_inputs(self) -> Mapping[Any, Any]:
         """What the model was called with, in the call that this thread is in; nothing where nobody says."""
         return self._call.inputs or {}
+
+    @property
+    def running(self) -> Run | None:
+        """The run of the call that this thread is in."""
+        return self._call.run
 
     @property
     def records(self) -> list[StepRecord]:

@@ -15,7 +15,8 @@ def test_a_block_that_is_skipped_yields_what_entered(program: Program) -> None:
     assert [s.sites for s in program.segments[found.first : found.last]] == [(2, 3)]
     assert [n.name for n in found.outputs] == ["add_3"]
     assert [n.name for n in found.inputs] == ["add_1"]
-    assert [n.name for n in found.probe or ()] == ["transpose", "add_1"]
+    assert found.probe is not None
+    assert [n.name for n in found.probe.given] == ["transpose", "add_1"]
 
 
 @pytest.mark.parametrize(
