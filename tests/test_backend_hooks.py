@@ -199,6 +199,7 @@ def test_no_other_file_reaches_into_dynamo() -> None:
         "toca_compile/backend.py",
         "toca_compile/lowerings/inductor.py",  # sources of symbols
         "toca_compile/quality/evaluation.py",  # counters
+        "toca_compile/compiler/emit_step.py",  # a size of which nothing may be taken for granted, ``mark_unbacked``
     }
     for path in [*(ROOT / "toca_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
         name = str(path.relative_to(ROOT))
