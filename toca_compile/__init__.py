@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from toca_compile.quality.evaluation import evaluate
     from toca_compile.quality.settings import EvaluationSettings, TuningSettings
     from toca_compile.quality.tuning import Target, tune
+    from toca_compile.serving.engine import Engine
+    from toca_compile.serving.requests import Request
 
 # Where each name is defined that stands above for type checkers alone.
 _HOMES = {
@@ -63,6 +65,8 @@ _HOMES = {
     "quality.evaluation": "evaluate",
     "quality.settings": "EvaluationSettings TuningSettings",
     "quality.tuning": "Target tune",
+    "serving.engine": "Engine",
+    "serving.requests": "Request",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -96,6 +100,7 @@ __all__ = [
     "ClusCa",
     "Composition",
     "DuCa",
+    "Engine",
     "EvaluationSettings",
     "ExportError",
     "Fora",
@@ -107,6 +112,7 @@ __all__ = [
     "OptimizedModel",
     "PassError",
     "PolicyError",
+    "Request",
     "Target",
     "TaylorSeer",
     "TaylorToCa",

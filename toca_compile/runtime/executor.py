@@ -337,8 +337,7 @@ class Executor:
         else:
             step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
-            depth = schedule.plan.skip.memory.depth
-            run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+            run.computed[key] = schedule.after(past, run.step)
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
 
     def _fixed(self, run: Run, key: tuple[int, ...]) -> Fixed | None:
