@@ -7,6 +7,7 @@ does an op of which nothing is known.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,10 +20,13 @@ from toca_compile.passes.proof.follow import Blocked
 
 aten = torch.ops.aten
 
-# The same whatever the place in them is.
-_FILLS = {
-    aten.full.default, aten.zeros.default, aten.ones.default, aten.full_like.default, aten.zeros_like.default,
-    aten.ones_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+# Along a dimension that no operand has, these are the same whatever the place is; an arange, say, is not.
+_EQUAL = {
+    getattr(aten, name)
+    for name in (
+        "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "expand",
+        "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile",
+    )
 }  # fmt: skip
 
 
@@ -76,9 +80,10 @@ def _blocked(node: fx.Node, factor: Factor, types: AxisTypes, batched: Sequence[
     if not made and not read:
         return None
     spec = types.specs.get(node)
+    if not read:
+        return None if _packet(node) in _EQUAL else "tells the samples apart by their place"
     if spec is None:
-        constant = node.target in _FILLS and not read
-        return None if constant else types.unknown.get(node, "has no rule")
+        return types.unknown.get(node, "has no rule")
     labels = [x for x in types.labels[node] if _has((types.label(node, x),), factor, types)]
     if len(labels) != 1:
         return "holds one sample against another"
@@ -87,7 +92,6 @@ def _blocked(node: fx.Node, factor: Factor, types: AxisTypes, batched: Sequence[
         return spec.because.get(label, "mixes the samples")
     if not all(any(label in dim for dim in dims) for dims in spec.results):
         return "reduces over the samples, or takes some of them"
-    # A label of results alone is a broadcast: the same for each sample.
     return None
 
 
@@ -97,6 +101,10 @@ def _has(dims: Sequence[Product], factor: Factor, types: AxisTypes) -> bool:
 
 def _types_of(node: fx.Node, types: AxisTypes) -> tuple[Type, ...]:
     return tuple(types.type_of(node, i) for i in range(len(types.results.get(node, ()))))
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def _is_item(node: fx.Node) -> bool:
