@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from toca_compile.quality.settings import EvaluationSettings, TuningSettings
     from toca_compile.quality.tuning import Target, tune
     from toca_compile.serving.engine import Engine
+    from toca_compile.serving.offline import batch
     from toca_compile.serving.requests import Request
 
 # Where each name is defined that stands above for type checkers alone.
@@ -66,6 +67,7 @@ _HOMES = {
     "quality.settings": "EvaluationSettings TuningSettings",
     "quality.tuning": "Target tune",
     "serving.engine": "Engine",
+    "serving.offline": "batch",
     "serving.requests": "Request",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -121,6 +123,7 @@ __all__ = [
     "TuningSettings",
     "UnsupportedGraphError",
     "VerifyError",
+    "batch",
     "controls",
     "disable_cache",
     "enable_cache",
