@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
                        "package.module:factory, a function that returns one")  # fmt: skip
     batch.add_argument("--policy", default="balanced", metavar="NAME|FILE", help=f"a level, {_POLICY}")
     batch.add_argument("--out", type=Path, default=Path("toca-batch"), metavar="FOLDER", help="for the samples")
-    batch.add_argument("--workers", type=int, default=0, metavar="N", help="processes of Ray (the extra scale); 0: in this "
-                       "one")  # fmt: skip
+    batch.add_argument("--workers", type=int, default=0, metavar="N", help="processes of Ray (the extra scale); 0: "
+                       "in this one")  # fmt: skip
     batch.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, …")
     batch.add_argument("--lowering", default="inductor", choices=("inductor", "eager"), help="what compiles the model")
     batch.set_defaults(run=_batch)
