@@ -18,7 +18,7 @@ from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan
-from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Use, Variant
 from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
@@ -40,9 +40,10 @@ FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take 
 
 class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
-    held against its plain meaning."""
+    held against its plain meaning; ``uses``: what those that are compiled do with their buffers."""
 
     checked: dict[tuple[int, tuple[Form, ...]], float]
+    uses: dict[_Variant, dict[Slot, Use]]
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """A segment's variant, verified."""

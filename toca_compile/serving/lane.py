@@ -328,19 +328,20 @@ class Lane:
                     "(autocast), have changed"
                 )
             moved = []
-            for name, buffer in laid.touched(leader.step):
+            for name, buffer, use in laid.touched(leader.step):
                 place = graphed.place(name, buffer, laid.schedule)
                 apart = buffer.view(1, -1) if place is None else place.by_request(buffer, requests, kind.rows)
                 own = leader.followed.turned(name, leader.step)
                 turns = [m.followed.turned(name, m.step) - own for m in filled]
                 slots = torch.tensor([m.slot for m in filled], device=buffer.device)
                 key = name, leader.followed.stored[name]
-                self.pool.gather(key, apart, slots, turns)
-                moved.append((key, apart, slots, turns))
+                if use.read:
+                    self.pool.gather(key, apart, slots, turns)
+                if use.written:
+                    moved.append((key, apart[: len(members)], slots[: len(members)], turns[: len(members)]))
             answer = laid.step(leader.step, inputs)
-            for key, apart, slots, turns in moved:
-                n = len(members)
-                self.pool.scatter(key, apart[:n], slots[:n], turns[:n])
+            for written in moved:
+                self.pool.scatter(*written)
             return answer
 
         answer = self._take(Turn(step), self._joined([m.call for m in filled]))

@@ -9,7 +9,9 @@ from torch import fx
 
 from toca_compile.errors import TocaError, UnsupportedGraphError
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.program import GraphPlan
+from toca_compile.ir.program import GraphPlan, Use
+from toca_compile.ir.state import State
+from toca_compile.runtime.cache_state import owner
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.schedule import Row, Schedule
 from toca_compile.runtime.step_control import Run, StepControl
@@ -87,21 +89,27 @@ class LaidOut:
     def __init__(self, executor: Turned, followed: Any) -> None:
         self._executor, self._followed, self._run = executor, followed, Run("batch")
         self.schedule: Schedule = followed.schedule
-        self._touched: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        self._touched: dict[int, list[tuple[Any, torch.Tensor, Use]]] = {}
 
     def use(self, name: Any, buffer: torch.Tensor) -> None:
         """Let steps read and write this buffer."""
         self._run.buffers[(*self._executor.key, *name)] = buffer
 
-    def touched(self, step: int) -> list[tuple[Any, torch.Tensor]]:
+    def touched(self, step: int) -> list[tuple[Any, torch.Tensor, Use]]:
         """The buffers that a step reads or writes, with their names."""
         calls = self.schedule.calls[min(step, len(self.schedule.calls) - 1)]
         if id(calls) not in self._touched:
             executor, run = self._executor, self._run
-            bound = executor._bound(calls, self._followed, run, executor.key)
-            used = {id(b) for call in bound.calls for b in call.buffers if b is not None}
-            named = ((name[len(executor.key) :], b) for name, b in run.buffers.items())
-            self._touched[id(calls)] = [(name, b) for name, b in named if id(b) in used]
+            executor._bound(calls, self._followed, run, executor.key)  # compiles what is not compiled yet
+            selector, used = self.schedule.plan.selector, dict[Any, Use]()
+            for call in self.schedule.joined(calls):
+                for slot, use in executor.variants.uses[call.variant].items():
+                    of = self.schedule.owners[call.segment.sites[slot.position]]
+                    name = (*executor.key, *owner(State(slot.kind), of, selector), slot.index)
+                    # What one call writes as a whole the next may read.
+                    used[name] = use | used.get(name, use)
+            named = ((name, run.buffers[name], use) for name, use in used.items())
+            self._touched[id(calls)] = [(name[len(executor.key) :], buffer, use) for name, buffer, use in named]
         return self._touched[id(calls)]
 
     def step(self, number: int, inputs: Inputs) -> Any:
