@@ -159,7 +159,7 @@ def main() -> None:
     lines = [
         "# Continuous batching with caches", "",
         f"`python benchmarks/engine.py`, torch {torch.__version__}, policy `{given.policy}`, batches of at most "
-        f"{SIZES[-1]} requests; seconds are of the processor, one thread. Loads are shares of what fixed batches do.", "",
+        f"{SIZES[-1]} requests; seconds are of the processor, one thread. Loads: shares of what fixed batches do.", "",
     ]  # fmt: skip
     for name in given.models:
         lines += measure(name, checked_policy(given.policy), given.requests)
