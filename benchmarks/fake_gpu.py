@@ -22,6 +22,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config, ir
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
@@ -31,6 +32,7 @@ from torch.utils import _triton
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
+_HEADS = 4  # dimensions of queries and keys: batch, heads, tokens, features
 
 # What Inductor and Triton ask of an H100.
 _H100: dict[str, Any] = {
@@ -47,8 +49,7 @@ class Launch:
 
     Attributes:
         kind: ``"triton"``, ``"gemm"``, ``"attention"``, ``"other"`` (any other library call) or ``"host copy"``.
-        moved: bytes read and written, as Inductor counts them: a buffer that is read at places known at run time alone
-            counts whole.
+        moved: bytes read and written, as Inductor counts them, but for what is read of a part of a buffer.
         flops: of products.
     """
 
@@ -188,17 +189,46 @@ def _launches(graph: GraphLowering) -> Iterator[Launch]:
     for node in graph.scheduler.nodes:
         kind = _kind(node)
         if kind is not None:
-            yield Launch(kind, node.get_read_write_buffers_sizes(), _flops(node, kind, graph))
+            yield Launch(kind, _moved(node, kind, graph), _flops(node, kind, graph))
+
+
+def _moved(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
+    """Bytes read and written: as Inductor counts them, but for buffers of which a part is read, where it counts the
+    whole: at indices that a loop looks up (a table of embeddings), and what a product is given (rows of a weight)."""
+    call: Any = node.node
+    if kind != "gemm":
+        moved, hint = node.get_read_write_buffer_accesses(True, True), graph.sizevars.optimization_hint
+        for name, looks in _looks(node).items():
+            moved[name] = min(moved[name], graph.get_dtype(name).itemsize * hint(looks))
+        return sum(moved.values())
+    numbers = 0
+    for value in (*call.inputs, call):
+        layout = value.get_layout()
+        held = [size for size, stride in zip(layout.size, layout.stride, strict=True) if stride != 0]
+        numbers += layout.dtype.itemsize * sympy_product(held)
+    return int(graph.sizevars.optimization_hint(numbers))
+
+
+def _looks(node: BaseSchedulerNode) -> dict[str, Any]:
+    """How often loops read a buffer at places that they look up, if none reads it elsewhere."""
+    looks: dict[str, Any] = {}
+    for dep in node.read_writes.reads:
+        if isinstance(dep, MemoryDep) and dep.is_indirect():
+            looks[dep.name] = looks.get(dep.name, 0) + sympy_product(dep.size)
+    direct = {dep.name for dep in node.read_writes.reads_and_writes() if not getattr(dep, "is_indirect", bool)()}
+    return {name: count for name, count in looks.items() if name not in direct}
 
 
 def _flops(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
     """By torch's counter; of attention, which that leaves out, and of our own kernel by hand: each query with each key,
     and each weight with each value."""
     call: Any = node.node
-    products = 2 if kind == "attention" else 1 if isinstance(call, ir.UserDefinedTritonKernel) else 0
+    given: Any = getattr(call, "inputs", ())
+    own = isinstance(call, ir.UserDefinedTritonKernel) and len(given[0].get_size()) == _HEADS
+    products = 2 if kind == "attention" else 1 if own else 0
     if not products:
         return node.estimate_flops() or 0
-    query, key = (value.get_size() for value in call.inputs[:2])
+    query, key = (value.get_size() for value in given[:2])
     return int(graph.sizevars.optimization_hint(2 * products * sympy_product(query) * key[-2]))
 
 

@@ -7,17 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_compile import LoadedModel
-from toca_compile.exported.recorder import Entry
+from toca_compile import (
+    BlockCache,
+    ClusCa,
+    Composition,
+    DuCa,
+    Fora,
+    FullCompute,
+    LoadedModel,
+    TaylorSeer,
+    TaylorToCa,
+    ToCa,
+)
+from toca_compile.compiler.lay_out import Entry
 from toca_compile.exported.table import from_json, to_json
 from toca_compile.exported.write import trace
+from toca_compile.policies import Anchors, Hermite, Listed, Rule
+
+STEPS = 8
+POLICIES = [
+    FullCompute(),
+    Fora(STEPS, 3),
+    ToCa(STEPS, interval=4, fresh_ratio=0.3),
+    ToCa(STEPS, interval=4, fresh_ratio=0.3, score="attention"),
+    DuCa(STEPS, 3, fresh_ratio=0.3),
+    ClusCa(STEPS, 4, clusters=4),
+    TaylorSeer(STEPS, 3, 2),
+    TaylorSeer(STEPS, 3, 2, basis="newton"),
+    TaylorToCa(STEPS, 4, 2, 0.3, keys="fresh", mlp=False, update=False),
+    Composition(STEPS, Listed((0, 1, 4)), (Rule(Anchors(Hermite(0.5), 3)),)),
+    BlockCache(STEPS, first=0, interval=3, order=2, basis="newton"),
+    BlockCache(STEPS, threshold=0.5),
+    BlockCache(STEPS, threshold=0.5, limit=2, order=1),
+]
+"""A policy of each kind."""
 
 
 def loaded(model: Any, policy: Any, example_inputs: Any, **options: Any) -> LoadedModel:
     """What ``load`` returns of what ``export`` writes."""
     traced = trace(model, policy, example_inputs, **options)
     about, table = from_json(to_json(traced.about, traced.table))
-    return LoadedModel(about, table, traced.tensors, {name: eager(entry) for name, entry in traced.entries.items()})
+    return LoadedModel(
+        about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}
+    )
 
 
 def eager(entry: Entry) -> Callable[[list[Tensor]], Sequence[Tensor]]:

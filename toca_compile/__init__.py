@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         summary,
     )
     from toca_compile.exported.loaded import LoadedModel, load
+    from toca_compile.exported.program import ProgramModel, program
     from toca_compile.exported.write import export
     from toca_compile.model import OptimizedModel
     from toca_compile.policies import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": "controls disable_cache enable_cache explain is_optimized optimize restore summary",
     "exported.loaded": "LoadedModel load",
+    "exported.program": "ProgramModel program",
     "exported.write": "export",
     "model": "OptimizedModel",
     "policies": "BlockCache ClusCa Composition DuCa Fora FullCompute TaylorSeer TaylorToCa ToCa load_policy preset "
@@ -114,6 +116,7 @@ __all__ = [
     "OptimizedModel",
     "PassError",
     "PolicyError",
+    "ProgramModel",
     "Request",
     "Target",
     "TaylorSeer",
@@ -135,6 +138,7 @@ __all__ = [
     "load_policy",
     "optimize",
     "preset",
+    "program",
     "restore",
     "save_policy",
     "summary",

@@ -41,7 +41,8 @@ def optimize(model: Any, policy: Policy | str = "balanced", **options: "Unpack[O
         model: a diffusion transformer that Dynamo can trace, in eval mode; or a diffusers pipeline with one.
         policy: ``ToCa(...)``, ``TaylorSeer(...)``, ``BlockCache(...)``, a ``Composition`` or any other; or by name a
             level (``"quality"``, ``"balanced"``, ``"fast"``, ``"max"``: see ``Level``) or a preset.
-        lowering: ``"inductor"`` (the default) or ``"eager"``.
+        lowering: ``"inductor"`` (the default), ``"eager"``, or ``"program"``: whole steps as one graph, op by op (see
+            ``toca_compile.program``).
         strict: (the default) raise where the model or the policy leaves nothing to cache; otherwise warn once and run
             uncached.
         grid: the picture's height and width in tokens, where the graph does not show it.

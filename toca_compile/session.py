@@ -15,15 +15,24 @@ from toca_compile.compiler.check_plan import check_plan
 from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
+from toca_compile.compiler.step_program import Whole
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.compiler.wrappers import Flattener, unwrapped
-from toca_compile.errors import NO_SITE, InferenceModeError, NoSiteError, PolicyError, TocaError, no_rules
+from toca_compile.errors import (
+    NO_SITE,
+    InferenceModeError,
+    LoweringError,
+    NoSiteError,
+    PolicyError,
+    TocaError,
+    no_rules,
+)
 from toca_compile.ir.actions import Selecting
 from toca_compile.ir.graph import input_name, source_line
 from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Layout
-from toca_compile.lowerings import find_lowering, is_dense, of_rare_calls
+from toca_compile.lowerings import find_lowering, is_dense, is_whole, of_rare_calls
 from toca_compile.passes.variants.select import SELECTIONS
 from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
@@ -128,12 +137,28 @@ class Session:
         self._lower, self.lowering = find_lowering(name), name
         for executor in self.executors:
             executor.set_variants(self._variants(executor.program))
+            executor.whole = self._whole(executor.program)
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:
         capture = self._capture(program)
         device = capture.device if capture is not None else None
         return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=device)
+
+    def _whole(self, program: Program) -> Whole | None:
+        """What makes one graph of all steps, if the lowering takes that.
+
+        Raises:
+            LoweringError: there is none.
+        """
+        if not is_whole(self._lower):
+            return None
+        if program.fragment:
+            raise LoweringError(
+                f"lowering={self.lowering!r} makes one graph of a step, and {self.split()}: mend the break, or take "
+                "another lowering"
+            )
+        return Whole(self._lower)
 
     def follow(self, policy: Policy) -> None:
         """Let runs that begin follow ``policy`` (the user's own, with the numbers of that run). Runs of other threads
@@ -198,11 +223,11 @@ class Session:
             error.unknown = unknown
             raise error
         plan = self._plan(self.applied, self.seen, program)
-        variants, capture = self._variants(program), self._capture(program)
+        variants, capture, whole = self._variants(program), self._capture(program), self._whole(program)
         names = tuple(input_name(n) for n in program.placeholders)
         graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
         executor = self.runs(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
-        executor.graphs = graphs
+        executor.graphs, executor.whole = graphs, whole
         self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
@@ -211,6 +236,9 @@ class Session:
     def _capture(self, program: Program) -> Capture | None:
         """How steps of a graph are recorded; None where they are not, which is said if it was asked for."""
         if self.mode == "default":
+            return None
+        if is_whole(self._lower):
+            self.warn_once(without(f"lowering={self.lowering!r} runs whole steps by itself"))
             return None
         if program.fragment:
             self.warn_once(without(_SPLIT))

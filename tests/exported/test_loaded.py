@@ -8,41 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import toca_compile
-from tests.in_memory import loaded
+from tests.in_memory import POLICIES, STEPS, loaded
 from tests.models import PlainDiT, Texted, diffusers_dit, randomize
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import (
-    BlockCache,
-    ClusCa,
-    Composition,
-    DuCa,
     ExportError,
     Fora,
     FullCompute,
     LoadedModel,
-    TaylorSeer,
-    TaylorToCa,
-    ToCa,
 )
-from toca_compile.policies import Anchors, Hermite, Listed, Rule
 
-STEPS = 8
-POLICIES = [
-    FullCompute(),
-    Fora(STEPS, 3),
-    ToCa(STEPS, interval=4, fresh_ratio=0.3),
-    ToCa(STEPS, interval=4, fresh_ratio=0.3, score="attention"),
-    DuCa(STEPS, 3, fresh_ratio=0.3),
-    ClusCa(STEPS, 4, clusters=4),
-    TaylorSeer(STEPS, 3, 2),
-    TaylorSeer(STEPS, 3, 2, basis="newton"),
-    TaylorToCa(STEPS, 4, 2, 0.3, keys="fresh", mlp=False, update=False),
-    Composition(STEPS, Listed((0, 1, 4)), (Rule(Anchors(Hermite(0.5), 3)),)),
-    BlockCache(STEPS, first=0, interval=3, order=2, basis="newton"),
-    BlockCache(STEPS, threshold=0.5),
-    BlockCache(STEPS, threshold=0.5, limit=2, order=1),
-]
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
 

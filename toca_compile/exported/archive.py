@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from toca_compile.errors import ExportError
-from toca_compile.exported.table import About, Table, from_json, to_json
+from toca_compile.exported.table import About, from_json, to_json
+from toca_compile.ir.table import Table
 
 CODE = "data/aotinductor"  # where AOTInductor's loader looks for it
 TABLE = "extra/toca_compile.json"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from toca_compile.errors import ExportError
 from toca_compile.exported import archive
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
-from toca_compile.exported.table import About, Call, Number, Step, Table
+from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import sizes_of
+from toca_compile.ir.table import Call, Number, Step, Table
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.controls import RunControls
@@ -21,7 +23,7 @@ from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
 Entries = Mapping[str, Callable[[list[Tensor]], Sequence[Tensor]]]
 
-_KEY = (0, 0, 0)  # of the one graph that there is, in a run
+KEY = (0, 0, 0)  # of the one graph that there is, in a run
 
 
 def load(path: str | PathLike[str]) -> "LoadedModel":
@@ -55,11 +57,15 @@ class LoadedModel(RunControls, nn.Module):
         self._about, self._table, self._tensors, self._entries = about, table, dict(tensors), dict(entries)
         self._of_runs = StepControl()
         self._conditioning = Conditioning(table.clock, table.labels, (), at_once=False)
-        self._parts = [_Part(call, self._entries[call.entry]) for call in (table.calls[i] for i in table.timed)]
         self._sizes: dict[int, Tensor] = {}
         self._values: list[Any] = [None] * table.places
         for place, name in table.weights.items():
             self._values[place] = self._tensors[name]
+
+    @cached_property
+    def _parts(self) -> "list[_Part]":
+        calls = (self._table.calls[i] for i in self._table.timed)
+        return [_Part(call, self._entries[call.entry]) for call in calls]
 
     @property
     def _control(self) -> StepControl:
@@ -173,7 +179,7 @@ class LoadedModel(RunControls, nn.Module):
                     f"{about.model} was exported for {path} of shape {asked[0]}, {asked[1]}, on {asked[2]}, and is "
                     f"called with {have[0]}, {have[1]}, on {have[2]}: export it for that as well"
                 )
-            given[place] = _laid(value, kind["stride"])
+            given[place] = laid_as(value, kind["stride"])
         return given
 
     def _step(self, given: Mapping[int, Tensor]) -> list[Any]:
@@ -184,8 +190,8 @@ class LoadedModel(RunControls, nn.Module):
         steps = None if table.endless else len(table.steps)
         run, _ = control.enter_graph(0, 0, steps, given, [values[i] for i in table.clock])
         step = table.steps[min(run.step, len(table.steps) - 1)]
-        run.last[_KEY] = run.step
-        past = run.computed.get(_KEY, Past())
+        run.last[KEY] = run.step
+        past = run.computed.get(KEY, Past())
         moves = self._moves(past, run.step)
         self._begin(step, values, run)
         done = 0
@@ -197,20 +203,26 @@ class LoadedModel(RunControls, nn.Module):
                 step = step.computed
                 self._begin(step, values, run)
         self._calls(step, slice(done, None), moves, values, run)
-        if test is not None and step.computed is None:
-            past = Past((*past.full, run.step)[-(test.order + 1) :], past.times + 1, min(past.times, test.order))
-            run.computed[_KEY] = past
+        if step.computed is None:
+            self._computed(run, past)
         # What a cache holds is changed by the next step; what was handed out must not be.
-        return [None if r is None else _laid(values[r[0]], r[1]) for r in table.results]
+        return [None if r is None else laid_as(values[r[0]], r[1]) for r in table.results]
+
+    def _computed(self, run: Run, past: Past) -> None:
+        """Note that a step computed what it could skip."""
+        test = self._table.test
+        if test is not None:
+            kept = (*past.full, run.step)[-(test.order + 1) :]
+            run.computed[KEY] = Past(kept, past.times + 1, min(past.times, test.order))
 
     def _begin(self, step: Step, values: list[Any], run: Run) -> None:
         """Note what a step does, and put there what does not change in a run, and what follows from the time."""
         table, control = self._table, self._control
         row = table.rows[step.row]
-        control.record(run).note(_KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
+        control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
         if table.constant:
             watched = [values[i] for i in table.watched]
-            kept = run.kept.get(_KEY)
+            kept = run.kept.get(KEY)
             if kept is None or not kept.holds(watched):
                 made: dict[int, Tensor] = {}
                 for call in (table.calls[i] for i in table.constant):
@@ -218,11 +230,11 @@ class LoadedModel(RunControls, nn.Module):
                     made.update(zip(call.results, results, strict=True))
                     for place in call.results:
                         values[place] = made[place]
-                kept = run.kept[_KEY] = RunConstants.of(watched, made)
+                kept = run.kept[KEY] = RunConstants.of(watched, made)
             for place, value in kept.values.items():
                 values[place] = value
         if row.timed:
-            tables = control.tables.setdefault(_KEY, [])
+            tables = control.tables.setdefault(KEY, [])
             self._conditioning.fill(values, self._parts, frozenset(row.timed), tables, full=True)
 
     def _calls(self, step: Step, which: slice, moves: Mapping[str, int], values: list[Any], run: Run) -> None:
@@ -249,7 +261,7 @@ class LoadedModel(RunControls, nn.Module):
         return arguments
 
     def _buffer(self, number: int, run: Run) -> Tensor:
-        name = (*_KEY, number)
+        name = (*KEY, number)
         if name not in run.buffers:
             kept = self._table.buffers[number]
             # Not inference tensors: those could not be written by a later step outside inference mode.
@@ -300,7 +312,7 @@ class _Part:
         return self.entry(list(arguments))
 
 
-def _laid(value: Tensor, stride: Sequence[int]) -> Tensor:
+def laid_as(value: Tensor, stride: Sequence[int]) -> Tensor:
     """A tensor with these strides, of which code may rely."""
     pairs = zip(value.stride(), stride, value.shape, strict=True)
     if all(ours == theirs or size == 1 for ours, theirs, size in pairs):

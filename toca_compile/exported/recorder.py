@@ -1,32 +1,10 @@
-"""The executor of a model that is exported: it notes what its graph was called with, and tells what each step of the
-plan would call as a table."""
+"""The executor of a model that is exported: it notes what its graph was called with."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx
-
-from toca_compile.compiler.variants import ProgramVariants
-from toca_compile.errors import ExportError
-from toca_compile.exported.table import Call, Kept, Number, Row, Step, Table, Test
-from toca_compile.ir.history import CacheSpec, Numbers, Past
-from toca_compile.ir.program import Chain, Stream, Variant
-from toca_compile.ir.state import State
-from toca_compile.ir.types import Site
-from toca_compile.lowerings.inductor import told
-from toca_compile.runtime.cache_state import like_buffer, owner
+from toca_compile.compiler.lay_out import LaidOut, lay_out
+from toca_compile.errors import ExportError, PolicyError
 from toca_compile.runtime.executor import Executor
-from toca_compile.runtime.schedule import Calls, SegmentCall
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A variant, and a fake tensor or a plausible number for each of its inputs."""
-
-    variant: Variant
-    examples: tuple[Any, ...]
 
 
 class Recorder(Executor):
@@ -46,168 +24,19 @@ class Recorder(Executor):
         self.results = tuple(results)
         return results
 
-    def table(self) -> tuple[Table, dict[str, Entry]]:
-        """What each step of the plan calls, and what is called, by name. The table's ``weights``, ``inputs`` and
-        ``kinds`` are left to who knows the model's call.
+    def laid_out(self, *, in_memory: bool) -> LaidOut:
+        """What each step of the plan calls, and what is called. The table's ``weights``, ``inputs`` and ``kinds`` are
+        left to who knows the model's call.
 
         Raises:
             ExportError: the plan cannot be told beforehand.
         """
-        return _Laid(self).table()
+        try:
+            return lay_out(self, self.schedule, in_memory=in_memory)
+        except PolicyError as error:
+            raise ExportError(str(error)) from error
 
     @property
     def owned(self) -> tuple[int, ...]:
         """The places of the inputs that are the model's own."""
         return tuple(i for i in range(self._inputs) if i not in self._varying)
-
-    @property
-    def constants(self) -> dict[int, torch.Tensor]:
-        """The tensors in the graph itself, by place."""
-        return {self._place[node]: value for node, value in self._constants}
-
-
-_Asked = tuple[Site | Stream, Any, int]  # a host number: whose, which, and which of several
-
-
-class _Laid:
-    """A table while it is made."""
-
-    def __init__(self, of: Recorder) -> None:
-        self.of, self.schedule = of, of.schedule
-        self.variants = ProgramVariants(of.program, self._entry, dense=False)
-        self.variants.checked = of.variants.checked
-        self.entries: dict[str, Entry] = {}
-        self.names: dict[Any, str] = {}  # of entries, by what tells them
-        self.called: dict[SegmentCall, tuple[int, list[_Asked]]] = {}
-        self.calls: list[Call] = []
-        self.rows: dict[Any, int] = {}
-        self.told: list[Row] = []
-        self.buffers: dict[Any, int] = {}
-        self.kept: list[Kept] = []
-        self.free = of._last_uses(self.schedule)
-
-    def table(self) -> tuple[Table, dict[str, Entry]]:
-        of, schedule = self.of, self.schedule
-        plan, past = schedule.plan, Past()
-        memory = plan.skip.memory
-        if plan.endless and schedule.range is not None and memory.depth and not plan.adaptive:
-            raise ExportError("a plan without an end that forecasts skipped blocks has numbers of its own at each step")
-        if plan.adaptive and not isinstance(memory, CacheSpec):
-            raise ExportError(f"what {type(memory).__name__} keeps of skipped blocks cannot be told at run time")
-        steps = []
-        for index in range(len(schedule.rows)):
-            calls, uncut = schedule.calls[index], schedule.uncut[index]
-            numbers = None if plan.adaptive else memory.numbers(past, index, past.made)
-            step = self._step(index, calls, numbers)
-            if plan.adaptive and calls is not uncut:
-                step = Step(step.row, step.numbers, self._step(index, uncut, numbers))
-            steps.append(step)
-            if calls is uncut:
-                past = Past((*past.full, index)[-(memory.depth + 1) :], past.times + 1, min(past.times, memory.depth))
-        front = [self._call(call)[0] for call in schedule.joined(schedule.uncut[0])[: of._front]]
-        test = None
-        if schedule.probe is not None:
-            skip = plan.skip
-            assert skip.threshold is not None
-            assert isinstance(memory, CacheSpec)
-            at, call = schedule.probe.at, self._call(schedule.probe)[0]
-            test = Test(call, at, skip.threshold, skip.limit, memory.order, memory.basis)
-        timed = {place for call in front[of._constant :] for place in self.calls[call].results}
-        rows = [self._with_timed(row, timed, test) for row in self.told]
-        table = Table(
-            steps=tuple(steps),
-            rows=tuple(rows),
-            calls=tuple(self.calls),
-            buffers=tuple(self.kept),
-            endless=plan.endless,
-            places=len(of._place),
-            weights={},
-            inputs={},
-            kinds={},
-            clock=tuple(of._clock),
-            labels=tuple(of._conditioning._labels),
-            watched=tuple(i for i in of._watched if i in of._varying),
-            constant=tuple(front[: of._constant]),
-            timed=tuple(front[of._constant :]),
-            results=tuple(self._result(node) for node in _flat(of._output)),
-            test=test,
-        )
-        return table, self.entries
-
-    def _with_timed(self, row: Row, timed: set[int], test: Test | None) -> Row:
-        calls = [self.calls[i] for i in row.calls]
-        if test is not None:
-            calls.append(self.calls[test.call])
-        read = tuple(sorted({place for call in calls for place in call.values if place in timed}))
-        return Row(row.kinds, row.tokens, row.calls, read)
-
-    def _result(self, node: Any) -> tuple[int, tuple[int, ...]] | None:
-        if not isinstance(node, fx.Node):
-            return None
-        return self.of._place[node], tuple(node.meta["val"].stride())
-
-    def _step(self, index: int, calls: Calls, moves: Numbers | None) -> Step:
-        """One step. ``moves``: the numbers of what leaves skipped blocks, where they are known."""
-        joined = self.schedule.joined(calls)[self.of._front :]
-        rows = self.schedule.rows if calls is self.schedule.calls[index] else self.schedule.unskipped
-        kinds, tokens = self.schedule.told(rows[index])
-        made = [self._call(call) for call in joined]
-        key = (tuple(number for number, _ in made), kinds, tuple(tokens.items()))
-        if key not in self.rows:
-            self.rows[key] = len(self.told)
-            self.told.append(Row(tuple(sorted(k.value for k in kinds)), tokens, key[0], ()))
-        numbers = tuple(tuple(self._number(index, asked, moves) for asked in asks) for _, asks in made)
-        return Step(self.rows[key], numbers)
-
-    def _number(self, step: int, asked: _Asked, moves: Numbers | None) -> Number:
-        of, kind, index = asked
-        if isinstance(of, Site):
-            return self.schedule.number(step, of, kind, index)
-        return f"{kind.value} {index}" if moves is None else moves[kind, index]
-
-    def _call(self, call: SegmentCall) -> tuple[int, list[_Asked]]:
-        """A call's number, and which host numbers it asks for."""
-        if call not in self.called:
-            of, segment = self.of, call.segment
-            entry, used, slots = self.variants.compiled(segment, call.forms, self.schedule.plan)
-            asked: list[_Asked] = []
-            places: list[int | None] = []
-            for slot in slots:
-                whose = self.schedule.owners[segment.sites[slot.position]]
-                if isinstance(slot.kind, State):
-                    places.append(self._buffer(slot.kind, slot.index, whose))
-                else:
-                    places.append(None)
-                    asked.append((whose, slot.kind, slot.index))
-            at = segment.at if isinstance(segment, Chain) else (call.at,) if call is not self.schedule.probe else ()
-            name: Any = entry()
-            made = Call(
-                name,
-                tuple(of._place[segment.inputs[i]] for i in used),
-                tuple(places),
-                tuple(of._place[n] for n in segment.outputs),
-                tuple(place for i in at for place in self.free[i]),
-            )
-            self.called[call] = len(self.calls), asked
-            self.calls.append(made)
-        return self.called[call]
-
-    def _buffer(self, kind: State, index: int, of: Site | Stream) -> int:
-        selector = self.schedule.plan.selector
-        whose = (*owner(kind, of, selector), index)
-        if whose not in self.buffers:
-            like = like_buffer(kind, index, of, self.schedule.keeps[of.index], self.of.program, selector)
-            self.buffers[whose] = len(self.kept)
-            self.kept.append(Kept(tuple(like.shape), str(like.dtype).removeprefix("torch."), str(like.device)))
-        return self.buffers[whose]
-
-    def _entry(self, variant: Variant, examples: Sequence[Any]) -> Callable[..., Any]:
-        """A lowering that only names a variant: equal ones are one entry."""
-        key = told(variant.module.graph, examples)
-        name = self.names.setdefault(key, f"entry{len(self.names)}")
-        self.entries.setdefault(name, Entry(variant, tuple(examples)))
-        return lambda: name
-
-
-def _flat(output: Any) -> tuple[Any, ...]:
-    return tuple(output) if isinstance(output, tuple | list) else (output,)

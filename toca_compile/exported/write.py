@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toca_compile.compiler.lay_out import LaidOut
 from toca_compile.diffusers import first_call, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive
-from toca_compile.exported.recorder import Entry, Recorder
+from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
-from toca_compile.exported.table import About, Table
+from toca_compile.exported.table import About
 from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.table import Table
 from toca_compile.lowerings.aot import compile_files
 from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
@@ -56,14 +58,15 @@ def export(
     traced = trace(model, policy, example_inputs, **options)
     with tempfile.TemporaryDirectory() as folder:
         files = {}
-        for i, (name, entry) in enumerate(traced.entries.items(), 1):
-            with working(f"compiling entry {i} of {len(traced.entries)}"):
+        entries = traced.laid.entries
+        for i, (name, entry) in enumerate(entries.items(), 1):
+            with working(f"compiling entry {i} of {len(entries)}"):
                 files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name)
         archive.write(path, traced.about, traced.table, traced.tensors, files)
 
 
 def trace(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> "Traced":
-    """What ``export`` writes, before it is compiled."""
+    """What ``export`` writes, before it is compiled. ``in_memory``: as of ``lay_out``."""
     if not is_pipeline(model):
         return Traced(model, policy, arguments(example_inputs), **options)
     if not isinstance(example_inputs, Mapping):
@@ -98,17 +101,23 @@ class Traced:
     """A model as it is written: the table of its steps, what they call, and its tensors.
 
     Attributes:
-        entries: what is to be compiled, by name.
+        laid: the plan in the graph; its entries are what is to be compiled.
         tensors: weights and constants, by name; those without a name in the model have one in brackets.
     """
 
     about: About
     table: Table
-    entries: dict[str, Entry]
+    laid: LaidOut
     tensors: dict[str, Tensor]
 
     def __init__(
-        self, model: nn.Module, policy: Policy | str | None, call: tuple[Any, Mapping[str, Any]], **options: Any
+        self,
+        model: nn.Module,
+        policy: Policy | str | None,
+        call: tuple[Any, Mapping[str, Any]],
+        *,
+        in_memory: bool = False,
+        **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ExportError(
@@ -135,11 +144,11 @@ class Traced:
         given = inspect.signature(plain.forward).parameters
         parameters = tuple(n for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
         found = leaves(parameters, args, kwargs)
-        table, self.entries = recorder.table()
+        self.laid = recorder.laid_out(in_memory=in_memory)
+        self.table = table = self.laid.table
         self._name_inputs(table, recorder, plain, found)
         defaults = {n: p.default for n, p in given.items() if isinstance(p.default, _SCALARS)}
         device = next((v.device for v in recorder.inputs if isinstance(v, Tensor) and v.device.type != "cpu"), None)
-        self.table = table
         self.about = About(
             model=type(plain).__name__,
             torch=torch.__version__,
@@ -181,7 +190,7 @@ class Traced:
                     "the model reads a tensor that is neither an argument nor its own: make it a buffer "
                     "(register_buffer)"
                 )
-        for place, value in recorder.constants.items():
+        for place, value in self.laid.constants.items():
             table.weights[place] = f"(constant {place})"
             self.tensors[f"(constant {place})"] = _compact(value)
 

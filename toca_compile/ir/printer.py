@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -208,8 +209,8 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _target(node: fx.Node) -> str:
-    if node.target is operator.getitem:
-        return "getitem"
+    if isinstance(node.target, BuiltinFunctionType):
+        return node.target.__name__
     name = str(node.target)
     return (
         name.removeprefix("aten.").removesuffix(".default") if isinstance(node.target, torch._ops.OpOverload) else name

@@ -1,9 +1,14 @@
 """Which tokens a step computes: by score, by age, and by place in the picture."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from toca_compile.ops.registry import op
+
+_TILE = 64  # tokens of one program, and that it compares them with at a time
+_RANKED = 8192  # tokens that are compared with each other in one kernel; more are sorted
 
 
 @op(
@@ -39,6 +44,8 @@ def select_tokens(
     """
     age = (step - 1 - since) - (stamp - since).clamp(min=0)
     score = base + weight * age.to(torch.float32)
+    if score.device.type == "cuda" and score.shape[1] <= _RANKED and find_spec("triton") is not None:
+        return top_tokens(score, k, grid, cell, bonus)
     if grid and bonus:
         score = _cell_bonus(score, grid, cell, bonus)
     return distinct(score).topk(k, dim=1, sorted=False).indices
@@ -51,6 +58,20 @@ def distinct(score: Tensor) -> Tensor:
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = torch.arange(score.shape[1] - 1, -1, -1, device=score.device, dtype=torch.int64)
     return bits.to(torch.int64) * (1 << 32) + order
+
+
+def top_tokens(score: Tensor, k: int, grid: list[int], cell: int, bonus: float) -> Tensor:
+    """The same tokens by one Triton kernel, instead of three and a sort."""
+    from toca_compile.kernels.top_tokens import top_tokens_kernel
+
+    height, width, offset, frames = grid or (1, 1, 0, 0)
+    batch, tokens = score.shape
+    out = torch.empty(batch, k, dtype=torch.int64, device=score.device)
+    torch.library.wrap_triton(top_tokens_kernel)[(-(-tokens // _TILE), batch)](
+        score.contiguous(), out, tokens, k, offset, height, width, frames,
+        CELL=cell, BONUS=float(bonus) if grid else 0.0, TILE=_TILE,
+    )  # fmt: skip
+    return out
 
 
 def _cell_bonus(score: Tensor, grid: list[int], cell: int, bonus: float) -> Tensor:

@@ -266,6 +266,8 @@ class Report:
                 if name not in texts:
                     variant = executor.variants.build(segment, forms, plan)
                     texts[name] = print_variant(variant, program, segment, forms)
+            if executor.whole is not None:
+                texts[f"{prefix}program"] = str(executor.whole(executor, executor.schedule))
         return texts
 
     def __str__(self) -> str:

@@ -54,6 +54,25 @@ class Variants(Protocol):
         ...
 
 
+class WholeStep(Protocol):
+    """Whole steps of a plan as one callable (``compiler/step_program.py``). ``kept``: whose its buffers are."""
+
+    @property
+    def kept(self) -> Sequence[tuple[State, int, int]]: ...
+
+    def begin(self, caches: Sequence[torch.Tensor], step: int, past: Past) -> dict[str, torch.Tensor]:
+        """All buffers of a run that is about to do a step."""
+        ...
+
+    def __call__(self, state: dict[str, torch.Tensor], inputs: Sequence[Any], index: int) -> Sequence[Any]:
+        """A step: the graph's results that are computed."""
+        ...
+
+    def computed(self, state: dict[str, torch.Tensor], past: Past) -> bool:
+        """Whether the last step computed what it could skip."""
+        ...
+
+
 class Flat(Protocol):
     """What takes wrappers among a graph's inputs apart (``compiler/wrappers.py``)."""
 
@@ -124,6 +143,7 @@ class Executor:
     Attributes:
         graphs: the steps as CUDA graphs, set before the first call. Numbers other than K are then tensors for the
             variants.
+        whole: makes one callable of all steps of a plan, in the place of one for each variant.
     """
 
     def __init__(
@@ -138,6 +158,7 @@ class Executor:
         self.program, self.control, self.variants = program, control, variants
         self.number = number
         self.graphs: Graphs | None = None
+        self.whole: Callable[[Executor, Schedule], WholeStep] | None = None
         self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
@@ -283,6 +304,9 @@ class Executor:
             How many were compiled.
         """
         now = self._now
+        if self.whole is not None:
+            self.whole(self, now.schedule)
+            return 0
         pending = [call for variant, call in _planned(now.schedule).items() if variant not in now.ready]
         for i, call in enumerate(pending, 1):
             self._graph(call, now, f"{i} of {len(pending)}")
@@ -312,6 +336,8 @@ class Executor:
         self._last = (weakref.ref(run), key, index, schedule)
         self._record(run, key, schedule, schedule.rows[index])
         past = run.computed.get(key, Past())
+        if self.whole is not None:
+            return self._as_one(self.whole(self, schedule), inputs, run, key, past)
         # What leaves skipped blocks has a past of its own, which a test at run time may decide.
         moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
         fixed = self._fixed(run, key)
@@ -340,6 +366,30 @@ class Executor:
         if schedule.range is not None and calls is uncut:
             run.computed[key] = schedule.after(past, run.step)
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+    def _as_one(self, program: WholeStep, inputs: Sequence[Any], run: Run, key: tuple[int, ...], past: Past) -> Any:
+        """A step as one call."""
+        schedule = run.schedules[key]
+        index = min(run.step, len(schedule.rows) - 1)
+        known = run.bound.setdefault(key, {})
+        if program not in known:
+            owners, selector = schedule.owners, schedule.plan.selector
+            likes = [
+                like_buffer(kind, i, owners[of], schedule.keeps[of], self.program, selector)
+                for kind, of, i in program.kept
+            ]
+            caches = [
+                allocate(run.buffers, (*key, *whose), like) for whose, like in zip(program.kept, likes, strict=True)
+            ]
+            known[program] = program.begin(caches, run.step, past)
+        made = iter(program(known[program], inputs, index))
+        if schedule.range is not None:
+            can_skip = schedule.calls[index] is not schedule.uncut[index]
+            if not can_skip or (schedule.probe is not None and program.computed(known[program], past)):
+                run.computed[key] = schedule.after(past, run.step)
+                if can_skip:
+                    self._record(run, key, schedule, schedule.unskipped[index])
+        return fx.node.map_arg(self._output, lambda n: _as_traced(n, next(made)))
 
     def _fixed(self, run: Run, key: tuple[int, ...]) -> Fixed | None:
         """The memory of a run for graphs; None without them."""

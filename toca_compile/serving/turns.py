@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from toca_compile.errors import TocaError, UnsupportedGraphError
+from toca_compile.errors import LoweringError, TocaError, UnsupportedGraphError
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.program import GraphPlan, Use
 from toca_compile.ir.state import State
+from toca_compile.lowerings import is_whole
 from toca_compile.runtime.cache_state import owner
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.schedule import Row, Schedule
@@ -108,7 +109,8 @@ class LaidOut:
                     name = (*executor.key, *owner(State(slot.kind), of, selector), slot.index)
                     # What one call writes as a whole the next may read.
                     used[name] = use | used.get(name, use)
-            named = ((name, run.buffers[name], use) for name, use in used.items())
+            # Of what other plans keep besides, by which tokens are selected, this one has nothing.
+            named = [(name, run.buffers[name], use) for name, use in used.items() if name in run.buffers]
             self._touched[id(calls)] = [(name[len(executor.key) :], buffer, use) for name, buffer, use in named]
         return self._touched[id(calls)]
 
@@ -130,6 +132,11 @@ class BatchSession(Session):
     def __init__(self, policy: Policy | str, **options: Any) -> None:
         # What is kept by run and by time is kept for one request's inputs, and a batch has those of several.
         super().__init__(policy, **options, hoist=False)
+        if is_whole(self._lower):
+            raise LoweringError(
+                f"lowering={self.lowering!r} makes one graph of a step, with the caches of one run, and a batch has "
+                "those of many: take another lowering"
+            )
         self.control: Turns = Turns(self.warn_once)
 
     @property

@@ -88,3 +88,39 @@ def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(model: 
         assert torch.equal(out, steps(apart, noise(), TIMES))
     assert kinds(opt) == kinds(apart)
     assert "s" in kinds(opt)
+
+
+class Pulsing(nn.Module):
+    """A block that works out by itself what depends on the time: cheaply, so that no table keeps it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.rate = block, nn.Parameter(torch.randn(()))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.block(x, c) * (1 + 0.1 * self.rate * torch.sin(t / 1000))[:, None, None]
+
+
+class Pulse(PlainDiT):
+    """Blocks with the time's sine in each."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=4)
+        self.blocks = nn.ModuleList(Pulsing(block) for block in self.blocks)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x, c = self.prepare(x, t, y)
+        for block in self.blocks:
+            x = block(x, c, t)
+        return self.finish(x, c)
+
+
+def test_what_blocks_make_alike_is_made_once() -> None:
+    model = randomize(Pulse())
+    opt = optimized(model, Fora(8, 4))
+    out = steps(opt, noise(), TIMES)
+    (text,) = variants(opt).values()
+    assert text.count("= sin(") == 1
+    assert text.count("= mul.Tensor(") >= 4  # by each block's own rate
+    with patch.object(Schedule, "joined", lambda self, calls: calls):
+        assert torch.equal(out, steps(optimized(model, Fora(8, 4)), noise(), TIMES))

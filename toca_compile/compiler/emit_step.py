@@ -1,0 +1,487 @@
+"""EmitStep: a table of steps (``lay_out.py``) as one graph, which finds out by itself what the step is to do.
+
+Each kind of step is a branch, and calls the variants as ever, each of them one submodule. It returns what it changes,
+since what is written inside a branch may be lost where the branch is compiled::
+
+    row  = plan[step]
+    out, cache0, cache1 = cond(row[0] < 1, kind0, cond(row[0] < 2, kind1, kind2))
+    cache0.copy_(…); cache1.copy_(…); step += 1
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from toca_compile.compiler.lay_out import Entry, LaidOut
+from toca_compile.errors import VerifyError
+from toca_compile.ir.history import CacheSpec
+from toca_compile.ir.state import Number
+from toca_compile.ir.table import Step
+from toca_compile.ir.verify import written_slots
+
+aten = torch.ops.aten
+
+LEAST = 2
+"""By how much the size of an input ``rows`` is larger than K: compilers take a size of 0 or 1 for a constant."""
+
+_Kind = tuple[int, int | None]  # of step: its row of the table, and that of what it computes if it does not skip
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A step as a graph.
+
+    Attributes:
+        module: called with the graph's inputs and an empty tensor for each number of tokens (``sizes``); it returns the
+            graph's results that are tensors.
+        kinds: what the kinds of steps are called, in the order of their branches.
+        plan: of each step its kind and its numbers, as the buffer ``plan`` has them.
+        sizes: the second dimension of each input ``rows``, of each step.
+        written: the names of the buffers that some step changes.
+    """
+
+    module: fx.GraphModule
+    laid: LaidOut
+    kinds: tuple[str, ...]
+    plan: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    written: tuple[str, ...]
+
+    @property
+    def caches(self) -> dict[str, tuple[Any, int, int]]:
+        """Which buffer of which owner each of the module's is."""
+        return {f"cache{i}": whose for i, whose in enumerate(self.laid.buffers)}
+
+    def reset(self) -> None:
+        """The next step of the module's own buffers is the first of a run."""
+        for name in ("step", "past", *self.caches):
+            if hasattr(self.module, name):
+                getattr(self.module, name).zero_()
+
+    def rows(self, step: int) -> list[Tensor]:
+        """The inputs of a step behind the graph's own."""
+        device = self.module.get_buffer("step").device
+        sizes = [torch.empty((0, size), dtype=torch.int8, device=device) for size in self.sizes[step]]
+        for told in sizes:
+            torch._dynamo.maybe_mark_dynamic(told, 1)
+        return sizes
+
+
+def step_program(laid: LaidOut) -> StepProgram:
+    """The program of a plan that was laid out with its numbers in memory.
+
+    Raises:
+        VerifyError: what was made is not what it stands for.
+    """
+    made = _Emitter(laid).program()
+    verify(made)
+    return made
+
+
+def verify(program: StepProgram) -> None:
+    """Nothing is lost: no branch writes to what it is given, all return as much, and each buffer that a variant of any
+    step writes is copied to once, behind the branches.
+
+    Raises:
+        VerifyError: it is not so.
+    """
+    root = program.module
+    copied = [n.args[0].target for n in root.graph.nodes if n.target is aten.copy_.default]
+    calls = [(call, program.laid.entries[call.entry].variant) for call in program.laid.table.calls]
+    owed = {
+        f"cache{number}"
+        for call, variant in calls
+        for number, slot in zip(call.slots, variant.slots, strict=True)
+        if number is not None and slot in written_slots(variant)
+    }
+    owed |= {"past"} if program.laid.table.test is not None else set()
+    _require(sorted(copied) == sorted(owed), f"a step writes {sorted(owed)}, and {sorted(copied)} are copied")
+    results = {
+        len(m.graph.output_node().args[0])  # type: ignore[arg-type]
+        for name, m in root.named_modules()
+        if isinstance(m, fx.GraphModule) and name.rpartition(".")[2].startswith(("kind", "branch"))
+    }
+    _require(len(results) <= 1, f"branches return different numbers of values: {sorted(results)}")
+    for name, module in root.named_modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        module.graph.lint()
+        given = {n for n in module.graph.nodes if n.op == "placeholder"}
+        for node in module.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                _require(node.args[0] not in given, f"{name or 'the step'} writes to its input {node.args[0]}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise VerifyError(f"the program of a step is not legal: {message}")
+
+
+@dataclass
+class _Body:
+    """A graph that reads by name what stands around it: values ``x3``, buffers ``cache0``, ``rows0``, ``row``."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    named: dict[str, fx.Node] = field(default_factory=dict)
+    given: dict[str, fx.Node] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def read(self, name: str) -> fx.Node:
+        """What stands under a name; one that is new is an input."""
+        if name not in self.named:
+            first = next(iter(self.graph.nodes), None)
+            with self.graph.inserting_before(first):
+                self.named[name] = self.given[name] = self.graph.placeholder(name)
+        return self.named[name]
+
+    def once(self, name: str, target: Any, *args: Any) -> fx.Node:
+        """A call under a name, made when it is first asked for."""
+        if name not in self.named:
+            self.named[name] = self.call(target, *args)
+        return self.named[name]
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call."""
+        return self.graph.call_function(target, args, kwargs)
+
+    def parts(self, made: fx.Node, names: Sequence[str]) -> list[fx.Node]:
+        """What a call made, under these names as far as they are free."""
+        return [
+            self.graph.create_node("call_function", operator.getitem, (made, i), name=name)
+            for i, name in enumerate(names)
+        ]
+
+    def within(self, name: str, module: nn.Module) -> fx.Node:
+        """A submodule, as ``cond`` takes it."""
+        self.modules[name] = module
+        return self.graph.get_attr(name)
+
+    def close(self, outputs: Sequence[fx.Node]) -> "_Body":
+        """Return these, and leave out what nobody reads: no variant of a program changes what it is given."""
+        self.graph.output(tuple(outputs))
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+        self.given = {name: node for name, node in self.given.items() if node.users}
+        return self
+
+    def closed(self, names: Sequence[str]) -> fx.GraphModule:
+        """The graph as a module with these inputs, in this order."""
+        graph, env = fx.Graph(), {}
+        for name in names:
+            node = graph.placeholder(name)
+            if name in self.given:
+                env[self.given[name]] = node
+        for node in self.graph.nodes:
+            if node not in env and node.op != "placeholder":
+                env[node] = graph.node_copy(node, env.__getitem__)
+        return fx.GraphModule(self.modules, graph)
+
+
+class _Emitter:
+    def __init__(self, laid: LaidOut) -> None:
+        self.laid, self.table = laid, laid.table
+        self.functional = {name: functional(entry) for name, entry in laid.entries.items()}
+        self.kinds: dict[_Kind, int] = {}
+        self.first: dict[_Kind, Step] = {}
+        for step in self.table.steps:
+            self.first.setdefault(_kind(step), step)
+            self.kinds.setdefault(_kind(step), len(self.kinds))
+        self.columns, self.sizes = self._columns()
+        calls = [call for call in self.table.calls]
+        written = {call.slots[i] for call in calls for i in self.functional[call.entry][1] if call.slots[i] is not None}
+        self.written = [f"cache{i}" for i in sorted(w for w in written if w is not None)]
+        self.written += ["past"] if self.table.test is not None else []
+        self.results = [f"x{r[0]}" for r in self.table.results if r is not None]
+
+    # -- numbers --------------------------------------------------------------------------------------------------
+
+    def _asked(self, step: Step) -> list[tuple[Any, bool]]:
+        """The host numbers of a step in the order of its calls, and whether each is a K."""
+        both = [step] if step.computed is None else [step, step.computed]
+        asked: list[tuple[Any, bool]] = []
+        for one in both:
+            for number, numbers in zip(self.table.rows[one.row].calls, one.numbers, strict=True):
+                asked += zip(numbers, self._is_k(number), strict=True)
+        return asked
+
+    def _is_k(self, call: int) -> list[bool]:
+        slots = self.laid.entries[self.table.calls[call].entry].variant.slots
+        return [slot.kind is Number.K for slot in slots if not slot.is_buffer]
+
+    def _columns(self) -> tuple[dict[_Kind, list[Any]], tuple[tuple[int, ...], ...]]:
+        """Of each kind of step, where its numbers stand: the name of the input ``rows``, or the column of the plan;
+        those that are the same in all its steps stand once. And all values of both."""
+        table = self.table
+        steps: dict[_Kind, list[int]] = {}
+        for i, step in enumerate(table.steps):
+            steps.setdefault(_kind(step), []).append(i)
+        self.plan: list[list[int]] = [[self.kinds[_kind(step)]] for step in table.steps]
+        sizes: list[list[int]] = [[] for _ in table.steps]
+        places: dict[_Kind, list[Any]] = {}
+        for kind, own in steps.items():
+            asked = [self._asked(table.steps[i]) for i in own]
+            known: dict[Any, Any] = {}
+            for values in zip(*asked, strict=True):
+                told, is_k = tuple(value for value, _ in values), values[0][1]
+                if isinstance(told[0], str):
+                    known.setdefault((told[0], is_k), told[0])
+                elif (told, is_k) not in known:
+                    column = sizes if is_k else self.plan
+                    known[told, is_k] = f"rows{len(sizes[own[0]])}" if is_k else len(self.plan[own[0]])
+                    for i, value in zip(own, told, strict=True):
+                        column[i].append(value + LEAST if is_k else value)
+                places.setdefault(kind, []).append(known[(told[0] if isinstance(told[0], str) else told), is_k])
+            places.setdefault(kind, [])
+        width, count = max(map(len, self.plan)), max(map(len, sizes), default=0)
+        for row in self.plan:
+            row += [0] * (width - len(row))
+        last = [max(s[j] for s in sizes if len(s) > j) for j in range(count)]
+        for own_sizes in sizes:
+            own_sizes += last[len(own_sizes) :]
+        return places, tuple(map(tuple, sizes))
+
+    def _number(self, body: _Body, place: Any) -> fx.Node:
+        """A number where a call takes it: K as a size, others as a tensor."""
+        if isinstance(place, int):
+            return body.once(f"number{place}", aten.select.int, body.read("row"), 0, place)
+        if place.startswith("rows"):
+            size = body.once(f"{place} size", aten.sym_size.int, body.read(place), 1)
+            return body.once(f"{place} count", operator.sub, size, LEAST)
+        assert self.table.test is not None
+        spec = CacheSpec(self.table.test.order, None, self.table.test.basis)
+        kind, order = place.split(" ")
+        return _told_by_past(body, spec, Number(kind), int(order))
+
+    # -- bodies ---------------------------------------------------------------------------------------------------
+
+    def program(self) -> StepProgram:
+        """All of it."""
+        root, state = _Body(), self._state()
+        for i in range(self.laid.inputs):
+            root.named[f"x{i}"] = root.graph.placeholder(f"x{i}")
+        for j in range(len(self.sizes[0])):
+            root.named[f"rows{j}"] = root.graph.placeholder(f"rows{j}")
+        for place in self.laid.constants:
+            root.named[f"x{place}"] = root.graph.get_attr(f"x{place}")
+        for name in state:
+            root.named.setdefault(name, root.graph.get_attr(name))
+        index = root.named["step"]
+        if self.table.endless:
+            index = root.call(aten.clamp.default, index, None, len(self.table.steps) - 1)
+        found = root.call(aten.index_select.default, root.named["plan"], 0, index)
+        root.named["row"] = root.call(aten.select.int, found, 0, 0)
+        outputs = self._tree(root, list(self.kinds))
+        results, changed = outputs[: len(self.results)], outputs[len(self.results) :]
+        for name, value in zip(self.written, changed, strict=True):
+            root.call(aten.copy_.default, root.named[name], value)
+        root.call(aten.add_.Tensor, root.named["step"], 1)
+        root.graph.output(tuple(results))
+        module = nn.Module()
+        for name, part in root.modules.items():
+            module.add_module(name, part)
+        for name, buffer in state.items():
+            module.register_buffer(name, buffer)
+        made = fx.GraphModule(module, root.graph)
+        names = tuple(self._name(kind) for kind in self.kinds)
+        return StepProgram(made, self.laid, names, tuple(map(tuple, self.plan)), self.sizes, tuple(self.written))
+
+    def _state(self) -> dict[str, Tensor]:
+        """The buffers, as a run begins."""
+        with torch.inference_mode(False):
+            step = torch.zeros(1, dtype=torch.int64, device=self.laid.device)
+            state = {"step": step, "plan": step.new_tensor(self.plan)}
+            if self.table.test is not None:
+                state["past"] = step.new_zeros(2 + self.table.test.order)
+            for i, kept in enumerate(self.table.buffers):
+                state[f"cache{i}"] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype), device=kept.device)
+            state |= {f"x{place}": value for place, value in self.laid.constants.items()}
+        return state
+
+    def _name(self, kind: _Kind) -> str:
+        return " or ".join("+".join(self.table.rows[row].kinds) for row in kind if row is not None)
+
+    def _tree(self, body: _Body, kinds: Sequence[_Kind]) -> list[fx.Node]:
+        """What the step that it is makes, of these kinds."""
+        if len(kinds) == 1:
+            leaf = self._leaf(kinds[0])
+            names = list(leaf.given)
+            made = leaf.closed(names)
+            name = f"kind{self.kinds[kinds[0]]}"
+            body.modules[name] = made
+            call = body.graph.call_module(name, tuple(body.read(n) for n in names))
+            return body.parts(call, self._made())
+        middle = len(kinds) // 2
+        which = body.once("number0", aten.select.int, body.read("row"), 0, 0)
+        first = body.call(aten.lt.Scalar, which, self.kinds[kinds[middle]])
+        return self._branch(body, first, self._side(kinds[:middle]), self._side(kinds[middle:]))
+
+    def _side(self, kinds: Sequence[_Kind]) -> tuple[str, _Body]:
+        if len(kinds) == 1:
+            return f"kind{self.kinds[kinds[0]]}", self._leaf(kinds[0])
+        side = _Body()
+        return f"branch{self.kinds[kinds[0]]}_{self.kinds[kinds[-1]]}", side.close(self._tree(side, kinds))
+
+    def _branch(self, body: _Body, pred: fx.Node, yes: tuple[str, _Body], no: tuple[str, _Body]) -> list[fx.Node]:
+        names = list(dict.fromkeys((*yes[1].given, *no[1].given)))
+        sides = [body.within(name, side.closed(names)) for name, side in (yes, no)]
+        operands = []
+        for name in names:
+            value = body.read(name)
+            # No two of a branch's inputs may share memory, as the shifts and scales of one layer do.
+            given = value.op in ("placeholder", "get_attr") or name == "row"
+            operands.append(value if given else body.call(aten.clone.default, value))
+        return body.parts(body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)), self._made())
+
+    def _made(self) -> list[str]:
+        """What all branches return."""
+        return [*self.results, *self.written]
+
+    def _leaf(self, kind: _Kind) -> _Body:
+        """One kind of step."""
+        body, step, table = _Body(), self.first[kind], self.table
+        places = iter(self.columns[kind])
+        for number in (*table.constant, *table.timed):
+            self._call(body, number, iter(()))
+        calls = table.rows[step.row].calls
+        test = table.test
+        if test is None or step.computed is None:
+            for number in calls:
+                self._call(body, number, places)
+            if test is not None:
+                _computed(body, test.order)
+            return body.close(self._returned(body))
+        before = test.at - len(table.constant) - len(table.timed)
+        skips, computes = _Body(), _Body()
+        others = table.rows[step.computed.row].calls
+        given = [(number, [next(places) for _ in self._is_k(number)]) for number in (*calls, *others)]
+        for number, own in given[:before]:
+            self._call(body, number, iter(own))
+        for number, own in given[before : len(calls)]:
+            self._call(skips, number, iter(own))
+        for number, own in given[len(calls) + before :]:
+            self._call(computes, number, iter(own))
+        _computed(computes, test.order)
+        (change,) = self._call(body, test.call, iter(()))
+        pred = _must_compute(body, change, test.threshold, test.limit)
+        sides = [(f"branch{self.kinds[kind]}_{name}", side.close(self._returned(side))) for name, side in (
+            ("computed", computes), ("skipped", skips))]  # fmt: skip
+        return body.close(self._branch(body, pred, *sides))
+
+    def _returned(self, body: _Body) -> list[fx.Node]:
+        """A branch's results and all buffers that any branch changes. None may be one that it was given, or share its
+        memory, and all have one layout."""
+        outputs = [
+            body.call(aten.clone.default, body.read(r), memory_format=torch.contiguous_format) for r in self.results
+        ]
+        for name in self.written:
+            value = body.read(name)
+            outputs.append(body.call(aten.clone.default, value) if body.given.get(name) is value else value)
+        return outputs
+
+    def _call(self, body: _Body, number: int, places: Any) -> list[fx.Node]:
+        """A variant; what it makes."""
+        call = self.table.calls[number]
+        module, changed = self.functional[call.entry]
+        arguments = [body.read(f"x{place}") for place in call.values]
+        for slot in call.slots:
+            arguments.append(self._number(body, next(places)) if slot is None else body.read(f"cache{slot}"))
+        for i in changed:
+            _require(call.slots.count(call.slots[i]) == 1, f"{call.entry} is given a buffer twice that it writes")
+        body.modules[call.entry] = module
+        made = body.graph.call_module(call.entry, tuple(arguments))
+        count = len(module.graph.output_node().args[0]) - len(changed)  # type: ignore[arg-type]
+        names = [f"x{place}" for place in call.results[:count]] or [f"told{i}" for i in range(count)]
+        parts = body.parts(made, [*names, *(f"cache{call.slots[i]}" for i in changed)])
+        body.named |= {f"x{place}": value for place, value in zip(call.results, parts[:count], strict=False)}
+        body.named |= {f"cache{call.slots[i]}": value for i, value in zip(changed, parts[count:], strict=True)}
+        return parts[:count]
+
+
+def functional(entry: Entry) -> tuple[fx.GraphModule, list[int]]:
+    """A variant that returns, behind its results, the buffers that it changes, and which of its slots these are."""
+    variant = entry.variant
+    written = written_slots(variant)
+    changed = [i for i, slot in enumerate(variant.slots) if slot in written]
+    graph, env, copies = fx.Graph(), {}, []
+    nodes = list(variant.module.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    for node in inputs:
+        env[node] = graph.node_copy(node)
+    for i in changed:
+        # Ahead of all that reads it: a view that was taken before the write sees the write.
+        node = inputs[len(variant.values) + i]
+        env[node] = graph.call_function(aten.clone.default, (env[node],))
+        copies.append(env[node])
+    for node in nodes:
+        if node.op == "output":
+            graph.output((*(env[n] for n in node.args[0]), *copies))
+        elif node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return fx.GraphModule(variant.module, graph), changed
+
+
+# -- what only a run tells: ``past`` is how many steps were computed, and the last of them ---
+
+
+def _last(body: _Body, back: int = 0) -> fx.Node:
+    return body.once(f"past {back}", aten.select.int, body.read("past"), 0, -1 - back)
+
+
+def _times(body: _Body) -> fx.Node:
+    return body.once("times", aten.select.int, body.read("past"), 0, 0)
+
+
+def _now(body: _Body) -> fx.Node:
+    return body.once("now", aten.select.int, body.read("step"), 0, 0)
+
+
+def _must_compute(body: _Body, change: fx.Node, threshold: float, limit: int | None) -> fx.Node:
+    """Whether a step computes the blocks that it may skip."""
+    first = body.call(aten.eq.Scalar, _times(body), 0)
+    moved = body.call(aten.reshape.default, body.call(aten.gt.Scalar, change, threshold), [])
+    must = body.call(aten.logical_or.default, first, moved)
+    if limit is not None:
+        since = body.call(aten.sub.Tensor, _now(body), _last(body))
+        must = body.call(aten.logical_or.default, must, body.call(aten.gt.Scalar, since, limit))
+    return must
+
+
+def _computed(body: _Body, order: int) -> None:
+    """The step is one of those that were computed."""
+    past = body.read("past")
+    times = body.call(aten.add.Tensor, body.call(aten.slice.Tensor, past, 0, 0, 1), 1)
+    later = body.call(aten.slice.Tensor, past, 0, 2, 2 + order)
+    body.named["past"] = body.call(aten.cat.default, [times, later, body.read("step")], 0)
+
+
+def _told_by_past(body: _Body, spec: CacheSpec, kind: Number, order: int) -> fx.Node:
+    """A number of ``CacheSpec.numbers``."""
+    name = f"{kind.value} {order}"
+    if name in body.named:
+        return body.named[name]
+    now = _now(body)
+    if kind is Number.KEEP:
+        back = order if spec.basis == "newton" else 1
+        spacing = body.call(aten.sub.Tensor, now, _last(body, back - 1))
+        known = body.call(aten.ge.Scalar, _times(body), back)
+        other = body.call(aten.ones_like.default, now)
+    else:
+        backs = [0] * order if spec.basis == "taylor" else range(order)
+        steps = [body.call(aten.sub.Tensor, now, _last(body, back)) for back in backs]
+        spacing = steps[0]
+        for step in steps[1:]:
+            spacing = body.call(aten.mul.Tensor, spacing, step)
+        known = body.call(aten.gt.Scalar, _times(body), order)
+        other = body.call(aten.zeros_like.default, now)
+    body.named[name] = body.call(aten.where.self, known, spacing, other)
+    return body.named[name]
+
+
+def _kind(step: Step) -> _Kind:
+    return step.row, None if step.computed is None else step.computed.row
