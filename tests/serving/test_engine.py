@@ -179,6 +179,22 @@ def test_slots_beyond_the_memory_are_waited_for() -> None:
         same(ticket.result(), alone(picture(seed, 4), Fora(4, 2)))
 
 
+def test_a_policy_that_keeps_more_waits_for_room_too() -> None:
+    model = randomize(PlainDiT(depth=1))
+    slot = 2 * 16 * 16 * 4
+    engine = Engine(model, Fora(4, 2), lowering="eager", sizes=(1,), memory=9 * slot)
+    first = [engine.submit(picture(seed, 4)) for seed in range(6)]
+    engine.tick()
+    more = engine.submit(picture(0, 4), TaylorSeer(4, 2, 2))  # three times as much in each slot
+    while engine.pending:
+        engine.tick()
+        assert engine.cache_bytes <= 9 * slot
+    alone = Alone(model)
+    same(more.result(), alone(picture(0, 4), TaylorSeer(4, 2, 2)))
+    for seed, ticket in enumerate(first):
+        same(ticket.result(), alone(picture(seed, 4), Fora(4, 2)))
+
+
 def test_a_memory_that_holds_no_request_is_said() -> None:
     engine = Engine(randomize(PlainDiT(depth=1)), Fora(4, 2), lowering="eager", sizes=(1,), memory=3000)
     with pytest.raises(TocaError, match="memory=3000 holds no request"):

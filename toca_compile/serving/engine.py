@@ -17,7 +17,7 @@ from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel, unwrapped
 from toca_compile.policies.given import checked_policy
-from toca_compile.serving.lane import Followed, Kind, Lane
+from toca_compile.serving.lane import Followed, Kind, Lane, NoRoom
 from toca_compile.serving.requests import Call, Request, Sampling, Ticket
 from toca_compile.serving.turns import BatchSession
 
@@ -58,10 +58,6 @@ class _Waiting:
     call: Call | None = None
 
 
-class _NoRoom(Exception):
-    """As many kinds of calls as there may be are at work."""
-
-
 @dataclass
 class Statistics:
     """What an engine did. ``samples``: how many requests its model calls were of; ``padded``: how many rows of these
@@ -94,6 +90,10 @@ class Engine:
         align: hold a request for up to one interval of its policy, until a step in which others compute everything.
         options: ``lowering`` and ``grid``, as of ``optimize``.
 
+    Attributes:
+        align: as given; may be assigned.
+        statistics: what was done so far.
+
     Raises:
         TocaError: the model is no module, or a number is none.
     """
@@ -121,7 +121,7 @@ class Engine:
         self._session = BatchSession(policy, **options)
         self._model = OptimizedModel(unwrapped(model), self._session)
         self._model._toca.signatures = (KINDS + 1) * len(sizes)
-        self._sizes, self._memory, self._align = tuple(sizes), memory, align
+        self._sizes, self._memory, self.align = tuple(sizes), memory, align
         self._lanes: dict[Kind, Lane] = {}
         self._waiting: deque[_Waiting] = deque()
         self._ready: deque[Active] = deque()  # begun, without a slot
@@ -255,8 +255,8 @@ class Engine:
             waiting = self._waiting[0]
             try:
                 begun = None if waiting.ticket.cancelled() else self._begun(waiting)
-            except _NoRoom:
-                return
+            except NoRoom:
+                return  # and whoever came later, too
             except StopIteration as done:  # it needs no model
                 self._settle(waiting.ticket, result=done.value)
             except Exception as error:
@@ -290,10 +290,10 @@ class Engine:
             busy = self._busy()
             idle = [k for k, lane in self._lanes.items() if id(lane) not in busy]
             if len(self._lanes) >= KINDS and not idle:
-                raise _NoRoom
+                raise NoRoom
             for known in idle[: len(self._lanes) - KINDS + 1]:
                 del self._lanes[known]
-            self._lanes[kind] = Lane(self._model, self._session, call, self._sizes, self._memory)
+            self._lanes[kind] = Lane(self._model, self._session, call, self._sizes, (self._memory, self._has_room))
         self._lanes[kind] = self._lanes.pop(kind)  # the last used, last
         return self._lanes[kind]
 
@@ -318,7 +318,7 @@ class Engine:
     def _is_held(self, active: Active) -> bool:
         """Whether a request waits for the next step in which others of its lane compute everything."""
         others = [a for a in self._active if a.lane is active.lane]
-        if not self._align or not others or active.held >= active.followed.interval:
+        if not self.align or not others or active.held >= active.followed.interval:
             return False
         return not any(a.followed.is_full(a.step) for a in others)
 
@@ -338,6 +338,10 @@ class Engine:
             if id(lane) not in busy:
                 lane.release()
         return self.cache_bytes + more <= self._memory
+
+    def _has_room(self, more: int) -> bool:
+        """Whether a policy may be laid out: where nobody works, waiting would not help."""
+        return self._fits(more) or not self._busy()
 
     def _too_large(self, lane: Lane) -> str:
         return (

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from toca_compile.serving.pool import Key, Name, Place, Pool, Stored
 from toca_compile.serving.requests import Call
 from toca_compile.serving.turns import BatchSession, Inputs, LaidOut, Turn, Turned
 
+Memory = tuple[int | None, Callable[[int], bool]]  # the limit in bytes, and whether there is room for so many more
 _FOLLOWED = 64  # policies that stay laid out: one for each number of steps
 _SHARED = 64  # tensors that are the same for a whole batch
 
@@ -89,6 +90,10 @@ def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
+class NoRoom(Exception):
+    """It must wait until others are done."""
+
+
 class Member(Protocol):
     """A request as its lane sees it. ``step``: which it is about to do; ``slot``: of the lane's pool."""
 
@@ -126,8 +131,7 @@ class Followed:
         if self.why_apart is not None:
             lane.session.warn_once(f"requests are computed one by one, not in batches: {self.why_apart}")
         self._moments: dict[int, int] = {}
-        lane.pool.declare(self.stored.items())
-        lane.fit()
+        lane.hold(self.stored.items())
         for name, like in likes.items():
             self._laid[1].use(name, lane.working(name, like, self.stored[name]))
 
@@ -229,10 +233,10 @@ class Lane:
     """
 
     def __init__(
-        self, model: Callable[..., Any], session: BatchSession, call: Call, sizes: Sequence[int], memory: int | None
+        self, model: Callable[..., Any], session: BatchSession, call: Call, sizes: Sequence[int], memory: Memory
     ) -> None:
         self.kind, self.session, self.pool, self.sizes = Kind.of(call), session, Pool(), tuple(sizes)
-        self._memory = memory
+        self._memory, self._has_room = memory
         self._model, self._example = model, call
         self._graphs: dict[int, Graphed] = {}
         self._followed: OrderedDict[int, Followed] = OrderedDict()
@@ -250,11 +254,22 @@ class Lane:
         """Requests in a batch."""
         return self.sizes[-1]
 
-    def fit(self) -> None:
-        """Take no more requests into a batch than leave half of the memory to others that wait for their next step."""
+    def hold(self, keys: Iterable[Key]) -> None:
+        """Let slots hold these buffers too. No more requests are taken into a batch than leave half of the memory to
+        others, which wait for their next step.
+
+        Raises:
+            NoRoom: there is no memory for that now.
+        """
+        keys = list(keys)
+        new = [key for key in keys if not self.pool.holds(key)]
+        slot = self.pool.slot_bytes + sum(stored.bytes for _, stored in new)
         if self._memory is not None and not self._working:
-            fits = [size for size in self.sizes if 2 * size * self.pool.slot_bytes <= self._memory]
+            fits = [size for size in self.sizes if 2 * size * slot <= self._memory]
             self.sizes = tuple(fits) or self.sizes[:1]
+        if not self._has_room(sum(stored.bytes for _, stored in new) * (self.pool.size + self.most)):
+            raise NoRoom
+        self.pool.declare(keys)  # room may have been made by forgetting what nobody used here
 
     def release(self) -> None:
         """Free the memory of caches; no request may be at work. What is compiled stays."""

@@ -67,6 +67,10 @@ class Pool:
         """How many slots are taken."""
         return self.size - len(self._free)
 
+    def holds(self, key: Key) -> bool:
+        """Whether slots hold a buffer."""
+        return key in self._tensors
+
     def declare(self, keys: Iterable[Key]) -> None:
         """Let slots hold these buffers too, zero in those that are taken."""
         for key in keys:

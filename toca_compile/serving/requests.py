@@ -1,6 +1,7 @@
 """Requests: one sampling each, and how it is sampled."""
 
 import copy
+import inspect
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ class Scheduled:
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         generator = torch.Generator(x.device).manual_seed(request.seed)
         more = dict(self.step)
-        if "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]:
+        if "generator" in inspect.signature(scheduler.step).parameters:
             more.setdefault("generator", generator)
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x

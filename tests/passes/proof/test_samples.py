@@ -47,7 +47,7 @@ MIXING: dict[str, tuple[Change, str]] = {
     "a running sum": (lambda x: x.cumsum(0), "mixes the samples"),
     "another order": (lambda x: x.flip(0), "samples"),
     "the first sample": (lambda x: x + x[:1], "samples"),
-    "one half for both": (lambda x: torch.cat([x[:2], x[:2]]), "samples"),
+    "one half for both": (lambda x: torch.cat([x[:2], x[:2]]), ""),
     "one against another": (
         lambda x: x + (x.flatten(1) @ x.flatten(1).T).softmax(-1).sum(-1)[:, None, None, None], "samples",
     ),
