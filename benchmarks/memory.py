@@ -87,8 +87,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     for name in given.models:
-        with torch.no_grad(), torch.device(given.device):
+        with torch.device(given.device):
             system = MODELS[name]()
+        with torch.no_grad():
             save("memory", given.device, {f"{system.name}, {system.size}": measure(system, given.device)})
 
 

@@ -24,6 +24,7 @@ from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.infer_axes import call_of
 from toca_compile.passes.tracing.inline import Inlining
+from toca_compile.passes.tracing.wrappers import dispatched
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -129,8 +130,7 @@ class _Functional(FunctionalTensorMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         if wrapper is not None:
-            with self:
-                return wrapper.__torch_dispatch__(func, types, args, kwargs or {})
+            return dispatched(self, wrapper, func, types, args, kwargs or {})
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call, shape, tensors
 from toca_compile.ir.factors import Product
-from toca_compile.ir.graph import operand_nodes, source_line, value_of
+from toca_compile.ir.graph import group_of, operand_nodes, source_line, value_of
 from toca_compile.ir.spec import AxisSpec, Dim
 from toca_compile.ir.types import AxisTypes, Type
 from toca_compile.rules.registry import RULES
@@ -37,6 +37,7 @@ def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:
             types.results[node] = (types.results[source][position],) if values else ()
         else:
             _apply(node, types)
+    types.groups = tuple(dict.fromkeys(name for node in graph.nodes if (name := group_of(node)) is not None))
     return types
 
 

@@ -43,6 +43,13 @@ def claims(spec: AxisSpec) -> frozenset[str]:
     return spec.carried | set(spec.windows) | set(spec.concat)
 
 
+def called(rule: Rule, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of a call, there to be read."""
+    result = rule.op(*args, **kwargs)
+    collective = rule.op.namespace == "_c10d_functional"
+    return torch.ops._c10d_functional.wait_tensor(result) if collective else result
+
+
 def check(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], index_of: IndexOf) -> dict[str, bool]:
     """For every label of the result, whether the op treats it as a carried one, a window or a concatenation.
 
@@ -51,7 +58,7 @@ def check(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], index_of: I
     Raises:
         RuleError: the rule does not cover the call.
     """
-    result = rule.op(*args, **kwargs)
+    result = called(rule, args, kwargs)
     spec = rule.spec(Call(args, kwargs, result))
     inputs, outputs = tensors((args, kwargs)), tensors(result)
     labels = {label for dims in spec.results for dim in dims for label in dim if spec.sizes[label]}
@@ -69,7 +76,7 @@ def check(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], index_of: I
 def merges(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an op that calls itself indifferent to how many dimensions stand before its own is so: two neighbouring
     carried dimensions made one. Pointwise, all operands are first expanded; else only the first has such dimensions."""
-    (out,) = tensors(rule.op(*args, **kwargs))
+    (out,) = tensors(called(rule, args, kwargs))
     spec, inputs = rule.spec(Call(args, kwargs, out)), tensors((args, kwargs))
 
     def merged(t: Tensor, d: int) -> Tensor:
@@ -86,7 +93,7 @@ def merges(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             all(pair) and pair == spec.operands[0][d : d + 2] and {x for dim in pair for x in dim} <= spec.carried
         ):
             ours, named = pytree.tree_map_only(Tensor, lambda t, d=d: operand(t, d), (args, kwargs))
-            if not _equal(rule.op(*ours, **named), merged(out, d)):
+            if not _equal(called(rule, ours, named), merged(out, d)):
                 return False
     return True
 
@@ -136,7 +143,7 @@ def _commutes(
     if rule.size_arg is not None:
         small_args = (*small_args[: rule.size_arg], list(wanted[0].shape), *small_args[rule.size_arg + 1 :])
     try:
-        got = tensors(rule.op(*small_args, **small_kwargs))
+        got = tensors(called(rule, small_args, small_kwargs))
     except (RuntimeError, IndexError):
         return False
     return all(_equal(g, w) for g, w in zip(got, wanted, strict=True))

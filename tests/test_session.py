@@ -111,6 +111,26 @@ class Broken(Any2D):
         return self.finish(h, c)
 
 
+class Unflattening(Any2D):
+    """Calls a method that torch wraps in Python."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, c = self.prepare(x, t, y)
+        h = h.unflatten(-1, (-1, 2)).flatten(-2)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.finish(h, c)
+
+
+def test_a_default_device_is_named_where_it_breaks_a_graph() -> None:
+    opt = optimized(randomize(Unflattening(depth=1)), Fora(2, 2))
+    with torch.device("cpu"):
+        steps(opt, noise(), TIMES[:2])
+    (why,) = toca_compile.summary(opt).breaks
+    assert "test_session.py:" in why
+    assert "is a default device set? Say the device where tensors are made instead" in why
+
+
 def test_graphs_behind_a_break_stay_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from toca_compile import model as module
 

@@ -30,6 +30,8 @@ from toca_compile.errors import (
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Options, Session
 
+_TORCH = f"{Path(torch.__file__).parent}/"
+
 
 def toca(
     gm: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
@@ -92,8 +94,12 @@ def _note_break(session: Session, gm: fx.GraphModule) -> None:
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if getattr(reason, "graph_break", False):
         session.broken = True
-        at = f" ({reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno})" if reason.user_stack else ""
-        session.breaks[f"{str(reason.reason).splitlines()[0]}{at}"] = None
+        frames = [f for f in reason.user_stack if not f.filename.startswith(_TORCH)] or reason.user_stack
+        at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        # Under a default device Dynamo follows no method of tensors that torch wraps in Python, such as unflatten.
+        wrapped = "super()" in str(reason.reason) and len(frames) < len(reason.user_stack)
+        mode = "; is a default device set? Say the device where tensors are made instead" if wrapped else ""
+        session.breaks[f"{str(reason.reason).splitlines()[0]}{at}{mode}"] = None
 
 
 def _plain(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -136,14 +136,19 @@ class Session:
         """
         self._lower, self.lowering = find_lowering(name), name
         for executor in self.executors:
-            executor.set_variants(self._variants(executor.program))
+            numbers = self._numbers(executor.program)
+            executor.set_variants(executor.variants.lowered(self._lower, dense=is_dense(self._lower), numbers=numbers))
             executor.whole = self._whole(executor.program)
         self.control.reset()
 
     def _variants(self, program: Program) -> ProgramVariants:
+        numbers = self._numbers(program)
+        return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=numbers)
+
+    def _numbers(self, program: Program) -> torch.device | None:
+        """Where the numbers of a step lie for variants, if in memory."""
         capture = self._capture(program)
-        device = capture.device if capture is not None else None
-        return ProgramVariants(program, self._lower, dense=is_dense(self._lower), numbers=device)
+        return capture.device if capture is not None else None
 
     def _whole(self, program: Program) -> Whole | None:
         """What makes one graph of all steps, if the lowering takes that.

@@ -47,7 +47,7 @@ def compute(builder: SegmentBuilder, position: int, site: Site, form: Form) -> N
         slots = [builder.slot(State.SCORE, position, i) for i in range(form.keep.score)]
         selection = selection_of(builder, position, site)
         for slot, value in zip(slots, selection.measure(lambda: _expected(builder, position, site, form)), strict=True):
-            builder.call(toca.store_.default, slot, value)
+            builder.call(toca.store_.default, slot, selection.agreed(value))
     if form.keep.history is not None:
         series = site_series(builder, position, site, form)
         assert isinstance(form.action, Compute)

@@ -67,7 +67,7 @@ class _Rows:
                 builder.call(toca.shift_.default, series.output, change)
         # What this step computes of them may tell anew what its tokens are selected by.
         for i, told in enumerate(selection.measure_rows(self.proof, {**builder.env, **values, **whole})):
-            builder.call(self._update, builder.slot(State.SCORE, self.position, i), index, told, 1, 0)
+            builder.call(self._update, builder.slot(State.SCORE, self.position, i), index, selection.agreed(told), 1, 0)
         if moved is None:
             builder.env[site.output] = builder.as_made(site.output, fresh, self.position)
         else:

@@ -10,6 +10,7 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, Fora, TaylorSeer, ToCa, TocaError
+from toca_compile.compiler import numeric_check
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Form, Segment, StandIn, Variant
@@ -59,6 +60,44 @@ def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.Mo
     expected = sample(opt, 8, inputs()[0])
     torch._dynamo.reset()
     assert torch.equal(sample(optimized(opt.policy), 8, inputs()[0]), expected)
+
+
+def test_another_lowering_builds_what_means_something_else_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = optimized(ToCa(8, 4, 0.3, "constant"))
+    expected = sample(opt, 8, inputs()[0])
+    built: list[tuple[str, ...]] = []
+    rewritten = ProgramVariants._rewritten
+
+    def counted(self: ProgramVariants, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        built.append(tuple(str(form.action) for form in forms))
+        return rewritten(self, segment, forms, plan)
+
+    monkeypatch.setattr(ProgramVariants, "_rewritten", counted)
+    opt.lowering = "dense"
+    opt.compile(*inputs())
+    assert built
+    assert all("partial" in forms for forms in built)
+    built.clear()
+    opt.lowering = "eager"
+    assert torch.equal(sample(opt, 8, inputs()[0]), expected)
+    assert not built
+
+
+def test_variants_that_rank_otherwise_are_verified_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, checked = numeric_check.check_partial, []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        checked.append(args)
+        check(*args, **kwargs)
+
+    monkeypatch.setattr(numeric_check, "check_partial", counted)
+    opt = optimized(ToCa(8, 4, 0.3, "constant"))
+    counts = []
+    for score in ("attention", "random", "attention"):
+        opt.policy = ToCa(8, 4, 0.3, "constant", score=score)
+        opt.compile(*inputs())
+        counts.append(len(checked))
+    assert 0 < counts[0] < counts[1] == counts[2]
 
 
 def test_a_run_that_is_under_way_goes_on() -> None:

@@ -11,6 +11,7 @@ from toca_compile.policies import FullCompute, Level
 from toca_compile.quality.metrics import psnr
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.xdist_group("emoji-flux")
 
 STEPS = 8
 

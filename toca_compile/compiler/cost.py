@@ -1,11 +1,13 @@
 """The cost model: FLOPs of a step as sympy expressions in batch B, tokens n, computed tokens K and width C.
 
-Two counting rules:
+Two counting rules of FLOPs:
 
 * ``published``: as the ToCa authors count (a multiply-add is 2, softmax 5 an element, GELU 6, a norm 2, linears on the
   conditioning once per multiply-add), over the transformer blocks;
 * ``torch``: what ``torch.utils.flop_counter`` counts, products only, over the whole graph; a run's also hold the
   products by which tokens are selected.
+
+A third counts no FLOPs but bytes: ``sent``, what a process hands to the collectives of a model that several share.
 """
 
 from collections import Counter
@@ -17,7 +19,7 @@ from torch import fx
 
 from toca_compile.errors import TocaError
 from toca_compile.ir.actions import Action, Keep
-from toca_compile.ir.graph import ancestors, value_of
+from toca_compile.ir.graph import ancestors, group_of, operand_nodes, value_of
 from toca_compile.ir.plan import Plan, StepPlan, scored_sites
 from toca_compile.ir.program import Form, Program, Segment
 from toca_compile.ir.types import FactorPos, Site
@@ -34,8 +36,8 @@ class CostModel:
     """FLOPs of the steps of one compiled graph."""
 
     def __init__(self, program: Program, counting: str = "published") -> None:
-        if counting not in ("published", "torch"):
-            raise TocaError(f"counting is 'published' or 'torch', not {counting!r}")
+        if counting not in ("published", "torch", "sent"):
+            raise TocaError(f"counting is 'published', 'torch' or 'sent', not {counting!r}")
         assert program.types is not None
         self.program, self.types, self.counting = program, program.types, counting
         self.axes = {s.axis.factors: sympy.Symbol(self._symbol(s), positive=True, integer=True) for s in program.sites}
@@ -126,7 +128,7 @@ class CostModel:
         return [s for s in self.program.segments if self._counted(s, constant=constant)]
 
     def _counted(self, segment: Segment, *, constant: bool) -> bool:
-        inside = bool(segment.sites) or segment.in_block or self.counting == "torch"
+        inside = bool(segment.sites) or segment.in_block or self.counting != "published"
         return inside and segment.constant == constant
 
     def _parts(
@@ -167,10 +169,15 @@ class CostModel:
     def _cost(self, node: fx.Node, places: Places) -> sympy.Expr:
         rule = RULES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
         spec = self.types.specs.get(node)
-        if rule is None or spec is None or rule.work is Work.NONE:
+        sent = self.counting == "sent"
+        if rule is None or spec is None or (group_of(node) is None if sent else rule.work is Work.NONE):
             return sympy.Integer(0)
         result = [label for dim in spec.results[0] for label in dim]
         restricted = [label_at(self.types, node, spec.results[0], place) for place in places]
+        if sent:
+            (given,) = operand_nodes(node)
+            labels = [label for dim in spec.operands[0] for label in dim]
+            return value_of(given).element_size() * self._size(node, labels, restricted)[0]
         if rule.work is Work.CONTRACT:
             if len(spec.operands) < 2:
                 return sympy.Integer(0)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.errors import PolicyError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.history import CacheSpec, Numbers, Past
@@ -82,8 +81,7 @@ class _Laid:
         devices = [x.device for x in tensors(list(of.program.inputs))]
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         numbers = self.device if in_memory else None
-        self.variants = ProgramVariants(of.program, self._entry, dense=False, numbers=numbers)
-        self.variants.checked = of.variants.checked
+        self.variants = of.variants.lowered(self._entry, dense=False, numbers=numbers)
         self.entries: dict[str, Entry] = {}
         self.names: dict[Any, str] = {}  # of entries, by what tells them
         self.called: dict[SegmentCall, tuple[int, list[_Asked]]] = {}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from toca_compile.passes.variants.skip_range import stand_in
 from toca_compile.runtime.cache_state import like_buffer
 from toca_compile.runtime.executor import Graph
 
-Checked = dict[tuple[int, tuple[Form, ...]], float]
+# What tells a variant: segment, what its sites do, whether rows are computed for all tokens, and how they are ranked.
+Key = tuple[Kind, tuple[Form, ...], bool, TokenSelector | None]
 
 
 class ProgramVariants:
@@ -38,16 +40,23 @@ class ProgramVariants:
         numbers: the device on which host numbers lie for the variants, all but K; None: on the host.
 
     Attributes:
-        checked: which variants were held against their plain meaning, by template and forms, and the seconds.
+        checked: which variants were held against their plain meaning, by ``Key``, and the seconds.
         uses: what those that are compiled do with their buffers.
     """
 
     def __init__(self, program: Program, lower: Lowering, *, dense: bool, numbers: torch.device | None = None) -> None:
         self.program, self.lower, self.dense, self.numbers = program, lower, dense, numbers
-        self.checked: Checked = {}
+        self.checked: dict[Any, float] = {}
+        self._built: dict[Key, Variant] = {}
         self.uses: dict[tuple[Kind, tuple[Form, ...]], dict[Slot, Use]] = {}
         self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
         self._values: dict[Any, Any] = {}  # of calls, by op and types of operands: variants differ in a few
+
+    def lowered(self, lower: Lowering, *, dense: bool, numbers: torch.device | None) -> "ProgramVariants":
+        """The same, lowered another way: what is built for one way is built for all."""
+        other = copy(self)
+        other.lower, other.dense, other.numbers, other._unranked = lower, dense, numbers, {}
+        return other
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
         """A segment's variant as a callable, which of the segment's inputs it takes, and its slots.
@@ -65,11 +74,11 @@ class ProgramVariants:
             known[slot] = use | known.get(slot, use)
         name = variant_name(segment, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
+        examples = [_example(segment.inputs[i]) for i in variant.values]
+        inputs = variant.module.graph.find_nodes(op="placeholder")
+        examples += map(value_of, inputs[len(variant.values) :])
         if self.numbers is not None:
             variant = in_memory(variant, self.numbers)
-        examples = [_example(segment.inputs[i]) for i in variant.values]
-        examples += [self._slot(slot, self._owners(segment), forms, plan.selector) for slot in variant.slots]
-        if self.numbers is not None:
             number = tensors(examples)[0].new_empty((), dtype=torch.int64, device=self.numbers)
             held = [False] * len(variant.values) + [slot.is_held for slot in variant.slots]
             examples = [number if there else e for e, there in zip(examples, held, strict=True)]
@@ -80,44 +89,48 @@ class ProgramVariants:
         return graph
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
-        """The rewritten graph of a segment, checked against what it stands for."""
-        program = self.program
-        assert program.types is not None
+        """The rewritten graph of a segment, checked against what it stands for; built once."""
+        dense = self.dense and not all(form.action.dense for form in forms)  # else both meanings are one
+        for selector in (None, plan.selector):
+            if (segment.kind, forms, dense, selector) in self._built:
+                return self._built[segment.kind, forms, dense, selector]
         if isinstance(segment, StandIn):
             variant = stand_in(segment, forms)
             self._propagate(variant, segment, forms, plan.selector)
             if segment.outputs:  # what a probe tells is no value of the graph
                 verify_variant(variant, segment)
-            return variant
-        if isinstance(segment, Chain):
-            return self._chain(segment, forms, plan)
+        elif isinstance(segment, Chain):
+            variant = self._chain(segment, forms, plan)
+        else:
+            variant = self._rewritten(segment, forms, plan)
+        self._built[segment.kind, forms, dense, plan.selector if variant.ranks else None] = variant
+        return variant
+
+    def _rewritten(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """The graph of a segment of the program."""
+        program, selector = self.program, plan.selector
+        assert program.types is not None
         # The first segment of the template stands for all: inputs, outputs and sites correspond by position.
         exemplar = next(s for s in program.segments if s.template == segment.template)
         sites = [program.sites[i] for i in exemplar.sites]
-        variant = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=self.dense)
-        self._propagate(variant, exemplar, forms, plan.selector)
+        variant = rewrite(exemplar, sites, forms, program.types, selector, dense=self.dense)
+        self._propagate(variant, exemplar, forms, selector)
         verify_variant(variant, exemplar)
         if not self.dense and self._is_due(exemplar, sites, forms):
             began = time.perf_counter()
-            meaning = rewrite(exemplar, sites, forms, program.types, plan.selector, dense=True)
+            meaning = rewrite(exemplar, sites, forms, program.types, selector, dense=True)
             examples: dict[Any, Any] = {i: _example(n) for i, n in enumerate(exemplar.inputs)}
             for slot in (*variant.slots, *meaning.slots):
-                examples[slot] = self._slot(slot, sites, forms, plan.selector)
-            names, shared = [s.name for s in sites], plan.selector.paired
+                examples[slot] = self._slot(slot, sites, forms, selector)
+            names, shared = [s.name for s in sites], selector.paired
             numeric_check.check_partial(variant, meaning, examples, names, shared_pair=shared)
-            self.checked[exemplar.template, forms] = time.perf_counter() - began
+            key = exemplar.kind, forms, False, selector if variant.ranks else None
+            self.checked[key] = time.perf_counter() - began
         return variant
 
     def _chain(self, chain: Chain, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """The graph of several segments, of those of their own."""
-        parts: dict[Any, Variant] = {}
-        variants = []
-        for part, own in chain.apart(forms):
-            key = part.kind, own
-            if key not in parts:
-                parts[key] = self.build(part, own, plan)
-            variants.append(parts[key])
-        variant = chained(chain, variants)
+        variant = chained(chain, [self.build(part, own, plan) for part, own in chain.apart(forms)])
         verify_variant(variant, chain)
         return variant
 
@@ -125,9 +138,9 @@ class ProgramVariants:
         """Whether a variant that computes rows is checked: the first of its template, or each (``TOCA_VERIFY=all``)."""
         asked = numeric_check.wanted()
         by_rows = any(form.action.proof(site) is not None for site, form in zip(sites, forms, strict=True))
-        if not by_rows or asked is numeric_check.Checks.NONE or (segment.template, forms) in self.checked:
+        if not by_rows or asked is numeric_check.Checks.NONE:
             return False
-        first = not any(template == segment.template for template, _ in self.checked)
+        first = not any(kind == segment.kind for kind, *_ in self.checked)
         return first or asked is numeric_check.Checks.ALL
 
     def _owners(self, segment: Segment) -> Sequence[Site | Stream]:
@@ -171,8 +184,10 @@ class ProgramVariants:
 def _example(node: fx.Node) -> Any:
     """A fake tensor as the graph will see the value: inputs as they are, what segments compute contiguous."""
     value = value_of(node)
-    given = node.op in ("placeholder", "get_attr")
-    return value if given or not isinstance(value, torch.Tensor) else value.new_empty(value.shape)
+    if node.op in ("placeholder", "get_attr") or not isinstance(value, torch.Tensor):
+        return value
+    lies = torch.empty(value.shape, device="meta").stride()
+    return value if value.stride() == lies else value.new_empty(value.shape)
 
 
 def _as_captured(node: fx.Node, original: fx.Node | None) -> bool:

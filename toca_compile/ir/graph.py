@@ -42,6 +42,13 @@ def uncast(node: fx.Node) -> fx.Node | None:
     return operand_nodes(node)[0] if node.target is torch.ops.aten._to_copy.default else None
 
 
+def group_of(node: fx.Node) -> str | None:
+    """The name of the processes that a collective is of, its last argument; None of other nodes."""
+    is_collective = getattr(node.target, "namespace", None) == "_c10d_functional"
+    given = (*node.args, *node.kwargs.values())
+    return given[-1] if is_collective and isinstance(given[-1], str) else None
+
+
 def in_order(needs: Sequence[AbstractSet[int]]) -> list[int] | None:
     """The numbers from 0 on so that each follows those that it ``needs``, else the least first; None where two need
     each other."""

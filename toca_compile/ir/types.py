@@ -35,13 +35,15 @@ class FactorPos:
 
 @dataclass
 class AxisTypes:
-    """The type of every tensor value of a graph, and the spec of every call by which it was inferred."""
+    """The type of every tensor value of a graph, and the spec of every call by which it was inferred. ``groups``: of
+    processes that share the graph's work, by name."""
 
     factors: Factors
     results: dict[fx.Node, tuple[Type, ...]] = field(default_factory=dict)
     specs: dict[fx.Node, AxisSpec] = field(default_factory=dict)
     unknown: dict[fx.Node, str] = field(default_factory=dict)  # why a call has no spec
     labels: dict[fx.Node, dict[str, Product]] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def type_of(self, node: fx.Node, result: int = 0) -> Type:
         """Dimensions of a value in their finest form."""

@@ -86,10 +86,10 @@ def _functional(graph: fx.Graph) -> None:
 
 def _types(program: Program) -> None:
     assert program.types is not None
+    size = program.types.factors.size
     for node, results in program.types.results.items():
-        values = tensors(value_of(node))
-        for i, value in enumerate(values[: len(results)]):
-            sizes = tuple(program.types.factors.size(d) for d in program.types.type_of(node, i))
+        for dims, value in zip(results, tensors(value_of(node)), strict=False):
+            sizes = tuple(map(size, dims))  # refined or not, they are as many
             if sizes != value.shape:  # worded only then: this is asked of each value after each pass
                 raise VerifyError(f"{node}: its axes multiply to {sizes}, its shape is {shape(value)}")
 

@@ -20,7 +20,6 @@ from torch._inductor import aot_compile
 
 from toca_compile.ir.program import Variant
 from toca_compile.ir.state import sizes_of
-from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, with_values
 
 aten = torch.ops.aten
@@ -52,7 +51,6 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path) -> li
                 values.append(torch.empty((none, *sizes), dtype=torch.int8, device=device))
     numbers = [not isinstance(e, torch.Tensor) for e in examples]
     graph = with_values(by_sizes(variant.module.graph, numbers), values)
-    fuse_scores(graph)
     module = fx.GraphModule(variant.module, graph)
     options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     try:

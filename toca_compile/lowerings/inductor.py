@@ -111,7 +111,6 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
         for i, e in enumerate(examples)
     ]
     graph = with_values(module.graph, values)
-    fuse_scores(graph)
     own = fx.GraphModule(module, graph)
     with settings(), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
@@ -164,7 +163,7 @@ def _order_kept() -> Iterator[None]:
 
 
 def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
-    """A copy of a graph, given these."""
+    """A copy of a graph, given these, as it is compiled: an attention and its score are one op."""
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
@@ -176,6 +175,7 @@ def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     for node in copy.nodes:
         if node.op != "placeholder":
             node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    fuse_scores(copy)
     return copy
 
 

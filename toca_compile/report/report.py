@@ -208,6 +208,11 @@ class Report:
             raise _too_early()
         return full / self.run_flops(counting)
 
+    def sent_bytes(self, kind: str) -> float:
+        """Bytes that a process hands to collectives in one step, where several share the model's work (tensor
+        parallel), without what they agree by on tokens. ``kind``: as of ``flops``."""
+        return float(self.flops(kind, counting="sent"))
+
     @property
     def cache_bytes(self) -> int:
         """Bytes that one run keeps from step to step, once it has reached every kind of step."""

@@ -113,6 +113,10 @@ def _transformer(name: str, report: "Report") -> list[str]:
     fewer = f"{report.flop_speedup():.2f}× fewer FLOPs in a run than with every step full"
     lines += labelled("prediction", f"{fewer} (counted, not timed)")
     lines += labelled("cache", f"{megabytes(report.cache_bytes)} from step to step, once for each guidance pass")
+    sent = {kind: report.sent_bytes(kind) for kind in report.step_counts}
+    if any(sent.values()):
+        each = ", ".join(f"{megabytes(count)} in a {kind} step" for kind, count in sent.items())
+        lines += labelled("sends", f"{each}: what a process hands to the others")
     data = report.data
     known: dict[Any, int] = {}
     for i, graph in enumerate(data):

@@ -42,11 +42,15 @@ class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
     held against its plain meaning; ``uses``: what those that are compiled do with their buffers."""
 
-    checked: dict[tuple[int, tuple[Form, ...]], float]
+    checked: dict[Any, float]
     uses: dict[_Variant, dict[Slot, Use]]
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """A segment's variant, verified."""
+        ...
+
+    def lowered(self, lower: Any, *, dense: bool, numbers: torch.device | None) -> "Variants":
+        """The same, lowered another way."""
         ...
 
     def compiled(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Graph:
@@ -439,6 +443,10 @@ class Executor:
         if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
             return False
         (change,) = step.run([self._bind(probe, now, run, key)])
+        assert self.program.types is not None
+        for group in self.program.types.groups:  # or processes would part ways
+            change = torch.ops._c10d_functional.all_reduce(change, "max", group)
+            change = torch.ops._c10d_functional.wait_tensor(change)
         return not bool(change > skip.threshold)
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
