@@ -22,6 +22,7 @@ LAYERS = [
     {"in_place"},
     {"diffusers"},
     {"api"},
+    {"serving"},
     {"exported"},
     {"quality"},
     {"demo"},

@@ -18,7 +18,7 @@ Run = Callable[..., str]
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "quickstart", "own_policy", "inspect_a_model", "dit_xl2", "pixart", "flux", "opensora", "train_fashion_dit",
-    "train_fashion_classifier", "train_emoji_flux",
+    "train_fashion_classifier", "train_emoji_flux", "serve",
 }  # fmt: skip
 
 

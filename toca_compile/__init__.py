@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from toca_compile.quality.planning import plan
     from toca_compile.quality.settings import EvaluationSettings, PlanningSettings, TuningSettings
     from toca_compile.quality.tuning import Target, tune
+    from toca_compile.serving.engine import Engine
+    from toca_compile.serving.offline import batch
+    from toca_compile.serving.requests import Request
 
 # Where each name is defined that stands above for type checkers alone.
 _HOMES = {
@@ -70,6 +73,9 @@ _HOMES = {
     "quality.planning": "plan",
     "quality.settings": "EvaluationSettings PlanningSettings TuningSettings",
     "quality.tuning": "Target tune",
+    "serving.engine": "Engine",
+    "serving.offline": "batch",
+    "serving.requests": "Request",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -103,6 +109,7 @@ __all__ = [
     "ClusCa",
     "Composition",
     "DuCa",
+    "Engine",
     "EvaluationSettings",
     "ExportError",
     "Fora",
@@ -117,6 +124,7 @@ __all__ = [
     "PlanningSettings",
     "PolicyError",
     "ProgramModel",
+    "Request",
     "Target",
     "TaylorSeer",
     "TaylorToCa",
@@ -125,6 +133,7 @@ __all__ = [
     "TuningSettings",
     "UnsupportedGraphError",
     "VerifyError",
+    "batch",
     "controls",
     "disable_cache",
     "enable_cache",

@@ -5,6 +5,7 @@ Every command exits with 0, or with 2 after one line on stderr where its input i
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = given.traceback or os.environ.get("TOCA_TRACEBACK", "0") not in ("", "0")
     try:
         # Commands that print what others read stay quiet unless somebody watches a terminal.
-        with shown() if given.run in (_demo, _evaluate, _tune) else contextlib.nullcontext():
+        with shown() if given.run in (_demo, _evaluate, _tune, _batch) else contextlib.nullcontext():
             given.run(given)
     except KeyboardInterrupt:
         return 130
@@ -124,6 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--samples", type=int, default=8, metavar="N", help="pictures a seed")
     tune.add_argument("--lowering", default="eager", choices=("inductor", "eager"), help="what compiles all models")
     tune.set_defaults(run=_tune)
+
+    batch = command("batch", "sample a pipeline once for each line of a file", always,
+                    "A line is an object with the arguments of a call of the pipeline, such as {\"prompt\": \"a cat\", "
+                    "\"seed\": 3, \"num_inference_steps\": 30}; \"name\" is that of its files. What is done already is "
+                    "not done again, and what failed is reported while the rest go on.")  # fmt: skip
+    batch.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="the requests")
+    batch.add_argument("--model", required=True, metavar="NAME", help="a folder or hub id of a diffusers pipeline, or "
+                       "package.module:factory, a function that returns one")  # fmt: skip
+    batch.add_argument("--policy", default="balanced", metavar="NAME|FILE", help=f"a level, {_POLICY}")
+    batch.add_argument("--out", type=Path, default=Path("toca-batch"), metavar="FOLDER", help="for the samples")
+    batch.add_argument("--workers", type=int, default=0, metavar="N", help="processes of Ray (the extra scale); 0: "
+                       "in this one")  # fmt: skip
+    batch.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, …")
+    batch.add_argument("--lowering", default="inductor", choices=("inductor", "eager"), help="what compiles the model")
+    batch.set_defaults(run=_batch)
 
     looking = (
         "Inputs are made by the names of forward's parameters, as diffusers has them; for any other model, the factory "
@@ -221,6 +237,31 @@ def _tune(given: argparse.Namespace) -> None:
     policy = tune(sampling.model, sampling.sampler, target=target, out=given.out, settings=settings)
     save_policy(policy, given.out / "policy.json")
     print(f"{given.out / 'policy.json'}")
+
+
+def _batch(given: argparse.Namespace) -> None:
+    from functools import partial
+
+    from toca_compile.demo.sampling import load_pipeline
+    from toca_compile.policies.levels import LEVELS
+    from toca_compile.serving.offline import batch
+
+    lines = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        requests = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise TocaError(f"{given.prompts} must hold one JSON object a line: {error}") from error
+    if given.workers < 0:
+        raise TocaError(f"--workers must be 0 or more, not {given.workers}")
+    policy = given.policy
+    if policy not in LEVELS:
+        (policy,) = _policies([policy], 50).values()
+    pipeline = partial(load_pipeline, given.model, given.device)
+    options = {"out": given.out, "workers": given.workers, "lowering": given.lowering}
+    result = batch(pipeline, requests, policy, **options)
+    print(f"{given.out}: {result}")
+    if result.failed:
+        raise TocaError(f"{len(result.failed)} of {len(requests)} requests failed")
 
 
 def _explain(given: argparse.Namespace) -> None:

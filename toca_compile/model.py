@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
 _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
-_SIGNATURES = 32  # traced at a time; the one that was not called for longest is forgotten
+_SIGNATURES = 32
 
 
 # What a pipeline puts around each call of one of its models, in this thread or task; it is given what the call's inputs
@@ -104,6 +104,7 @@ class Calls:
 
     def __init__(self, session: Session, homes: Iterable[Any] = (), replaced: Any = None) -> None:
         self.session = session
+        self.signatures = _SIGNATURES  # traced at a time; the one that was not called for longest is forgotten
         self.homes = set(homes)  # where the model was put: what must be made known where it is unpickled
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
@@ -198,7 +199,7 @@ class Calls:
             entry = None
         if entry is None:
             entry = entries[key] = self._new_entry(model)
-            if len(entries) > _SIGNATURES:
+            if len(entries) > self.signatures:
                 self._forget(entries.popitem(last=False)[1])
         entries.move_to_end(key)
         session = self.session

@@ -14,7 +14,7 @@ from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, value_of
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.printer import print_variant, variant_name
-from toca_compile.ir.program import Chain, Form, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.program import Chain, Form, Kind, Program, Segment, StandIn, Stream, Use, Variant, uses_of
 from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
@@ -41,12 +41,14 @@ class ProgramVariants:
 
     Attributes:
         checked: which variants were held against their plain meaning, by ``Key``, and the seconds.
+        uses: what those that are compiled do with their buffers.
     """
 
     def __init__(self, program: Program, lower: Lowering, *, dense: bool, numbers: torch.device | None = None) -> None:
         self.program, self.lower, self.dense, self.numbers = program, lower, dense, numbers
         self.checked: dict[Any, float] = {}
         self._built: dict[Key, Variant] = {}
+        self.uses: dict[tuple[Kind, tuple[Form, ...]], dict[Slot, Use]] = {}
         self._unranked: dict[tuple[Kind, tuple[Form, ...]], Graph] = {}  # those that no selector has a part in
         self._values: dict[Any, Any] = {}  # of calls, by op and types of operands: variants differ in a few
 
@@ -67,6 +69,9 @@ class ProgramVariants:
         if (segment.kind, forms) in self._unranked:
             return self._unranked[segment.kind, forms]
         variant = self.build(segment, forms, plan)
+        known = self.uses.setdefault((segment.kind, forms), {})
+        for slot, use in uses_of(variant).items():  # however tokens are selected
+            known[slot] = use | known.get(slot, use)
         name = variant_name(segment, forms)
         show(name, lambda: "built", lambda: print_variant(variant, self.program, segment, forms))
         examples = [_example(segment.inputs[i]) for i in variant.values]

@@ -67,20 +67,35 @@ def _loaded(name: str | None, device: str, prompt: str) -> Sampling:
             return _trained_here(Path(name), device)
     elif ":" in name:
         return _made(name, imported(name), device, prompt)
+    return _of_pipeline(_from_diffusers(name), {}, device, prompt)
+
+
+def load_pipeline(name: str, device: str = "cpu") -> Any:
+    """A pipeline of diffusers: from a folder or hub id, or what ``package.module:factory`` returns.
+
+    Raises:
+        TocaError: there is none.
+    """
+    pipe = imported(name) if ":" in name and not Path(name).is_dir() else _from_diffusers(name)
+    if not is_pipeline(pipe):
+        raise TocaError(f"{name} must return a pipeline, not {type(pipe).__name__}")
+    return pipe.to(device) if hasattr(pipe, "to") else pipe
+
+
+def _from_diffusers(name: str) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what is wrong is said below, in one line
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, low_cpu_mem_usage=False)
+        return DiffusionPipeline.from_pretrained(name, low_cpu_mem_usage=False)
     except ModuleNotFoundError:
         raise
     except Exception as error:
         raise TocaError(f"{name} cannot be loaded as a diffusers pipeline: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(before)
-    return _of_pipeline(pipe, {}, device, prompt)
 
 
 def _trained_here(path: Path, device: str) -> Sampling:

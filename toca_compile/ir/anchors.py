@@ -75,6 +75,14 @@ class Ring(History):
         return True
 
     @property
+    def by_sample(self) -> bool:
+        return self.measured is None
+
+    def turned(self, past: Past) -> tuple[int, int]:
+        places = max(self.kept - 1, 1)
+        return past.times % places, places
+
+    @property
     def measured(self) -> Measured | None:
         """The rule, if it needs the values."""
         return self.by if isinstance(self.by, Measured) and self.kept > 1 else None

@@ -52,6 +52,16 @@ class History:
         """Whether a later step can be told from it, rather than repeat the last version."""
         return self.depth > 0
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether what is kept of a sample, and told from it, is the same whatever samples stand beside it."""
+        return True
+
+    def turned(self, past: Past) -> tuple[int, int]:
+        """How far, and of how many, the places of its ring are turned against those of a value that was kept first
+        where this one was last; of a history without a ring 0 of 1."""
+        return 0, 1
+
     def why_not_by_token(self) -> str | None:
         """Why tokens that are computed one by one cannot have a history each; None where they can."""
         return None

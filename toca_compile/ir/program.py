@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from toca_compile.ir.actions import Action, Keep
+from toca_compile.ir.graph import ancestors
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Attention, AxisTypes, Layout, Site
@@ -280,3 +281,36 @@ class Variant:
     values: tuple[int, ...]
     slots: tuple[Slot, ...]
     ranks: bool = False
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a variant does with a buffer: whether what was in it matters, and whether it may be another afterwards."""
+
+    read: bool
+    written: bool
+
+    def __or__(self, other: "Use") -> "Use":
+        return Use(self.read or other.read, self.written or other.written)
+
+
+def uses_of(variant: Variant) -> dict[Slot, Use]:
+    """What a variant does with each of its buffers."""
+    nodes = list(variant.module.graph.nodes)
+    changed: set[fx.Node] = set()  # and what they are views of, as far as that may be
+    for node in nodes:
+        arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        given = [
+            a for a, told in zip(node.args, arguments, strict=False) if told.alias_info and told.alias_info.is_write
+        ]
+        changed |= ancestors(a for a in given if isinstance(a, fx.Node))
+    found = {}
+    for slot, node in zip(variant.slots, nodes[len(variant.values) :], strict=False):
+        if slot.is_buffer:
+            # Overwritten as a whole, and nothing else.
+            stored = all(
+                str(user.target) == "toca.store_.default" and user.args[1] is not node and not user.users
+                for user in node.users
+            )
+            found[slot] = Use(not stored, node in changed)
+    return found

@@ -35,6 +35,11 @@ class TokenSelector(Family):
         """Whether both halves of a batch, a guidance pair, select the same tokens."""
         return False
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it asks which step it is, and not only how long ago something was."""
+        return True
+
     def source(self, site: Site) -> ScoreSource | None:
         """The site of which something is measured to select this site's tokens by; None where nothing is."""
         return None
@@ -91,6 +96,10 @@ class Selector(TokenSelector):
     @property
     def paired(self) -> bool:
         return self.shared_pair
+
+    @property
+    def counts_steps(self) -> bool:
+        return self.rule.by_token is not None
 
     def source(self, site: Site) -> ScoreSource | None:
         return self.rule.source(site)

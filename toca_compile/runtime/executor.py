@@ -18,7 +18,7 @@ from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan
-from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Variant
+from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Use, Variant
 from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import Site
@@ -40,9 +40,10 @@ FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take 
 
 class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
-    held against its plain meaning."""
+    held against its plain meaning; ``uses``: what those that are compiled do with their buffers."""
 
     checked: dict[Any, float]
+    uses: dict[_Variant, dict[Slot, Use]]
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """A segment's variant, verified."""
@@ -369,9 +370,8 @@ class Executor:
         else:
             step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
-            depth = schedule.plan.skip.memory.depth
             run.drift[key] = 0.0
-            run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+            run.computed[key] = schedule.after(past, run.step)
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
 
     def _as_one(self, program: WholeStep, inputs: Sequence[Any], run: Run, key: tuple[int, ...], past: Past) -> Any:
@@ -393,8 +393,7 @@ class Executor:
         if schedule.range is not None:
             can_skip = schedule.calls[index] is not schedule.uncut[index]
             if not can_skip or (schedule.probe is not None and program.computed(known[program], past)):
-                depth = schedule.plan.skip.memory.depth
-                run.computed[key] = Past((*past.full, run.step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+                run.computed[key] = schedule.after(past, run.step)
                 if can_skip:
                     self._record(run, key, schedule, schedule.unskipped[index])
         return fx.node.map_arg(self._output, lambda n: _as_traced(n, next(made)))

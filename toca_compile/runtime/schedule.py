@@ -10,7 +10,7 @@ from functools import cached_property
 
 from toca_compile.ir.actions import Action, Compute, Keep, SkipBlocks
 from toca_compile.ir.graph import value_of
-from toca_compile.ir.history import Numbers, Past
+from toca_compile.ir.history import History, Numbers, Past
 from toca_compile.ir.plan import Plan, StepPlan, scored_sites
 from toca_compile.ir.program import BlockRange, Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream
 from toca_compile.ir.state import Number, State
@@ -95,6 +95,8 @@ class Schedule:
             form = self._form(found.change.index, self._full, scored=False)
             self.probe = SegmentCall(found.segment("probe"), (form,), found.first)
         self._numbers: tuple[int, dict[tuple[int, int, int], Numbers]] = (-1, {})
+        self._passed: list[Past] = []  # of the blocks that steps skip, by step
+        self._moments: dict[int, Hashable] = {}
 
     @property
     def steps(self) -> int | None:
@@ -177,6 +179,46 @@ class Schedule:
         if numbers is None:
             numbers = self._numbers[1][key] = action.numbers(past, step, keep)
         return numbers[kind, index]
+
+    def past(self, step: int, of: Site | Stream) -> Past:
+        """The steps before one that computed all of a site, or of the blocks that others skip; as far as that is
+        planned."""
+        if isinstance(of, Site):
+            return self._pasts[min(step, len(self._pasts) - 1)][of.index]
+        while len(self._passed) <= step:
+            at, past = len(self._passed), self._passed[-1] if self._passed else Past()
+            if at and self.calls[min(at - 1, len(self.calls) - 1)] is self.uncut[min(at - 1, len(self.calls) - 1)]:
+                past = self.after(past, at - 1)
+            self._passed.append(past)
+        return self._passed[step]
+
+    def after(self, past: Past, step: int) -> Past:
+        """The past of the blocks that others skip, after a step that computed them."""
+        depth = self.plan.skip.memory.depth
+        return Past((*past.full, step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+
+    def moment(self, step: int) -> Hashable:
+        """What steps must have in common, of this plan or of another for the same graph, to be computed as one batch:
+        the variants and the host numbers, but for what tells where in its run a step is. The stamps and rings of a
+        sample are then to be taken over into another's count (``since``, ``History.turned``)."""
+        index = min(step, len(self.rows) - 1)
+        if index not in self._moments or self.plan.endless:
+            row = self.unskipped[index]
+            numbers: list[Hashable] = []
+            for site, action in zip(self.program.sites, row, strict=True):
+                keep, past = self.keeps[site.index], self.past(index, site)
+                if keep.history is not None:
+                    told = action.numbers(_unturned(keep.history, past), index, keep)
+                    numbers.append(tuple(told.items()))
+                if keep.stamp:
+                    counted = index if self.plan.selector.counts_steps else None
+                    numbers.append((action.computed(site), index - past.since, counted))
+            if self.range is not None:
+                memory, past = self.plan.skip.memory, self.past(step, self.range.owners[0])
+                numbers.append(tuple(memory.numbers(_unturned(memory, past), step, past.made).items()))
+            variants = tuple(call.variant for call in self.joined(self.calls[index]))
+            self._moments[index] = (self.plan.selector, variants, tuple(numbers))
+        return self._moments[index]
 
     def kept(self) -> list[tuple[State, int, Site | Stream]]:
         """The buffers that live from step to step: what, which of several, and whose."""
@@ -276,6 +318,11 @@ def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[i
         made = min(action.made, past.made + 1 if past.times else 0)  # fewer than planned where steps were missed
         known[key] = Past((*past.full, step)[-kept:], past.times + 1, made)
     return known[key]
+
+
+def _unturned(history: History, past: Past) -> Past:
+    """A past with which numbers do not tell how far the history's ring has turned."""
+    return past._replace(times=past.times - history.turned(past)[0])
 
 
 def _keeps(sites: Sequence[Site], plan: Plan) -> list[Keep]:

@@ -460,6 +460,12 @@ class StepControl:
             call.run = self._run(place if not call.bounded else (graph,), steps, seen, clock)
         return call.run, (*place, count)
 
+    def reached(self, graph: int) -> bool:
+        """A graph of the model runs in the call whose steps somebody else counts; whether it is the first."""
+        first = not self._call.seen
+        self._call.seen[(graph,)] = 1
+        return first
+
     def leave_graph(self, run: Run, key: tuple[int, ...], outputs: Sequence[tuple[int, ...]]) -> None:
         """A graph has run. Where nobody says when a call ends, each graph frees its own at the last step."""
         call = self._call
