@@ -24,7 +24,9 @@ _INTERVALS = (
     (4, (1, 1, 2, 2)),
     (1, (1, 1, 1, 1)),
 )
-_WARMUP = 2  # the first steps decide the picture; a third brings anchors so near each other that a forecast overshoots
+# The first steps decide the picture; a third brings anchors so near each other that a forecast overshoots, and where it
+# bridges six steps the second does.
+_WARMUP, _WIDE = 2, 6
 # Chosen by the worse of two trained models: FoCa's rule, and Newton's polynomial where full steps are so far apart that
 # FoCa's recursion drifts (benchmarks/results/levels.md).
 _NEAR, _FAR, _DRIFTS = Anchors(Foca(), 3), Anchors(Polynomial(), 3), 5
@@ -34,11 +36,11 @@ _LAST = 16  # from so many steps on, "quality" computes the last too
 @register
 @dataclass(frozen=True)
 class Level(CachingPolicy):
-    """A policy by name that fits the number of steps: the first two steps are computed, and one of several counted
-    back from the last but one; on the others what all blocks add to the stream is forecast from the last three computed
-    steps by FoCa's rule, or Newton's polynomial where one of five or more is computed (each site's output, where the
-    blocks cannot be skipped as a whole). From 16 steps on ``"quality"`` computes the last step too. Of how many steps
-    one is computed:
+    """A policy by name that fits the number of steps: the first two steps are computed (the first alone, where one of
+    six is), and one of several counted back from the last but one; on the others what all blocks add to the stream is
+    forecast from the last three computed steps by FoCa's rule, or Newton's polynomial where one of five or more is
+    computed (each site's output, where the blocks cannot be skipped as a whole). From 16 steps on ``"quality"``
+    computes the last step too. Of how many steps one is computed:
 
     =========  =========  ==========  ======  =====
     steps      "quality"  "balanced"  "fast"  "max"
@@ -63,7 +65,8 @@ class Level(CachingPolicy):
         """Which steps are computed."""
         intervals = next(row for least, row in _INTERVALS if self.num_steps >= least)
         last = self.name == "quality" and self.num_steps >= _LAST
-        return EndAligned(intervals[LEVELS.index(self.name)], _WARMUP, last)
+        interval = intervals[LEVELS.index(self.name)]
+        return EndAligned(interval, _WARMUP if interval < _WIDE else 1, last)
 
     @property
     def choices(self) -> tuple[Composition, ...]:
