@@ -115,7 +115,15 @@ def test_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out.splitlines()
     assert listed[0] == f"{len(RULES)} ops have rules, in toca_compile/rules/"
     files = {line.strip() for line in listed if line.endswith(".py")}
-    assert files == {"attention.py", "indexing.py", "linear.py", "norm.py", "pointwise.py", "shape.py"}
+    assert files == {
+        "attention.py",
+        "collectives.py",
+        "indexing.py",
+        "linear.py",
+        "norm.py",
+        "pointwise.py",
+        "shape.py",
+    }
     ops = [line.split()[0] for line in listed if line.startswith("    ")]
     assert sorted(ops) == sorted(map(str, RULES))
     linear = next(line for line in listed if line.startswith("    aten.linear.default "))

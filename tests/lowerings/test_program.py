@@ -18,7 +18,7 @@ from tests.test_golden import sd3
 from toca_compile import BlockCache, Fora, FullCompute, LoweringError, PolicyError, ToCa
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import LOWERINGS
-from toca_compile.policies import Anchors, Composition, Every, Rule
+from toca_compile.policies import Anchors, Composition, Every, Polynomial, Rule
 
 # Steps that skip in no regular order, so that a forecast grows from full steps that nobody planned.
 BY_TESTS = [
@@ -188,7 +188,7 @@ def test_no_write_is_lost_where_the_graph_is_made_functional(counters: list[Comp
 
 @pytest.mark.inductor
 def test_inductor_compiles_it(counters: list[CompileCounterWithBackend]) -> None:
-    policy = Composition(STEPS, Every(3), (Rule(do=Anchors()),))
+    policy = Composition(STEPS, Every(3), (Rule(do=Anchors(Polynomial())),))
     opt = optimized(randomize(PlainDiT(depth=1)), policy)
     wanted = [sample(opt, STEPS, noise(seed=seed)) for seed in range(2)]
     opt.lowering = "whole inductor"
