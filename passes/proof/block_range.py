@@ -2,6 +2,7 @@
 its place. What a skipped range yields is what entered, and what the range added when it was computed."""
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
     probe = None
     if skip.threshold is not None:
         probe = _change(program, first, sources) if skip.gate.first else _input(program, first, last, skip)
+        probe = replace(probe, groups=program.types.groups)
     return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
 
 

@@ -14,6 +14,7 @@ from toca_compile.ir.state import Number, Slot, State
 from toca_compile.ir.types import AxisTypes, Site
 
 aten = torch.ops.aten
+collectives = torch.ops._c10d_functional
 T = TypeVar("T")
 
 
@@ -53,6 +54,17 @@ class Builder:
     def cast(self, value: fx.Node, like: fx.Node) -> fx.Node:
         """``value``, a new tensor, in the dtype of ``like``."""
         return self.call(aten._to_copy.default, value, dtype=value_of(like).dtype)
+
+    def agreed(self, value: fx.Node, groups: Sequence[str], reduction: str | None = None) -> fx.Node:
+        """``value`` as all processes of ``groups`` have it then: reduced over them (``"sum"``, ``"max"``), or the
+        first one's. Where one decides otherwise than the rest, what they send each other does not belong together."""
+        for group in groups:
+            if reduction is None:
+                value = self.call(collectives.broadcast.default, value, 0, group)
+            else:
+                value = self.call(collectives.all_reduce.default, value, reduction, group)
+            value = self.call(collectives.wait_tensor.default, value)
+        return value
 
     def finish(self, results: Sequence[fx.Node]) -> Variant:
         """The variant that yields ``results``, without the inputs that nothing reads."""

@@ -15,7 +15,6 @@ from toca_compile.passes.variants.select import SELECTIONS, Selection
 
 toca = torch.ops.toca
 aten = torch.ops.aten
-collectives = torch.ops._c10d_functional
 
 
 @SELECTIONS.of(Selector)
@@ -47,10 +46,7 @@ class Ranked(Selection):
 
     def agreed(self, value: fx.Node) -> fx.Node:
         """The sum: each has some of the heads, or all of them, and only the order counts."""
-        for group in self.builder.types.groups:
-            value = self.builder.call(collectives.all_reduce.default, value, "sum", group)
-            value = self.builder.call(collectives.wait_tensor.default, value)
-        return value
+        return self.builder.agreed(value, self.builder.types.groups, "sum")
 
     def measure_rows(self, proof: RowProof, values: Mapping[fx.Node, fx.Node]) -> Sequence[fx.Node]:
         measured = OF_ROWS.get(self.selector.score)

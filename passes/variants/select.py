@@ -12,7 +12,6 @@ from toca_compile.ir.types import AxisTypes, RowProof, Site
 from toca_compile.passes.variants.emit import Emissions, SegmentBuilder
 
 toca = torch.ops.toca
-collectives = torch.ops._c10d_functional
 
 SELECTIONS: "Emissions[type[Selection]]" = Emissions()
 
@@ -46,12 +45,9 @@ class Selection:
         return ()
 
     def agreed(self, value: fx.Node) -> fx.Node:
-        """What was measured, the same on all processes that share the graph's work: where one takes other tokens than
-        the rest, what they send each other does not belong together. Here, what the first of them measured."""
-        for group in self.builder.types.groups:
-            value = self.builder.call(collectives.broadcast.default, value, 0, group)
-            value = self.builder.call(collectives.wait_tensor.default, value)
-        return value
+        """What was measured, the same on all processes that share the graph's work: here, what the first of them
+        measured."""
+        return self.builder.agreed(value, self.builder.types.groups)
 
     def measure_rows(self, proof: RowProof, values: Mapping[fx.Node, fx.Node]) -> Sequence[fx.Node]:
         """The same for the selected tokens, from the ``values`` of a step that computed those; nothing where it does

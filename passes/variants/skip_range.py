@@ -71,7 +71,7 @@ def probe_range(found: BlockRange, memory: History) -> Variant:
     assert found.probe is not None
     if found.probe.at_each_step:
         builder.call(toca.store_.default, kept, value)
-    return builder.finish([distance])
+    return builder.finish([builder.agreed(distance, found.probe.groups, "max")])
 
 
 GRAPHS: dict[str, Callable[[BlockRange, History], Variant]] = {

@@ -186,6 +186,7 @@ def main(rank: int, store: str) -> None:
                 "kinds alone": "".join(step.kind.value[0] for step in alone.steps),
                 "sent": {kind: report.sent_bytes(kind) for kind in report.step_counts},
                 "text": str(report),
+                "agreed": sum(t.count("all_reduce(") for n, t in report.graphs().items() if "relative_change" in t),
             }
     dist.destroy_process_group()
     print(json.dumps(found))

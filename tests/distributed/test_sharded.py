@@ -58,6 +58,7 @@ def test_policies_do_what_they_are_asked_for(found: Found) -> None:
     assert {"p" in kinds[p] for p in ("random", "attention", "queries", "clusters")} == {True}
     assert "s" in kinds["blocks"]
     assert {"f", "s"} == set(kinds["adaptive"])
+    assert found[0]["diffusers, adaptive"]["agreed"] == 1  # in the graph that decides, whatever runs it
 
 
 def test_a_partial_step_sends_its_rows_alone(found: Found) -> None:

@@ -123,6 +123,7 @@ class Probe:
         value: it, or what ``minus`` is subtracted from.
         at_each_step: whether it is kept at each step, or at those that compute the range.
         filter: if it is filtered, where its tokens lie: the last arguments of ``toca.sea_filter``.
+        groups: of processes that share the graph's work, and must decide alike.
     """
 
     given: tuple[fx.Node, ...]
@@ -131,6 +132,7 @@ class Probe:
     minus: fx.Node | None = None
     at_each_step: bool = False
     filter: tuple[Any, ...] | None = None
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -446,10 +446,6 @@ class Executor:
         if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
             return False
         (change,) = step.run([self._bind(probe, now, run, key)])
-        assert self.program.types is not None
-        for group in self.program.types.groups:  # or processes would part ways
-            change = torch.ops._c10d_functional.all_reduce(change, "max", group)
-            change = torch.ops._c10d_functional.wait_tensor(change)
         if not skip.gate.adds_up:
             return not bool(change > skip.threshold)
         run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(float(change))
