@@ -82,6 +82,17 @@ class PlainDiT(nn.Module):
         return self.finish(x, c)
 
 
+class Halved(PlainDiT):
+    """Breaks within the stack of blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.prepare(x, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+            torch._dynamo.graph_break()
+        return self.finish(x, c)
+
+
 class RegisterBlock(nn.Module):
     """Pre-norm without adaLN, attention written out, SwiGLU."""
 

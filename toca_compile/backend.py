@@ -27,10 +27,9 @@ from toca_compile.errors import (
     TocaError,
     UnsupportedGraphError,
 )
+from toca_compile.ir.graph import TORCH
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Options, Session
-
-_TORCH = f"{Path(torch.__file__).parent}/"
 
 
 def toca(
@@ -94,7 +93,7 @@ def _note_break(session: Session, gm: fx.GraphModule) -> None:
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     if getattr(reason, "graph_break", False):
         session.broken = True
-        frames = [f for f in reason.user_stack if not f.filename.startswith(_TORCH)] or reason.user_stack
+        frames = [f for f in reason.user_stack if not f.filename.startswith(TORCH)] or reason.user_stack
         at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         # Under a default device Dynamo follows no method of tensors that torch wraps in Python, such as unflatten.
         wrapped = "super()" in str(reason.reason) and len(frames) < len(reason.user_stack)
@@ -189,7 +188,7 @@ def _is_nested() -> bool:
     """Whether the frame being compiled was called by user code that runs uncompiled: then it is a fragment of the
     model, not the model. Between torch.compile's wrapper and Dynamo there are otherwise torch's own frames only."""
     frame = sys._getframe(1)
-    own = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    own = (str(Path(__file__).parent), TORCH)
     while frame.f_code.co_name != "compile_wrapper":
         if not frame.f_code.co_filename.startswith(own) or frame.f_back is None:
             return frame.f_back is not None

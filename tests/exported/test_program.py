@@ -8,8 +8,7 @@ from torch import nn
 
 import toca_compile
 from tests.in_memory import POLICIES, STEPS
-from tests.lowerings.test_program import Halved
-from tests.models import PlainDiT, randomize
+from tests.models import Halved, PlainDiT, randomize
 from tests.pair import Pair
 from tests.runs import optimized
 from tests.sampling import noise, sample

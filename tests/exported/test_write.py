@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.in_memory import loaded, written
-from tests.models import PlainDiT, randomize
+from tests.models import Halved, PlainDiT, randomize
 from tests.pair import Pair
 from tests.pipelines import build, run
 from tests.runs import optimized
@@ -25,17 +25,6 @@ class Broken(PlainDiT):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return super().forward(x, t, y)
-
-
-class Halved(PlainDiT):
-    """Breaks within the stack of blocks."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x, c = self.prepare(x, t, y)
-        for block in self.blocks:
-            x = block(x, c)
-            torch._dynamo.graph_break()
-        return self.finish(x, c)
 
 
 class Odd(PlainDiT):

@@ -1,14 +1,11 @@
 """ColumnSums: the kernel in Triton's interpreter, on a CPU, against the sums of the map."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.interpreted import told_by
 
 pytest.importorskip("triton")
 
-# Triton reads the variable when a kernel is defined.
 INTERPRETED = """
 from unittest.mock import patch
 
@@ -36,8 +33,4 @@ print("equal", len(CASES))
 
 
 def test_the_kernel_is_the_sum_of_the_map() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.stdout == "equal 5\n", done.stderr
+    assert told_by(INTERPRETED) == "equal 5\n"

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import toca_compile
 from tests.in_memory import POLICIES, STEPS
-from tests.models import JointDiT, PlainDiT, Texted, diffusers_dit, randomize
+from tests.models import Halved, JointDiT, PlainDiT, Texted, diffusers_dit, randomize
 from tests.pipelines import flux, pixart
 from tests.runs import kinds, optimized
 from tests.sampling import gaussian, noise, sample, sample_flux, sample_pixart
@@ -198,17 +198,6 @@ def test_inductor_compiles_it(counters: list[CompileCounterWithBackend]) -> None
 
 
 # -- what it cannot hold -----------------------------------------------------------------------------------------------
-
-
-class Halved(PlainDiT):
-    """Breaks within the stack of blocks."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x, c = self.prepare(x, t, y)
-        for block in self.blocks:
-            x = block(x, c)
-            torch._dynamo.graph_break()
-        return self.finish(x, c)
 
 
 class InParts(PlainDiT):

@@ -194,8 +194,12 @@ class _Emitter:
             self.first.setdefault(_kind(step), step)
             self.kinds.setdefault(_kind(step), len(self.kinds))
         self.columns, self.sizes = self._columns()
-        calls = [call for call in self.table.calls]
-        written = {call.slots[i] for call in calls for i in self.functional[call.entry][1] if call.slots[i] is not None}
+        written = {
+            call.slots[i]
+            for call in self.table.calls
+            for i in self.functional[call.entry][1]
+            if call.slots[i] is not None
+        }
         self.written = [f"cache{i}" for i in sorted(w for w in written if w is not None)]
         self.written += ["past"] if self.table.test is not None else []
         self.results = [f"x{r[0]}" for r in self.table.results if r is not None]

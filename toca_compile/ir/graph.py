@@ -12,7 +12,7 @@ from torch import fx
 
 from toca_compile.ir.calls import tensors
 
-_TORCH = f"{Path(torch.__file__).parent}/"
+TORCH = f"{Path(torch.__file__).parent}/"  # where torch's own files lie
 _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
 }  # fmt: skip
@@ -92,7 +92,7 @@ def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
-    lines = [line for line in lines if _TORCH not in line] or lines
+    lines = [line for line in lines if TORCH not in line] or lines
     if not lines:
         return f"node {node.name}"
     path, number = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]

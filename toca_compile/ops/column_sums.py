@@ -4,13 +4,12 @@ An attention kernel knows each row's log-sum-exp, so that a second pass over que
 once: half of an attention's products, no memory but the sums. Compiled code alone gets it (``lowerings/fused_scores``).
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from toca_compile import kernels
 from toca_compile.ops.registry import op
 from toca_compile.ops.scores import attention_received
 
@@ -47,9 +46,9 @@ def _is_flash(
     """Whether torch takes the kernel that tells each row's log-sum-exp, and ours can follow it."""
     plain = mask is None and not causal and query.dim() == 4 and key.shape[-3] == query.shape[-3]
     sizes = query.shape[-2], key.shape[-2], query.shape[-1]
-    if query.device.type != "cuda" or not plain or not all(isinstance(size, int) for size in sizes):
+    if not kernels.run_on(query.device) or not plain or not all(isinstance(size, int) for size in sizes):
         return False
-    if query.shape[-1] % 8 or query.shape[-1] > _LARGEST or find_spec("triton") is None:
+    if query.shape[-1] % 8 or query.shape[-1] > _LARGEST:
         return False
     return bool(torch._fused_sdp_choice(query, key, value, scale=scale) == SDPBackend.FLASH_ATTENTION.value)
 

@@ -1,10 +1,9 @@
 """Which tokens a step computes: by score, by age, and by place in the picture."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from toca_compile import kernels
 from toca_compile.ops.registry import op
 
 _TILE = 64  # tokens of one program, and that it compares them with at a time
@@ -44,7 +43,7 @@ def select_tokens(
     """
     age = (step - 1 - since) - (stamp - since).clamp(min=0)
     score = base + weight * age.to(torch.float32)
-    if score.device.type == "cuda" and score.shape[1] <= _RANKED and find_spec("triton") is not None:
+    if kernels.run_on(score.device) and score.shape[1] <= _RANKED:
         return top_tokens(score, k, grid, cell, bonus)
     if grid and bonus:
         score = _cell_bonus(score, grid, cell, bonus)

@@ -211,7 +211,8 @@ class Report:
     def sent_bytes(self, kind: str) -> float:
         """Bytes that a process hands to collectives in one step, where several share the model's work (tensor
         parallel), without what they agree by on tokens. ``kind``: as of ``flops``."""
-        return float(self.flops(kind, counting="sent"))
+        shared = any(g.executor.program.types.groups for g in self._graphs if g.executor.program.types is not None)
+        return float(self.flops(kind, counting="sent")) if shared else 0.0
 
     @property
     def cache_bytes(self) -> int:
