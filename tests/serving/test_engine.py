@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives
 
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise
@@ -347,3 +349,22 @@ def test_what_it_is_made_of_is_checked() -> None:
         Engine(lambda x: x)
     with pytest.raises(TocaError, match="at least one step"):
         Engine(model).submit(picture(0, 0))
+
+
+class Summed(PlainDiT):
+    """Its tokens are a sum over processes."""
+
+    def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, c = super().prepare(x, t, y)
+        return _functional_collectives.all_reduce(tokens, "sum", dist.group.WORLD), c
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_a_model_that_processes_share_is_refused() -> None:
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    try:
+        engine = Engine(randomize(Summed(depth=1)), Fora(4, 2), lowering="eager")
+        with pytest.raises(TocaError, match="several processes share the model"):
+            engine.sample([picture(0, 4)])
+    finally:
+        dist.destroy_process_group()

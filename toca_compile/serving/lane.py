@@ -245,7 +245,12 @@ class Lane:
         self._met = count()
         self._moments: dict[Hashable, int] = {}
         self.why_apart: str | None = None
-        self.graphed(1)
+        types = self.graphed(1).executor.program.types
+        if types is not None and types.groups:
+            raise TocaError(
+                "several processes share the model, and an engine in each would take requests in an order of its own "
+                "and wait for the others for ever: call the model itself with a batch, in all of them"
+            )
         if self.most > 1:
             self.graphed(self.sizes[1])  # tells whether there may be batches at all
 
