@@ -18,7 +18,7 @@ from torch import fx
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.program import Variant, uses_of
 from toca_compile.ir.state import Slot
-from toca_compile.ir.storage import Storage
+from toca_compile.ir.storage import TAIL, Storage
 
 toca = torch.ops.toca
 aten = torch.ops.aten
@@ -74,7 +74,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _packed(graph: fx.Graph, value: Any, storage: Storage, seen: torch.Tensor) -> fx.Node:
     """A value as it lies in memory, where it is: the way from device to device is the store's."""
-    return _call(graph, toca.pack.default, value, storage.dtype) if storage.packs(seen) else value
+    return _call(graph, toca.pack.default, value, storage.dtype, TAIL) if storage.packs(seen) else value
 
 
 def _unpacked(graph: fx.Graph, buffer: fx.Node, storage: Storage, seen: torch.Tensor) -> fx.Node:
@@ -82,7 +82,7 @@ def _unpacked(graph: fx.Graph, buffer: fx.Node, storage: Storage, seen: torch.Te
     value = buffer
     if value_of(buffer).device != seen.device:
         value = _call(graph, aten._to_copy.default, buffer, device=seen.device)
-    return _call(graph, toca.unpack.default, value, storage.dtype, seen.dtype) if storage.packs(seen) else value
+    return _call(graph, toca.unpack.default, value, storage.dtype, TAIL, seen.dtype) if storage.packs(seen) else value
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

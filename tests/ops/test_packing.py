@@ -14,7 +14,7 @@ ONE_BYTE = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 def back(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """There and back."""
-    return toca.unpack(toca.pack(value, dtype), dtype, value.dtype)
+    return toca.unpack(toca.pack(value, dtype, TAIL), dtype, TAIL, value.dtype)
 
 
 @pytest.mark.parametrize("dtype", ONE_BYTE)
@@ -32,12 +32,12 @@ def test_each_number_keeps_its_digits_at_any_size(dtype: torch.dtype, power: int
 @pytest.mark.parametrize("dtype", ONE_BYTE)
 def test_rows_are_their_own(dtype: torch.dtype) -> None:
     value = torch.randn(4, 6)
-    packed = toca.pack(value, dtype)
+    packed = toca.pack(value, dtype, TAIL)
     assert packed.shape == (4, 6 + TAIL)
     assert packed.dtype is torch.uint8
     other = value.clone()
     other[2] *= 1e6
-    assert torch.equal(toca.pack(other, dtype)[[0, 1, 3]], packed[[0, 1, 3]])
+    assert torch.equal(toca.pack(other, dtype, TAIL)[[0, 1, 3]], packed[[0, 1, 3]])
     # What was rounded is not rounded again: a buffer that is read and written stays as it is.
     assert torch.equal(back(back(value, dtype), dtype), back(value, dtype))
 
@@ -46,7 +46,7 @@ def test_rows_are_their_own(dtype: torch.dtype) -> None:
 def test_zeros_and_what_is_no_number(dtype: torch.dtype) -> None:
     assert torch.equal(back(torch.zeros(2, 3), dtype), torch.zeros(2, 3))
     fresh = torch.zeros(2, 3 + TAIL, dtype=torch.uint8)  # as a buffer begins
-    assert torch.equal(toca.unpack(fresh, dtype, torch.float32), torch.zeros(2, 3))
+    assert torch.equal(toca.unpack(fresh, dtype, TAIL, torch.float32), torch.zeros(2, 3))
     for wrong in (torch.nan, torch.inf, -torch.inf):
         told = back(torch.tensor([[1.0, wrong], [1.0, 2.0]]), dtype)
         assert not told[0].isfinite().all()

@@ -13,7 +13,7 @@ import torch
 from toca_compile.ir.fields import Device, Dtype
 
 TAIL = 16
-"""Bytes behind a packed row, its exponent in each, so that rows begin where whole vectors do."""
+"""Bytes behind a packed row, its exponent in each: so many, so that rows begin where whole vectors do."""
 
 
 @dataclass(frozen=True)

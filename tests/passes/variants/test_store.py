@@ -18,6 +18,7 @@ from toca_compile.ir.history import CacheSpec, History
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Form, Program
 from toca_compile.ir.state import State
+from toca_compile.ir.storage import TAIL
 from toca_compile.policies import Anchors, ClusCa, Composition, Dmd, Foca, Rule
 
 toca = torch.ops.toca
@@ -68,7 +69,7 @@ def check_packed(opt: Any, policy: Any, tables: bool) -> None:
     def rounded() -> None:
         for (*_, kind, _, index), buffer in toca_compile.explain(opt).buffers.items():
             if kind.holds_values and not (tables and (kind, index) == (State.HISTORY, 2)):
-                buffer.copy_(toca.unpack(toca.pack(buffer, dtype), dtype, buffer.dtype))
+                buffer.copy_(toca.unpack(toca.pack(buffer, dtype, TAIL), dtype, TAIL, buffer.dtype))
 
     opt.policy = policy
     meant, does = run(opt, rounded)
@@ -119,7 +120,7 @@ def built(program: Program, does: Action, history: History) -> list[str]:
 def test_what_is_only_written_is_not_read(program: Program) -> None:
     byte = torch.float8_e5m2
     assert built(program, Compute(), CacheSpec(dtype=byte)) == [
-        "pack_default = pack(linear_2, torch.float8_e5m2)",
+        "pack_default = pack(linear_2, torch.float8_e5m2, 16)",
         "store__default = store_(cache1, pack_default)",
     ]
     ring = built(program, Compute(), Ring(3, byte, Foca()))
@@ -137,7 +138,7 @@ def test_another_device_is_copied_from_and_to(program: Program) -> None:
     ]
     assert built(program, Reuse(), CacheSpec(dtype=torch.float8_e5m2, device="meta")) == [
         "_to_copy_default = _to_copy(cache1)",
-        "unpack_default = unpack(_to_copy_default, torch.float8_e5m2, torch.float32)",
+        "unpack_default = unpack(_to_copy_default, torch.float8_e5m2, 16, torch.float32)",
         "mul = mul(in7_arg9_1, unpack_default)",
     ]
 
