@@ -41,6 +41,10 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         ),
         [BlockCache(4, threshold=0.5)],
     ),
+    "queries of a flex attention in inference mode": (
+        Spec((Block((Branch("attention", Attention("flex")),)),), inference_mode=True),
+        [TaylorToCa(3, 2, keys="update")],
+    ),
     "scores of samples for a branch that mixes the batch": (
         Spec((Block((Branch("attention"), Branch(inside="batch_flip"))),)),
         [SOME],

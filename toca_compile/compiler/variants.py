@@ -96,18 +96,24 @@ class ProgramVariants:
         for selector in (None, plan.selector):
             if (segment.kind, forms, dense, selector) in self._built:
                 return self._built[segment.kind, forms, dense, selector]
-        if isinstance(segment, Chain):
-            variant = self._chain(segment, forms, plan)
-        else:
-            if isinstance(segment, StandIn):
-                variant = stand_in(segment, forms)
-                self._propagate(variant, segment, forms, plan.selector)
-                if segment.outputs:  # what a probe tells is no value of the graph
-                    verify_variant(variant, segment)
-            else:
-                variant = self._rewritten(segment, forms, plan)
-            store(variant, {slot: storage for slot in variant.slots if (storage := _storage(slot, forms)) is not None})
+        # Values are fake tensors: in inference mode torch loses what they are on the way through a vmap.
+        with torch.inference_mode(False), torch.no_grad():
+            variant = self._made(segment, forms, plan)
         self._built[segment.kind, forms, dense, plan.selector if variant.ranks else None] = variant
+        return variant
+
+    def _made(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """The same, anew."""
+        if isinstance(segment, Chain):
+            return self._chain(segment, forms, plan)
+        if isinstance(segment, StandIn):
+            variant = stand_in(segment, forms)
+            self._propagate(variant, segment, forms, plan.selector)
+            if segment.outputs:  # what a probe tells is no value of the graph
+                verify_variant(variant, segment)
+        else:
+            variant = self._rewritten(segment, forms, plan)
+        store(variant, {slot: storage for slot in variant.slots if (storage := _storage(slot, forms)) is not None})
         return variant
 
     def _rewritten(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
