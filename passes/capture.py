@@ -92,6 +92,7 @@ def capture(
     for node in reversed(captured.graph.nodes):
         if node.target in _NO_VALUE and not node.users:
             captured.graph.erase_node(node)
+    captured.graph.eliminate_dead_code()  # an op that an autocast casts the operands of is traced once without, in vain
     for node in captured.graph.nodes:
         _canonical(node)
         whole = _whole(node) if isinstance(node.meta.get("val"), torch.Tensor) else None

@@ -26,6 +26,10 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block((Branch("attention", inside="conv2d", island="autocast"),)),)),
         [FullCompute()],
     ),
+    "a convolution along the tokens in an autocast": (
+        Spec((Block((Branch(body="conv", island="autocast"),)),)),
+        [FullCompute(), SOME],
+    ),
     "a single step inside a double model": (
         Spec((Block((Branch("attention", Attention(rope="complex"), modulation="block"),)),), height=2, channels=16, dtype="float64", registers=2),
         [Composition(4, rules=(Rule(Queries()),), how_many=Share(0.8))],
