@@ -194,7 +194,7 @@ class Session:
             plans[number] = checked
             self._say_what_it_means(policy, checked.plan)
             self._explain_choices(program, checked)
-            self._explain_refusals(policy, program)
+            self._explain_refusals(policy, program, checked.plan)
         return plans[number]
 
     def compile(self, graph: fx.GraphModule, static_inputs: tuple[bool, ...], inputs: Sequence[Any]) -> Executor:
@@ -334,8 +334,10 @@ class Session:
         for doubt in plan.selector.doubts(partial):
             self.warn_once(doubt)
 
-    def _explain_refusals(self, policy: Policy, program: Program) -> None:
+    def _explain_refusals(self, policy: Policy, program: Program, plan: Plan) -> None:
         """Say where a policy computes some tokens of its sites and none of them can."""
+        if any(plan.selects(site.index) for site in program.sites):  # one that cannot update keys makes them anew
+            return
         parts = policy.composition() if hasattr(policy, "composition") else policy
         rules = (*getattr(parts, "rules", ()), *getattr(parts, "alternate", ()))
         asked = [

@@ -30,6 +30,7 @@ from tests.fuzz.blended import Ambiguous, Blended, Twin, actions
 from tests.fuzz.grammar import Spec, written
 from tests.fuzz.models import build, inputs, made
 from toca_compile import FullCompute, NoSiteError, PolicyError, TocaError, UnsupportedGraphError, VerifyError
+from toca_compile.policies import Queries
 
 # What a plain run may say: choices that the user should know of, none of them a fault.
 HARMLESS = (
@@ -278,8 +279,13 @@ class Subject:
 
     def _blend(self, policy: Any) -> Callable[[int, Tensor], None] | None:
         """What holds each step of a run against the blended model; None where the policy is more than a blend."""
+        report = toca_compile.explain(self.opt)
+        asked = [a for a in actions(policy) if isinstance(a, Queries)]
+        done = {a.keys for does in report.plan.does for a in does if isinstance(a, Queries)}
         try:
-            blended = Blended(self.twin, policy, toca_compile.explain(self.opt).sites)
+            if done - {a.keys for a in asked} - {"fresh" for a in asked if a.refresh}:
+                raise Ambiguous("keys that cannot be updated are made anew")
+            blended = Blended(self.twin, policy, report.sites)
         except Ambiguous as reason:
             self.tally.not_applied[f"blend: {reason}"] += 1
             return None
