@@ -94,7 +94,8 @@ class Inlining(fx.Interpreter):
             others, name = flex.named(args[3:])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "At pre-dispatch tracing")  # that a composite of ours is functional
-                return (torch.ops.toca.flex_attention.default(*args[:3], others, name),)
+                # Inside a checkpoint the two results that are refused above may be asked for in vain.
+                return torch.ops.toca.flex_attention.default(*args[:3], others, name), None, None
         if target in _INNER:
             return Inlining(args[0], self.casting).run(*args[_INNER[target] :])
         return super().call_function(target, args, kwargs)

@@ -45,6 +45,10 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         ),
         [BlockCache(4, threshold=0.5)],
     ),
+    "a flex attention in a checkpoint": (
+        Spec((Block((Branch("attention", Attention("flex"), wrap="checkpoint"),)),)),
+        [FullCompute(), TaylorToCa(3, 2, keys="fresh")],
+    ),
     "queries of a flex attention in inference mode": (
         Spec((Block((Branch("attention", Attention("flex")),)),), inference_mode=True),
         [TaylorToCa(3, 2, keys="update")],
