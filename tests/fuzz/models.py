@@ -272,9 +272,10 @@ class Attend(nn.Module):
         more = (0, 0, 0, width % 2, 0, height % 2)
 
         def apart(x: Tensor) -> Tensor:
-            x = F.pad(x.reshape(b * heads * f, height, width, d), more)
+            own = x.shape[1]  # keys may have fewer heads
+            x = F.pad(x.reshape(b * own * f, height, width, d), more)
             x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-            return x.reshape(b, heads, -1, 4, d).transpose(1, 2).flatten(0, 1)
+            return x.reshape(b, own, -1, 4, d).transpose(1, 2).flatten(0, 1)
 
         out = self._attend(apart(q), apart(k), apart(v), None)
         tall, wide = height + height % 2, width + width % 2
