@@ -30,6 +30,8 @@ class Bands(Anchors):
     by: Weights | None = field(default_factory=Hermite)
     cutoff: Fraction = 0.25
 
+    word = "forecast in bands"
+
     def needs(self, defaults: CacheSpec) -> Keep:
         ring = super().needs(defaults).history
         assert ring is not None
@@ -37,6 +39,9 @@ class Bands(Anchors):
 
     def refused(self, site: Site) -> str | None:
         return "is no stream of tokens by itself: bands are those of all blocks, SkipBlocks(do=Bands(…))"
+
+    def __str__(self) -> str:
+        return "forecast in two bands"
 
     def misfit(self, sites: Sequence[Site], blocks: int) -> str | None:
         return "bands are those of all blocks: Rule(SkipBlocks(do=Bands(…)))"
