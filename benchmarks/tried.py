@@ -93,8 +93,8 @@ def predictors(steps: int) -> Iterator[Row]:
 
 def gates(steps: int) -> Iterator[Row]:
     """What says when a step is full: the first block's change, its input (TeaCache), what of that is picture (SeaCache,
-    by σ = 1 − step / steps, which is true of the FLUX alone), a rate (EasyCache), the first block's output (DiCache), the
-    last one's (SpeCa), a curve of magnitudes (MagCache, the model's own)."""
+    by σ = 1 − step / steps, which is true of the FLUX alone), its rate (EasyCache), the first block's output (DiCache),
+    the last one's (SpeCa), a curve of magnitudes (MagCache, the model's own)."""
     for threshold in (0.05, 0.1, 0.2, 0.4):
         for order in (0, 1):
             what = "forecast by a line" if order else "reused"

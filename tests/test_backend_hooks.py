@@ -118,10 +118,13 @@ def test_fn_of_compile_wrapper() -> None:
         found.append(compiled_module())
         return gm.forward
 
-    model = torch.nn.Linear(2, 2).eval()
+    class Twice(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    model, own = Twice(), Twice()
     torch.compile(model, backend=look)(torch.ones(2))
     torch._dynamo.reset()
-    own = torch.nn.Linear(2, 2).eval()
     own.compile(backend=look)
     own(torch.ones(2))
     torch._dynamo.reset()
