@@ -15,7 +15,18 @@ from trained import TRAINED
 
 import toca_compile
 from toca_compile import BlockCache, Composition, DuCa, MagCache, TaylorSeer, TaylorToCa, ToCa
-from toca_compile.policies import Bands, DiCache, EasyCache, EndAligned, Rule, SeaCache, SkipBlocks, SpeCa, TeaCache
+from toca_compile.policies import (
+    Bands,
+    DiCache,
+    EasyCache,
+    EndAligned,
+    MeanVelocity,
+    Rule,
+    SeaCache,
+    SkipBlocks,
+    SpeCa,
+    TeaCache,
+)
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.quality.metrics import psnr
 
@@ -86,6 +97,9 @@ def predictors(steps: int) -> Iterator[Row]:
         for name, (weights, anchors) in rules.items():
             rule = Rule(SkipBlocks(do=Anchors(weights, anchors)))
             yield f"{name}, N={n}", Composition(steps, EndAligned(n, 2), (rule,)).for_run(steps, False)
+        for span in (2, 4):
+            rule = Rule(SkipBlocks(do=Anchors(MeanVelocity(span), 4)))
+            yield f"MeanCache K={span}, N={n}", Composition(steps, EndAligned(n, 2), (rule,)).for_run(steps, False)
         for cutoff in (0.125, 0.25, 0.5):
             rule = Rule(SkipBlocks(do=Bands(Hermite(), 3, cutoff)))
             yield f"FreqCa {cutoff:g}, N={n}", Composition(steps, EndAligned(n, 2), (rule,))

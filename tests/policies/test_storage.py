@@ -52,6 +52,8 @@ from toca_compile.policies import (
     Listed,
     MagCache,
     Magnitudes,
+    MeanCache,
+    MeanVelocity,
     Mixed,
     Partial,
     Periodic,
@@ -183,7 +185,7 @@ PARTS = [
     Rule(Reuse()), Reuse(), Forecast(), Partial(), Queries(), SkipBlocks(), Every(), Periodic(), IntervalFunction(), Spread(),
     Listed((0,)), EndAligned(), Adaptive(), Level(), ClusCa(), Clusters(), Anchors(Polynomial()), Polynomial(), Taylor(), Hermite(), Foca(), Chebyshev(), Dmd(),
     Mixed((Foca(),), ((1.0,),)), Given(((1.0,),)), TeaCache(), SeaCache(), MagCache(), FirstBlocks(), FirstInput(), FilteredInput(), Magnitudes(), Planned(4, (0, 2), Foca()),
-    EasyCache(), DiCache(), SpeCa(), Rate(), FirstOutput(), LastBlocks(), Along(), FreqCa(), Bands(), ByChannel(),
+    EasyCache(), DiCache(), SpeCa(), Rate(), FirstOutput(), LastBlocks(), Along(), FreqCa(), Bands(), ByChannel(), MeanCache(), MeanVelocity(),
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from toca_compile.policies.full import FullCompute
 from toca_compile.policies.hyca import ByChannel
 from toca_compile.policies.levels import LEVELS, Level
 from toca_compile.policies.magcache import MagCache, Magnitudes
+from toca_compile.policies.meancache import MeanCache, MeanVelocity
 from toca_compile.policies.peers import from_dict
 from toca_compile.policies.planned import Planned
 from toca_compile.policies.presets import PRESETS, preset, ready_made
@@ -74,6 +75,8 @@ __all__ = [
     "Listed",
     "MagCache",
     "Magnitudes",
+    "MeanCache",
+    "MeanVelocity",
     "Mixed",
     "Partial",
     "Periodic",
