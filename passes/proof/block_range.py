@@ -162,38 +162,54 @@ def _first_site(program: Program, first: int, last: int) -> tuple[Site, list[Sit
     """The first site of the picture's tokens in the range, and all sites there."""
     sites = [program.sites[i] for s in program.segments[first:last] for i in s.sites]
     block = [site for site in sites if site.block == sites[0].block]
-    main = max((site.axis for site in block), key=lambda axis: axis.size)
+    main = max((site.axis for site in block), key=_is_picture)
     return next(site for site in block if site.axis == main), sites
 
 
 def _rate(program: Program, found: BlockRange) -> Probe:
     """The stream of the picture's tokens as it enters the range, and as it leaves."""
-    inside = {n for s in program.segments[found.first : found.last] for n in s.nodes}
-    enters = _residual(_first_site(program, found.first, found.last)[0], inside)
-    leaves = next((s.output for s in found.streams if s.entry is not None and enters in s.entry.nodes), None)
-    if leaves is None:
-        raise PolicyError(f"the stream {_told(enters)} does not leave the blocks to skip: their rate is not measured")
-    return Probe((enters,), (), enters, leaves=leaves, kept=found.last)
+    assert program.types is not None
+    types, axes = program.types, _axes(program, found.first, found.last)
+    ends = [(n, s.output) for s in found.streams if s.entry is not None for n in s.entry.nodes]
+    for axis in axes:
+        for enters, leaves in ends:
+            if _holds(types, enters, axis):
+                return Probe((enters,), (), enters, leaves=leaves, kept=found.last)
+    raise PolicyError("no stream of tokens that enters the blocks to skip leaves them: their rate is not measured")
 
 
 def _behind(program: Program, last: int, outputs: Sequence[fx.Node]) -> Probe:
-    """What changes of a stream that leaves the range up to behind the last block."""
+    """What changes of the picture's tokens from a stream that leaves the range, or is joined of such, up to behind the
+    last block."""
     assert program.types is not None
-    sites = [program.sites[i] for s in program.segments[last:] for i in s.sites]
-    if not sites:
+    types, behind = program.types, program.segments[last:]
+    axes = _axes(program, last, len(program.segments))
+    if not axes:
         raise PolicyError("a forecast is held against the blocks behind those to skip: compute at least one of them")
-    inside = {n for s in program.segments[last:] for n in s.nodes}
-    start = next((node for site in sites if (node := _residual(site, inside)) in outputs), None)
-    adds = {site.add for site in sites}
-    made = [
-        (i, node)
-        for i, s in enumerate(program.segments[last:], last)
-        for node in s.outputs
-        if start is not None and node in adds and _alike(program.types, node, start)
-    ]
-    if start is None or not made:
-        raise PolicyError("the blocks behind those to skip go on with none of their streams: no forecast is measured")
-    return Probe((start, made[-1][1]), (), made[-1][1], start, kept=made[-1][0] + 1)
+    made = [(i, n, bool(s.sites)) for i, s in enumerate(behind, last) for n in s.outputs]
+    starts = [*((last - 1, n) for n in outputs), *((i, n) for i, n, in_block in made if not in_block)]
+    for axis in axes:
+        for begins, start in starts:
+            ends = [(i, n) for i, n, in_block in made if in_block and i > begins and _alike(types, n, start)]
+            if ends and _holds(types, start, axis):
+                at, value = ends[-1]
+                return Probe((start, value), (), value, start, kept=at + 1)
+    raise PolicyError("the blocks behind those to skip go on with none of their streams: no forecast is measured")
+
+
+def _axes(program: Program, first: int, last: int) -> list[TokenAxis]:
+    """Those of the sites in some segments, the picture's first."""
+    axes = {program.sites[i].axis: None for s in program.segments[first:last] for i in s.sites}
+    return sorted(axes, key=_is_picture, reverse=True)
+
+
+def _is_picture(axis: TokenAxis) -> tuple[bool, int]:
+    """The greater of several is that of the picture, and not of the text."""
+    return axis.grid is not None, axis.size
+
+
+def _holds(types: AxisTypes, node: fx.Node, axis: TokenAxis) -> bool:
+    return set(axis.factors) <= {f for dim in types.type_of(node) for f in dim}
 
 
 def _alike(types: AxisTypes, node: fx.Node, other: fx.Node) -> bool:
