@@ -16,7 +16,18 @@ from trained import TRAINED
 
 import toca_compile
 from toca_compile import BlockCache, Composition, DuCa, MagCache, TaylorSeer, TaylorToCa, ToCa
-from toca_compile.policies import EndAligned, Rule, SeaCache, SkipBlocks, TeaCache
+from toca_compile.policies import (
+    Bands,
+    DiCache,
+    EasyCache,
+    EndAligned,
+    MeanVelocity,
+    Rule,
+    SeaCache,
+    SkipBlocks,
+    SpeCa,
+    TeaCache,
+)
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
 from toca_compile.quality.metrics import psnr
 
@@ -87,17 +98,28 @@ def predictors(steps: int) -> Iterator[Row]:
         for name, (weights, anchors) in rules.items():
             rule = Rule(SkipBlocks(do=Anchors(weights, anchors)))
             yield f"{name}, N={n}", Composition(steps, EndAligned(n, 2), (rule,)).for_run(steps, False)
+        for span in (2, 4):
+            rule = Rule(SkipBlocks(do=Anchors(MeanVelocity(span), 4)))
+            yield f"MeanCache K={span}, N={n}", Composition(steps, EndAligned(n, 2), (rule,)).for_run(steps, False)
+        for cutoff in (0.125, 0.25, 0.5):
+            rule = Rule(SkipBlocks(do=Bands(Hermite(), 3, cutoff)))
+            yield f"FreqCa {cutoff:g}, N={n}", Composition(steps, EndAligned(n, 2), (rule,))
 
 
 def gates(steps: int) -> Iterator[Row]:
     """What says when a step is full: the first block's change, its input (TeaCache), what of that is picture (SeaCache,
-    by σ = 1 − step / steps, which is true of the FLUX alone), a curve of magnitudes (MagCache, the model's own)."""
+    by σ = 1 − step / steps, which is true of the FLUX alone), its rate (EasyCache), the first block's output (DiCache),
+    the last one's (SpeCa), a curve of magnitudes (MagCache, the model's own)."""
     for threshold in (0.05, 0.1, 0.2, 0.4):
         for order in (0, 1):
             what = "forecast by a line" if order else "reused"
             yield f"first block {threshold}, {what}", BlockCache(steps, 1, threshold=threshold, order=order)
             yield f"TeaCache {threshold}, {what}", TeaCache(steps, threshold, order=order)
             yield f"SeaCache {threshold}, {what}", SeaCache(steps, threshold, order=order)
+            yield f"EasyCache {threshold}, {what}", EasyCache(steps, threshold, 3, order=order)
+        yield f"DiCache {threshold}", DiCache(steps, threshold, retention=0.1)
+        for order in (1, 2):
+            yield f"SpeCa {threshold}, taylor o{order}", SpeCa(steps, threshold, order=order, limit=None)
     model, sampler = next(t for t in TRAINED.values() if t.steps == steps).load()
     ratios = toca_compile.magnitudes(model, sampler, steps=steps, seeds=(100,), samples=4)
     for threshold, limit in ((0.03, 2), (0.06, 3), (0.12, 4), (0.24, 5)):

@@ -17,6 +17,7 @@ from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
     compiled_code,
+    compiled_module,
     dynamo_limits,
     remove_from_cache,
     skip_code,
@@ -107,6 +108,28 @@ def test_code_objects_have_caches_of_their_own() -> None:
         own = types.FunctionType(double.__code__.replace(), {"__builtins__": __builtins__})
         torch._dynamo.optimize(record, dynamic=False)(own)(torch.ones(2))
     assert len(seen) == 3
+
+
+def test_fn_of_compile_wrapper() -> None:
+    """The frame that calls a compiled model, in which ``fn`` is bound to the model."""
+    found: list[Any] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(compiled_module())
+        return gm.forward
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    model, own = Twice(), Twice()
+    torch.compile(model, backend=look)(torch.ones(2))
+    torch._dynamo.reset()
+    own.compile(backend=look)
+    own(torch.ones(2))
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=look)(torch.ones(2))
+    assert found == [model, own, None]
 
 
 def test_backend_compiler_failed() -> None:

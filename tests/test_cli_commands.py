@@ -190,6 +190,17 @@ def test_a_policy_is_searched_for_any_model(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.endswith("policy.json\n")
 
 
+def test_a_plan_is_searched_for_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    asked = ["plan", "--budget", "2", "--model", "tests.test_cli_commands:with_sampler", "--samples", "2"]
+    assert main([*asked, *FAST, "--trials", "8", "--out", str(tmp_path)]) == 0
+    found = toca_compile.load_policy(tmp_path / "policy.json")
+    assert len(found.full_steps()) == 2  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.endswith("policy.json\n")
+    assert main([*asked, *FAST, "--budget", "4", "--out", str(tmp_path)]) == 2
+    assert "budget must lie between 1 and the number of steps, 4, not be 4" in capsys.readouterr().err
+
+
 def test_the_demo_takes_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     asked = ["demo", "--model", "tests.test_cli_commands:with_sampler", "--samples", "2", "--repeats", "1"]
@@ -217,7 +228,9 @@ def test_metrics_whose_packages_are_not_there_are_left_out(
     assert "FORA N=2" in table
 
 
-@pytest.mark.parametrize("command", [["demo"], ["evaluate", "--no-features"], ["tune", "--flops", "2"]])
+@pytest.mark.parametrize(
+    "command", [["demo"], ["evaluate", "--no-features"], ["tune", "--flops", "2"], ["plan", "--budget", "2"]]
+)
 @pytest.mark.parametrize(
     ("name", "says"),
     [

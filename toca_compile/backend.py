@@ -8,9 +8,10 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,6 +29,7 @@ from toca_compile.errors import (
     UnsupportedGraphError,
 )
 from toca_compile.ir.graph import TORCH
+from toca_compile.ir.signature import called, fingerprint
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Options, Session
 
@@ -70,7 +72,10 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     try:
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             raise InferenceModeError(GRAD_ENABLED)
-        executor = session.compile(gm, _static_inputs(gm, inputs), inputs)
+        fixed = _static_inputs(gm, inputs)
+        if not session.bounded and hasattr(session.policy, "for_call"):
+            _fit(session, [x for x, own in zip(inputs, fixed, strict=True) if not own])
+        executor = session.compile(gm, fixed, inputs)
     except NoSiteError as error:
         session.uncached.setdefault(str(error), error)
         if session.strict and not session.bounded and not session.broken and not session.executors:
@@ -86,6 +91,34 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         session.warn_once(f"{str(error).rstrip('.')}. The graph runs uncached.")
         return _plain(session, gm, inputs)
     return _Graph(executor, None if session.bounded else session)
+
+
+def _fit(session: Session, inputs: Sequence[Any]) -> None:
+    """Let a bare torch.compile call follow the policy as it is meant for a graph with these inputs. Which of them are
+    the latents nobody says: it is meant for them if it is for one.
+
+    Raises:
+        PolicyError: it is made for something else.
+    """
+    policy, model = session.policy, compiled_module()
+    asks = model is not None and getattr(policy, "made_for", None) is not None
+    own = fingerprint(model) if model is not None and asks else None
+    calls = list(dict.fromkeys(called({0: x}) for x in inputs)) or [called({})]
+    known = [call for call in calls if call.size is not None] or calls
+    *others, last = [replace(c, model=own, times=session.control.announced or None) for c in known]
+    for call in others:
+        with suppress(PolicyError):
+            return session.follow(cast(Any, policy).for_call(call))
+    session.follow(cast(Any, policy).for_call(last))
+
+
+def compiled_module() -> torch.nn.Module | None:
+    """The module that torch.compile was given, if it was one: what its wrapper calls is bound to it."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    module = getattr(frame.f_locals.get("fn"), "__self__", None) if frame is not None else None
+    return module if isinstance(module, torch.nn.Module) else None
 
 
 def _note_break(session: Session, gm: fx.GraphModule) -> None:
@@ -221,6 +254,7 @@ __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
     "compiled_code",
+    "compiled_module",
     "compiled_session",
     "dynamo_context",
     "dynamo_limits",

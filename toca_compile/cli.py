@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = given.traceback or os.environ.get("TOCA_TRACEBACK", "0") not in ("", "0")
     try:
         # Commands that print what others read stay quiet unless somebody watches a terminal.
-        with shown() if given.run in (_demo, _evaluate, _tune, _batch) else contextlib.nullcontext():
+        with shown() if given.run in (_demo, _evaluate, _tune, _plan, _batch) else contextlib.nullcontext():
             given.run(given)
     except KeyboardInterrupt:
         return 130
@@ -125,6 +125,20 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--samples", type=int, default=8, metavar="N", help="pictures a seed")
     tune.add_argument("--lowering", default="eager", choices=("inductor", "eager"), help="what compiles all models")
     tune.set_defaults(run=_tune)
+
+    plan = command("plan", "search the best steps to compute for exactly so many", shared,
+                   "Writes policy.json, which evaluate --policy and load_policy take: full steps, and how the others "
+                   "are forecast, with what they were made for. A search that was cut off goes on.")  # fmt: skip
+    plan.add_argument("--budget", type=int, required=True, metavar="N", help="how many steps compute everything")
+    plan.add_argument("--out", type=Path, default=Path("toca-plan"), metavar="FOLDER", help="for policy.json and the "
+                      "trials")  # fmt: skip
+    plan.add_argument("--seconds", type=float, default=1200.0, metavar="S", help="seconds after which the search stops")
+    plan.add_argument("--trials", type=int, default=200, metavar="N", help="stop after so many samplings")
+    plan.add_argument("--seeds", type=int, nargs="+", default=[100], metavar="N", help="of the noise that trials are "
+                      "judged on")  # fmt: skip
+    plan.add_argument("--samples", type=int, default=8, metavar="N", help="pictures a seed")
+    plan.add_argument("--lowering", default="eager", choices=("inductor", "eager"), help="what compiles all models")
+    plan.set_defaults(run=_plan)
 
     batch = command("batch", "sample a pipeline once for each line of a file", always,
                     "A line is an object with the arguments of a call of the pipeline, such as {\"prompt\": \"a cat\", "
@@ -235,6 +249,24 @@ def _tune(given: argparse.Namespace) -> None:
         trials=given.trials, peak=sampling.peak, console=Console(),
     )  # fmt: skip
     policy = tune(sampling.model, sampling.sampler, target=target, out=given.out, settings=settings)
+    save_policy(policy, given.out / "policy.json")
+    print(f"{given.out / 'policy.json'}")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from toca_compile.demo.sampling import load_sampling
+    from toca_compile.policies import save_policy
+    from toca_compile.quality.planning import plan
+    from toca_compile.quality.settings import PlanningSettings
+
+    sampling = load_sampling(given.model, given.device, given.prompt)
+    settings = PlanningSettings(
+        steps=given.steps, seeds=given.seeds, samples=given.samples, lowering=given.lowering, seconds=given.seconds,
+        trials=given.trials, peak=sampling.peak, console=Console(),
+    )  # fmt: skip
+    policy = plan(sampling.model, sampling.sampler, budget=given.budget, out=given.out, settings=settings)
     save_policy(policy, given.out / "policy.json")
     print(f"{given.out / 'policy.json'}")
 

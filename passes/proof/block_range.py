@@ -3,13 +3,12 @@ its place. What a skipped range yields is what entered, and what the range added
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.gates import FilteredInput
+from toca_compile.ir.gates import FilteredInput, Rate
 from toca_compile.ir.graph import ancestors, operand_nodes, source_line, uncast, value_of
 from toca_compile.ir.plan import Skip
 from toca_compile.ir.program import BlockRange, Entry, Probe, Program, Stream
@@ -17,6 +16,7 @@ from toca_compile.ir.types import AxisTypes, Site, TokenAxis, Type
 
 aten = torch.ops.aten
 
+_NO_GRID = "the picture's height and width in tokens are not known, and it is filtered over them: optimize(grid=(h, w))"
 _LAYERS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.convolution.default, aten.conv2d.default)
 
 
@@ -59,11 +59,27 @@ def find_range(program: Program, skipped: Set[int], skip: Skip) -> BlockRange:
             )
     entries = [_entry(program.types, node, candidates, tokens) if skip.residual else None for node in outputs]
     numbered = enumerate(zip(outputs, entries, strict=True), len(program.sites))
-    probe = None
-    if skip.threshold is not None:
-        probe = _change(program, first, sources) if skip.gate.first else _input(program, first, last, skip)
-        probe = replace(probe, groups=program.types.groups)
-    return BlockRange(first, last, tuple(Stream(i, *stream) for i, stream in numbered), probe)
+    grids = [_grid_of(program, first, last, node) if skip.memory.over_grid else None for node in outputs]
+    if skip.memory.over_grid and not any(grids):
+        raise PolicyError(_NO_GRID)
+    for node in outputs:
+        why = skip.memory.refused(value_of(node))
+        if why is not None:
+            raise PolicyError(f"the blocks cannot be skipped: {_told(node)} {why}")
+    streams = tuple(Stream(i, *stream, places=grid) for (i, stream), grid in zip(numbered, grids, strict=True))
+    found = BlockRange(first, last, streams)
+    if skip.threshold is None:
+        return found
+    if skip.gate.first:
+        probe = _change(program, first, sources)
+    elif skip.gate.behind:
+        probe = _behind(program, last, outputs)
+    elif isinstance(skip.gate, Rate):
+        probe = _rate(program, found)
+    else:
+        probe = _input(program, first, last, skip)
+    kept = probe.kept or first
+    return replace(found, probe=replace(probe, gate=skip.gate, kept=kept, groups=program.types.groups))
 
 
 def _residual(site: Site, inside: Set[fx.Node]) -> fx.Node:
@@ -119,10 +135,7 @@ def _entry(types: AxisTypes, node: fx.Node, sources: Sequence[fx.Node], tokens: 
 def _input(program: Program, first: int, last: int, skip: Skip) -> Probe:
     """What the first linear layer is given on the way of the picture's tokens into the range, and what of the range
     makes it."""
-    sites = [program.sites[i] for s in program.segments[first:last] for i in s.sites]
-    block = [site for site in sites if site.block == sites[0].block]
-    main = max((site.axis for site in block), key=lambda axis: axis.size)
-    site = next(site for site in block if site.axis == main)
+    site, sites = _first_site(program, first, last)
     inside = [n for s in program.segments[first:last] for n in s.nodes]
     own, reached = set(inside), {site.source}
     for node in inside:
@@ -139,22 +152,92 @@ def _input(program: Program, first: int, last: int, skip: Skip) -> Probe:
         raise PolicyError(f"what {_told(value)} is made of is computed among the blocks to skip: it is not measured")
     nodes = tuple(n for n in inside if n in needed)
     given = tuple(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in needed))
-    places = _places(program.types, value, main, skip.gate) if isinstance(skip.gate, FilteredInput) else None
-    return Probe(given or (value,), nodes, value, at_each_step=skip.gate.adds_up, filter=places)
+    if not isinstance(skip.gate, FilteredInput):
+        return Probe(given or (value,), nodes, value)
+    dim, span, *grid, offset = _places(program.types, value, site.axis)
+    return Probe(given or (value,), nodes, value, filter=(dim, span, tuple(grid), offset, skip.gate.power))
 
 
-def _places(types: AxisTypes | None, value: fx.Node, axis: TokenAxis, gate: FilteredInput) -> tuple[Any, ...]:
-    """Where the picture lies in a value, and how it is filtered."""
+def _first_site(program: Program, first: int, last: int) -> tuple[Site, list[Site]]:
+    """The first site of the picture's tokens in the range, and all sites there."""
+    sites = [program.sites[i] for s in program.segments[first:last] for i in s.sites]
+    block = [site for site in sites if site.block == sites[0].block]
+    main = max((site.axis for site in block), key=_is_picture)
+    return next(site for site in block if site.axis == main), sites
+
+
+def _rate(program: Program, found: BlockRange) -> Probe:
+    """The stream of the picture's tokens as it enters the range, and as it leaves."""
+    assert program.types is not None
+    types, axes = program.types, _axes(program, found.first, found.last)
+    ends = [(n, s.output) for s in found.streams if s.entry is not None for n in s.entry.nodes]
+    for axis in axes:
+        for enters, leaves in ends:
+            if _holds(types, enters, axis):
+                return Probe((enters,), (), enters, leaves=leaves, kept=found.last)
+    raise PolicyError("no stream of tokens that enters the blocks to skip leaves them: their rate is not measured")
+
+
+def _behind(program: Program, last: int, outputs: Sequence[fx.Node]) -> Probe:
+    """What changes of the picture's tokens from a stream that leaves the range, or is joined of such, up to behind the
+    last block."""
+    assert program.types is not None
+    types, behind = program.types, program.segments[last:]
+    axes = _axes(program, last, len(program.segments))
+    if not axes:
+        raise PolicyError("a forecast is held against the blocks behind those to skip: compute at least one of them")
+    made = [(i, n, bool(s.sites)) for i, s in enumerate(behind, last) for n in s.outputs]
+    starts = [*((last - 1, n) for n in outputs), *((i, n) for i, n, in_block in made if not in_block)]
+    for axis in axes:
+        for begins, start in starts:
+            ends = [(i, n) for i, n, in_block in made if in_block and i > begins and _alike(types, n, start)]
+            if ends and _holds(types, start, axis):
+                at, value = ends[-1]
+                return Probe((start, value), (), value, start, kept=at + 1)
+    raise PolicyError("the blocks behind those to skip go on with none of their streams: no forecast is measured")
+
+
+def _axes(program: Program, first: int, last: int) -> list[TokenAxis]:
+    """Those of the sites in some segments, the picture's first."""
+    axes = {program.sites[i].axis: None for s in program.segments[first:last] for i in s.sites}
+    return sorted(axes, key=_is_picture, reverse=True)
+
+
+def _is_picture(axis: TokenAxis) -> tuple[bool, int]:
+    """The greater of several is that of the picture, and not of the text."""
+    return axis.grid is not None, axis.size
+
+
+def _holds(types: AxisTypes, node: fx.Node, axis: TokenAxis) -> bool:
+    return set(axis.factors) <= {f for dim in types.type_of(node) for f in dim}
+
+
+def _alike(types: AxisTypes, node: fx.Node, other: fx.Node) -> bool:
+    """Whether two values are of one kind and shape: features aside, which each layer numbers anew."""
+    same = zip(types.type_of(node), types.type_of(other), strict=False)
+    tokens = [(a, b) for a, b in same][:-1]
+    return value_of(node).shape == value_of(other).shape and all(a == b for a, b in tokens)
+
+
+def _grid_of(program: Program, first: int, last: int, value: fx.Node) -> tuple[int, ...] | None:
+    """Where the picture lies in a value, if it holds the tokens of some site in the range that is one."""
+    assert program.types is not None
+    for axis in dict.fromkeys(program.sites[i].axis for s in program.segments[first:last] for i in s.sites):
+        held = [dim for dim in program.types.type_of(value) if set(dim) & set(axis.factors)]
+        if axis.grid is not None and tuple(f for dim in held for f in dim) == axis.factors:
+            return _places(program.types, value, axis)
+    return None
+
+
+def _places(types: AxisTypes | None, value: fx.Node, axis: TokenAxis) -> tuple[int, ...]:
+    """Where the picture lies in a value: as in ``Stream.places``."""
     assert types is not None
     if axis.grid is None:
-        raise PolicyError(
-            "the picture's height and width in tokens are not known, and it is filtered over them: "
-            "optimize(grid=(h, w))"
-        )
+        raise PolicyError(_NO_GRID)
     dims = [d for d, dim in enumerate(types.type_of(value)) if set(dim) & set(axis.factors)]
     if not dims or dims != list(range(dims[0], dims[-1] + 1)):
         raise PolicyError(f"the tokens of {_told(value)} lie in dimensions {dims}: they are not filtered")
-    return dims[0], len(dims), (axis.frames, *axis.grid), axis.offset, gate.power
+    return dims[0], len(dims), axis.frames, *axis.grid, axis.offset
 
 
 def _change(program: Program, first: int, sources: Sequence[fx.Node]) -> Probe:

@@ -6,6 +6,7 @@ y = w₀·cache + w₁·ring[0] + w₂·ring[1] + …                 at one tha
 Weights that follow from the values are made of their products where they are kept, and are then a row of a table.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -34,18 +35,24 @@ class Values(Series):
         return self.builder.slot(State.HISTORY, self.position, 1)
 
     def forecast(self, age: fx.Node | None = None) -> fx.Node:
-        builder, at = self.builder, self.position
+        builder, at, kept = self.builder, self.position, self.history.kept
+        values = [self.output, *(builder.call(aten.select.int, self.ring, 0, i) for i in range(kept - 1))]
         if self.history.measured is not None:
             table = builder.slot(State.HISTORY, at, 2)
             row = builder.call(toca.weights_at.default, table, builder.slot(Number.MOVE, at, 0))
-        parts = []
-        for i in range(self.history.kept):
-            value = self.output if i == 0 else builder.call(aten.select.int, self.ring, 0, i - 1)
-            if self.history.measured is not None:
-                parts.append(builder.call(toca.weighted_by.default, value, row, i))
-            else:
-                parts.append(builder.call(toca.weighted.default, value, builder.slot(Number.MOVE, at, i)))
-        return reduce(lambda a, b: builder.call(aten.add.Tensor, a, b), parts)
+            return self._sum([builder.call(toca.weighted_by.default, value, row, i) for i, value in enumerate(values)])
+        channels, groups = self.history.channels, []
+        for group in range(max(channels, default=0) + 1):
+            numbers = [builder.slot(Number.MOVE, at, group * kept + i) for i in range(kept)]
+            groups.append(
+                self._sum(
+                    [builder.call(toca.weighted.default, v, number) for v, number in zip(values, numbers, strict=True)]
+                )
+            )
+        return builder.call(toca.by_channel.default, groups, list(channels)) if channels else groups[0]
+
+    def _sum(self, parts: Sequence[fx.Node]) -> fx.Node:
+        return reduce(lambda a, b: self.builder.call(aten.add.Tensor, a, b), parts)
 
     def keep(self, value: fx.Node, *, moving: bool, age: fx.Node | None = None) -> None:
         builder, at, measured = self.builder, self.position, self.history.measured

@@ -53,6 +53,30 @@ def test_it_runs_for_what_it_was_made_for_and_is_refused_else() -> None:
         assert torch.equal(sample(opt, STEPS, x), found)
 
 
+def test_a_bare_torch_compile_asks_too(caplog: pytest.LogCaptureFixture) -> None:
+    """By the weights of the model that it was given, and by the inputs of the graph."""
+    model, x = small(), noise(2, SIZE)
+    own = Signature(model=fingerprint(model), size=(2, *SIZE), dtype="float32")
+    options = {"policy": made(made_for=own), "lowering": "eager"}
+    opt = toca_compile.optimize(small(), made(made_for=own), lowering="eager")
+    compiled = torch.compile(model, backend="toca", options=options)
+    assert torch.equal(sample(compiled, STEPS, x), sample(opt, STEPS, x))
+    for wrong, why in (
+        ({"model": "0123"}, r"another weights: '0123', and the call has '\w{16}'"),
+        ({"size": (2, 8, 8)}, "another size of a sample"),
+    ):
+        torch._dynamo.reset()
+        options = {"policy": made(made_for=replace(own, **wrong)), "lowering": "eager"}
+        with pytest.raises(PolicyError, match=why):
+            sample(torch.compile(small(), backend="toca", options=options), STEPS, x)
+    torch._dynamo.reset()
+    loose = torch.compile(small(), backend="toca", options={**options, "strict": False})
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(sample(loose, STEPS, x), sample(small(), STEPS, x))
+    assert "another size of a sample" in caplog.text
+    assert "runs uncached" in caplog.text
+
+
 def test_without_strict_what_it_does_not_fit_runs_uncached(caplog: pytest.LogCaptureFixture) -> None:
     model, x = small(), noise(2, SIZE)
     plan = made(made_for=Signature(dtype="float64"))

@@ -110,6 +110,8 @@ class _Laid:
             raise PolicyError("a plan without an end that forecasts skipped blocks has numbers of its own at each step")
         if plan.adaptive and plan.skip.gate.adds_up:
             raise PolicyError(f"what {type(plan.skip.gate).__name__} adds up cannot be told at run time")
+        if plan.adaptive and plan.skip.gate.behind:
+            raise PolicyError(f"{type(plan.skip.gate).__name__} may begin a step again, which a table cannot tell")
         if plan.adaptive and not isinstance(memory, CacheSpec):
             raise PolicyError(f"what {type(memory).__name__} keeps of skipped blocks cannot be told at run time")
         steps = []

@@ -18,7 +18,7 @@ from toca_compile.ir.fields import Number as NumberField
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
 from toca_compile.ir.state import Number
-from toca_compile.ir.types import StepKind
+from toca_compile.ir.types import Site, StepKind
 
 ONE = 1 << 32
 """Weights are handed over as whole multiples of 2⁻³²: a whole number may change without a recompile."""
@@ -29,15 +29,33 @@ AHEAD = 64
 
 @dataclass(frozen=True)
 class Weights(Family):
-    """How much each anchor counts at a step; one class a published predictor (``policies/anchors.py``)."""
+    """How much each anchor counts at a step; one class a published predictor (``policies/anchors.py``).
+
+    Attributes:
+        steered: whether the last two count as a gate measures at run time (``Gate.share``), where one does.
+    """
+
+    steered: ClassVar[bool] = False
 
     def weights(self, full: Sequence[int], step: int) -> list[float]:
         """One number for each of the full steps ``full``, oldest first, at a later ``step``."""
         raise NotImplementedError
 
+    def by_group(self) -> "tuple[Weights, ...]":
+        """The rule of each group of channels."""
+        return (self,)
+
+    def channels(self) -> tuple[int, ...]:
+        """Of each channel, the last dimension, its group; none where all are one."""
+        return ()
+
     def for_run(self, num_steps: int) -> "Weights":
         """The same in a run of so many steps."""
         return self
+
+    def form(self) -> "Weights | None":
+        """What of it a graph depends on."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,9 @@ class Measured(Weights):
 
     op: ClassVar[str]
     ridge: Annotated[float, NumberField(0, 1, above=True)] = 1e-8
+
+    def form(self) -> Weights:
+        return self
 
     def weights(self, full: Sequence[int], step: int) -> list[float]:
         return [0.0] * (len(full) - 1) + [1.0]  # where the last value is all that is kept
@@ -108,14 +129,34 @@ class Ring(History):
         numbers: Numbers = {(Number.KEEP, 0): (past.times - 1) % slots if slots else 0}
         if self.measured is not None:
             return numbers | self._spacing(past, step)
-        numbers |= {(Number.MOVE, i): 0 for i in range(self.kept)}
-        if self.by is None or not past.full:
+        rules = self.by.by_group() if self.by is not None else ()
+        numbers |= {(Number.MOVE, i): 0 for i in range(self.kept * max(len(rules), 1))}
+        if not past.full:
             return numbers
-        full = past.full[-self.kept :]
-        for back, weight in enumerate(reversed(self.by.weights(full, step))):
-            place = 1 + (past.times - 1 - back) % slots if back else 0
-            numbers[Number.MOVE, place] = round(weight * ONE)
+        for group, rule in enumerate(rules):
+            numbers |= self._placed(past, rule.weights(past.full[-self.kept :], step), group)
         return numbers
+
+    def steered(self, past: Past, share: float) -> Numbers:
+        if self.by is None or not self.by.steered or min(len(past.full), self.kept) < 2:
+            return {}
+        return self._placed(past, [1 - share, share])
+
+    def _placed(self, past: Past, weights: Sequence[float], group: int = 0) -> Numbers:
+        """Weights of the last values, oldest first, by where these lie."""
+        places = [1 + (past.times - 1 - back) % (self.kept - 1) if back else 0 for back in range(len(weights))]
+        start = group * self.kept
+        return {(Number.MOVE, start + p): round(w * ONE) for p, w in zip(places, reversed(weights), strict=True)}
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The group of each channel that has a rule of its own; none where all have one."""
+        return self.by.channels() if self.by is not None else ()
+
+    def refused(self, like: torch.Tensor) -> str | None:
+        count = len(self.channels)
+        last = like.shape[-1] if like.dim() else 1
+        return f"has {last} channels, and rules are told for {count}" if count not in (0, last) else None
 
     def _spacing(self, past: Past, step: int) -> Numbers:
         """How many of the last values are evenly spaced if this step computes all, and how far; else which row of the
@@ -138,7 +179,19 @@ class Ring(History):
         return super().joined(other)
 
     def form(self) -> History:
-        return self if self.measured else replace(self, by=None)
+        return replace(self, by=self.by.form() if self.by is not None and self.kept > 1 else None)
+
+
+@dataclass(frozen=True)
+class BandRing(Ring):
+    """The same, from which is told what is high in frequency over the token grid, beyond ``cutoff`` of an axis's
+    highest; the rest is that of the last value."""
+
+    cutoff: float = 0.0
+
+    @property
+    def over_grid(self) -> bool:
+        return True
 
 
 @register
@@ -161,6 +214,9 @@ class Anchors(Action):
         if self.by is None:
             raise PolicyError("Anchors needs a rule for the weights: Anchors(by=Polynomial())")
         return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device))
+
+    def refused(self, site: Site) -> str | None:
+        return Ring(self.kept, by=self.by).refused(site.output.meta["val"])
 
     def for_run(self, num_steps: int) -> Action:
         return replace(self, by=self.by.for_run(num_steps)) if self.by is not None else self

@@ -1,14 +1,18 @@
 """Gates: what a test at run time measures, to say whether a step computes the blocks that it may skip."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, ClassVar
+from math import isfinite
+from typing import Annotated, ClassVar, TypeVar
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Factor, Family, Fraction, Number
+from toca_compile.ir.fields import Factor, Family, Fraction, Natural, Number
 from toca_compile.ir.history import Numbers
 from toca_compile.ir.registry import register
 from toca_compile.ir.state import Number as HostNumber
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,39 @@ class Gate(Family):
 
     Attributes:
         first: whether it is measured on the blocks before those to skip, of which there must be one.
+        behind: whether it is measured on the blocks behind them, of which there must be one, once these were computed
+            from what stands in for the others; a step that then turns full begins again before the blocks to skip.
         adds_up: the value is kept at every step, and what it changes from step to step adds up since the last computed
             one; else it is kept at computed steps.
+        asks: how many computed steps there must be before it can tell anything.
     """
 
     first: ClassVar[bool]
+    behind: ClassVar[bool] = False
     adds_up: ClassVar[bool] = False
+    asks: ClassVar[int] = 1
 
     def rescaled(self, distance: float) -> float:
         """What a distance counts."""
         return distance
+
+    def bound(self, threshold: float, step: int, steps: int) -> float:
+        """What a step's distance is held against."""
+        return threshold
+
+    def trusts(self, since: int) -> bool:
+        """Whether a step so many after the last computed one is skipped without being measured."""
+        return False
+
+    def keeps(self, value: T, leaves: T | None) -> tuple[T | None, ...]:
+        """For each thing that is kept of what it measures, a value like it; None for a number. ``leaves``: what leaves
+        the blocks, where that is kept too."""
+        return (value,)
+
+    def share(self, measured: Sequence[float]) -> float | None:
+        """How far what the blocks add is on its way from the last computed step but one (0) to the last (1), as far as
+        what was measured beside the distance tells."""
+        return None
 
     def numbers(self, step: int, steps: int) -> Numbers:
         """The host numbers of a step that the measuring needs."""
@@ -87,3 +114,68 @@ class FilteredInput(FirstInput):
     def numbers(self, step: int, steps: int) -> Numbers:
         sigma = self.sigmas[min(step, len(self.sigmas) - 1)] if self.sigmas else 1 - step / steps
         return {(HostNumber.SIGMA, 0): round(sigma * 2**32)}
+
+
+@register
+@dataclass(frozen=True)
+class Rate(Gate):
+    """How much what leaves the blocks must have changed since the step before, as a share of what left them at the last
+    computed step: k · mean|xₜ − xₜ₋₁| / mean|v|, where the stream x enters and v leaves, and k = mean|v − v′| /
+    mean|x − x′| between the last two computed steps (EasyCache, arXiv 2507.02860)."""
+
+    first = False
+    adds_up = True
+    asks = 2
+
+    def keeps(self, value: T, leaves: T | None) -> tuple[T | None, ...]:
+        return value, value, leaves, None
+
+
+@register
+@dataclass(frozen=True)
+class FirstOutput(Gate):
+    """What leaves the first blocks, from step to step (DiCache, arXiv 2508.17356). Beside it is measured how far what
+    they change, p, is on its way: mean|p − p₋₂| / mean|p₋₁ − p₋₂|, with p₋₁ and p₋₂ of the last two computed steps.
+
+    Args:
+        least, most: between which that lies.
+    """
+
+    least: Factor = 1.0
+    most: Factor = 1.5
+
+    first = True
+    adds_up = True
+
+    def keeps(self, value: T, leaves: T | None) -> tuple[T | None, ...]:
+        return value, value, value
+
+    def share(self, measured: Sequence[float]) -> float | None:
+        (share,) = measured
+        return min(max(share, self.least), self.most) if isfinite(share) else None
+
+
+@register
+@dataclass(frozen=True)
+class LastBlocks(Gate):
+    """How wrong a forecast of what the last blocks change is, mean|forecast − computed| / mean|computed|; they are
+    computed from the stream that was forecast (SpeCa, arXiv 2509.11628).
+
+    Args:
+        decay: β. The threshold of a step is that of the run times β to the power of the run's share that is done.
+        floor: beneath which it does not fall.
+        drafts: how many steps after a computed one are taken for good without being measured.
+    """
+
+    decay: Annotated[float, Number(0, 1, above=True)] = 1.0
+    floor: Annotated[float, Number(0, 1e6)] = 0.01
+    drafts: Natural = 0
+
+    first = False
+    behind = True
+
+    def bound(self, threshold: float, step: int, steps: int) -> float:
+        return max(threshold * self.decay ** (step / steps), self.floor)
+
+    def trusts(self, since: int) -> bool:
+        return since <= self.drafts

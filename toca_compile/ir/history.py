@@ -73,6 +73,15 @@ class History:
         """Whether what is kept of a sample, and told from it, is the same whatever samples stand beside it."""
         return True
 
+    @property
+    def over_grid(self) -> bool:
+        """Whether what is told from it depends on where in the picture a token lies."""
+        return False
+
+    def refused(self, like: torch.Tensor) -> str | None:
+        """Why a value like this cannot be told from it; None where it can."""
+        return None
+
     def turned(self, past: Past) -> tuple[int, int]:
         """How far, and of how many, the places of its ring are turned against those of a value that was kept first
         where this one was last; of a history without a ring 0 of 1."""
@@ -92,6 +101,11 @@ class History:
 
     def numbers(self, past: Past, step: int, used: int) -> Numbers:
         """The host numbers of a step. ``used``: how far back a forecast goes (``depth`` at most)."""
+        return {}
+
+    def steered(self, past: Past, share: float) -> Numbers:
+        """The numbers of a step of which is measured how far the value is on its way from the last full step but one
+        (0) to the last (1), where a forecast asks for that."""
         return {}
 
     def joined(self, other: "History") -> "History":

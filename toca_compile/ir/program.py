@@ -1,13 +1,14 @@
 """Programs: a graph cut into segments, and the rewritten variants of each."""
 
 from collections.abc import Callable, Container, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from torch import fx
 
 from toca_compile.ir.actions import Action, Keep
+from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.graph import ancestors
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import Slot
@@ -101,11 +102,17 @@ class Entry:
 @dataclass(frozen=True)
 class Stream:
     """A value that leaves a range of blocks, of which is kept what a site keeps of its output. Its ``index`` is behind
-    those of the sites; ``entry`` is what enters the range in its place, None where nothing of its kind does."""
+    those of the sites; ``entry`` is what enters the range in its place, None where nothing of its kind does.
+
+    ``measured``: of what a gate measures, a value like each that is kept for it, None for a number alone. ``places``:
+    where the picture lies in it, if that matters: the first dimension of tokens, how many, frames, height, width, and
+    the first token."""
 
     index: int
     output: fx.Node
     entry: Entry | None = None
+    measured: tuple[fx.Node | None, ...] = ()
+    places: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -115,13 +122,16 @@ class Stream:
 
 @dataclass(frozen=True)
 class Probe:
-    """A value that is held against what was kept of it, before it is known whether a range of blocks is computed.
+    """A value that is held against what was kept of it, to know whether a range of blocks is computed.
 
     Attributes:
-        given: the values that it is made of, which are there before the range.
+        given: the values that it is made of.
         nodes: the model's own ops that make it of them, in order.
         value: it, or what ``minus`` is subtracted from.
-        at_each_step: whether it is kept at each step, or at those that compute the range.
+        minus: a value of its kind that stands before it in the graph.
+        leaves: what leaves the range, where that is kept too.
+        gate: what is measured of them.
+        kept: before which segment it is kept at steps that compute the range.
         filter: if it is filtered, where its tokens lie: the last arguments of ``toca.sea_filter``.
         groups: of processes that share the graph's work, and must decide alike.
     """
@@ -130,7 +140,9 @@ class Probe:
     nodes: tuple[fx.Node, ...]
     value: fx.Node
     minus: fx.Node | None = None
-    at_each_step: bool = False
+    leaves: fx.Node | None = None
+    gate: Gate = field(default_factory=FirstBlocks)
+    kept: int = 0
     filter: tuple[Any, ...] | None = None
     groups: tuple[str, ...] = ()
 
@@ -160,7 +172,13 @@ class BlockRange:
     @property
     def change(self) -> Stream | None:
         """What the blocks before the range change."""
-        return Stream(self.streams[-1].index + 1, self.probe.value) if self.probe is not None else None
+        if self.probe is None:
+            return None
+        index, value, gate = self.streams[-1].index + 1, self.probe.value, self.probe.gate
+        if gate.behind:  # kept as what leaves the range is
+            assert self.probe.minus is not None
+            return Stream(index, value, Entry((self.probe.minus,)))
+        return Stream(index, value, measured=gate.keeps(value, self.probe.leaves))
 
     @property
     def owners(self) -> tuple[Stream, ...]:
@@ -170,6 +188,8 @@ class BlockRange:
     def segment(self, does: str) -> "StandIn":
         """The segment that does this for the range."""
         measured = self.probe.given if self.probe is not None else ()
+        if self.probe is not None and self.probe.leaves is not None and does == "keep change":
+            measured = (*measured, self.probe.leaves)
         given = {"skip": self.inputs, "keep": (*self.inputs, *self.outputs)}.get(does, measured)
         owners = self.streams if does in ("skip", "keep") else self.owners[len(self.streams) :]
         return StandIn(

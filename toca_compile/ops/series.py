@@ -1,5 +1,6 @@
 """What a value did from full step to full step, and where it is going."""
 
+from collections.abc import Sequence
 from math import factorial
 
 import torch
@@ -26,6 +27,16 @@ def forecast(cache: Tensor, difference: Tensor, power: int, order: int) -> Tenso
 def weighted(value: Tensor, weight: int) -> Tensor:
     """value · weight · 2⁻³² in float32: a term of a sum whose weights are host numbers."""
     return value.float() * (weight * 2.0**-32)
+
+
+@op("by_channel(Tensor[] parts, int[] groups) -> Tensor")
+def by_channel(parts: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    """Of each channel, the last dimension, what the part of its group has."""
+    own = torch.tensor(groups, device=parts[0].device)
+    value = parts[0]
+    for group, part in enumerate(parts[1:], 1):
+        value = torch.where(own == group, part, value)
+    return value
 
 
 @op("store_at_(Tensor(a!) ring, SymInt place, Tensor value) -> Tensor(a!)")
@@ -75,3 +86,23 @@ def relative_change(now: Tensor, before: Tensor) -> Tensor:
     """mean|now − before| / mean|before|, a float32 scalar: what FirstBlockCache holds against its threshold."""
     old = before.float()
     return (now.float() - old).abs().mean() / old.abs().mean()
+
+
+@op("relative_rate(Tensor out, Tensor out_before, Tensor now, Tensor before) -> Tensor")
+def relative_rate(out: Tensor, out_before: Tensor, now: Tensor, before: Tensor) -> Tensor:
+    """mean|out − out_before| / mean|now − before|, a float32 scalar: EasyCache's transformation rate."""
+    return (out.float() - out_before.float()).abs().mean() / (now.float() - before.float()).abs().mean()
+
+
+@op("expected_change(Tensor now, Tensor before, Tensor out, Tensor rate) -> Tensor")
+def expected_change(now: Tensor, before: Tensor, out: Tensor, rate: Tensor) -> Tensor:
+    """rate · mean|now − before| / mean|out|, a float32 scalar: the change of ``out`` that EasyCache expects."""
+    return rate * (now.float() - before.float()).abs().mean() / out.float().abs().mean()
+
+
+@op("share_of_way(Tensor now, Tensor last, Tensor first) -> Tensor")
+def share_of_way(now: Tensor, last: Tensor, first: Tensor) -> Tensor:
+    """mean|now − first| / mean|last − first|, a float32 scalar: how far DiCache takes a value to be on its way from
+    ``first`` (0) to ``last`` (1)."""
+    start = first.float()
+    return (now.float() - start).abs().mean() / (last.float() - start).abs().mean()

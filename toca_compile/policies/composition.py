@@ -125,6 +125,8 @@ class Composition(CachingPolicy):
                 )
             if self.when.by.first and not all(do.first for do in ranges):
                 raise PolicyError("Adaptive is measured on the first blocks: SkipBlocks(first=1) or more")
+            if self.when.by.behind and not all(do.last for do in ranges):
+                raise PolicyError("Adaptive is measured on the last blocks: SkipBlocks(last=1) or more")
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The full steps of a kind of site as call indices, 0 first."""

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from toca_compile.api import controls, optimize, restore
 from toca_compile.diffusers import is_pipeline, transformers_of
 from toca_compile.errors import TocaError
+from toca_compile.ir.anchors import Weights
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
-from toca_compile.policies.anchors import Given
+from toca_compile.policies.anchors import Foca, Given, Hermite, Polynomial
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
+from toca_compile.policies.hyca import ByChannel
 from toca_compile.policies.when import Listed
 from toca_compile.quality.evaluation import Sampler
 from toca_compile.quality.settings import SearchSettings, overridden
@@ -90,6 +92,70 @@ def least_squares(
             solved = torch.linalg.lstsq(known.T @ known, (known.T @ value)[:, None], driver="gelsd").solution
             rows.append(tuple(solved[:, 0].tolist()))
     return Given(tuple(rows))
+
+
+def channel_rules(
+    model: Any,
+    sampler: Sampler,
+    full: Sequence[int],
+    *,
+    kept: int = 3,
+    settings: SearchSettings = DEFAULTS,
+    **overrides: Any,
+) -> ByChannel:
+    """HyCa's groups of channels (arXiv 2510.04188) and the rule of each, from one uncached run: channels are told apart
+    by k-means (as many groups as there are rules) on how much what the blocks add changes from step to step, and how
+    much that change does, each as a share of what is added; a group takes the rule with the least squared error.
+
+    Args:
+        model, sampler, settings, overrides: as of ``magnitudes``.
+        full, kept: as of ``least_squares``.
+
+    Returns:
+        For ``Anchors(by=…, kept)`` of all blocks.
+
+    Raises:
+        TocaError: the model's blocks cannot be skipped, their streams have different numbers of channels, or a sampling
+            has another number of steps.
+    """
+    settings = overridden(settings, overrides)
+    Listed(tuple(full))
+    with _added(model, sampler, 0, settings) as values:
+        widths = {s.shape[-1] for streams in values for s in streams}
+        if len(widths) != 1:
+            raise TocaError(f"channels are grouped for all streams at once, and these have {sorted(widths)}")
+        run = torch.stack([torch.cat([s.double().flatten(0, -2) for s in streams]) for streams in values])
+    return rules_of(run, full, kept)
+
+
+def rules_of(run: Tensor, full: Sequence[int], kept: int) -> ByChannel:
+    """The same of what was added at each step, ``[steps, tokens, channels]``."""
+    sizes = [run.diff(n=order, dim=0).abs().mean((0, 1)) for order in range(min(3, len(run)))]
+    told = torch.stack([(size / (sizes[0] + 1e-12) + 1e-12).log() for size in sizes[1:]], 1)
+    groups = _groups((told - told.mean(0)) / (told.std(0) + 1e-12), len(_SOLVERS))
+    errors = torch.zeros(len(_SOLVERS), run.shape[-1], dtype=run.dtype)
+    for step in set(range(len(run))) - set(full):
+        anchors = [f for f in full if f < step][-kept:]
+        for i, rule in enumerate(_SOLVERS):
+            weights = torch.tensor(rule.weights(anchors, step), dtype=run.dtype)
+            errors[i] += (torch.tensordot(weights, run[anchors], 1) - run[step]).square().sum(0)
+    best = [int(errors[:, groups == group].sum(1).argmin()) for group in range(len(_SOLVERS))]
+    used = sorted({best[group] for group in groups.tolist()})
+    return ByChannel(tuple(_SOLVERS[i] for i in used), tuple(used.index(best[group]) for group in groups.tolist()))
+
+
+_SOLVERS: tuple[Weights, ...] = (Polynomial(1), Polynomial(2), Polynomial(3), Foca(), Hermite())
+
+
+def _groups(told: Tensor, count: int, rounds: int = 20) -> Tensor:
+    """K-means of rows, from such as are evenly spread by the first of what is told: the group of each."""
+    order = told[:, 0].argsort()
+    centres = told[order[torch.linspace(0, len(told) - 1, count).round().long()]]
+    for _ in range(rounds):
+        groups = torch.cdist(told, centres).argmin(1)
+        means = [told[groups == i].mean(0) if (groups == i).any() else centres[i] for i in range(count)]
+        centres = torch.stack(means)
+    return groups
 
 
 def _lengths(streams: list[Tensor]) -> Tensor:

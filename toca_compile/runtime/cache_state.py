@@ -71,6 +71,12 @@ def _history(index: int, site: Site | Stream, keep: Keep, program: Program, sele
     return keep.history.buffers(_kept(site.output, keep))[index - 1]
 
 
+def _change(index: int, site: Stream, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
+    like = site.measured[index]
+    value: torch.Tensor = site.output.meta["val"]
+    return value.new_empty([], dtype=torch.float32) if like is None else _kept(like, keep)
+
+
 def _stale_input(index: int, site: Site, keep: Keep, program: Program, selector: TokenSelector) -> torch.Tensor:
     assert site.row_proof is not None
     return _kept(site.row_proof.stale_inputs[index], keep)
@@ -103,7 +109,7 @@ def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
 
 _LIKE: dict[State, Callable[[int, Any, Keep, Program, TokenSelector], torch.Tensor]] = {
     State.OUTPUT: _output,
-    State.CHANGE: _output,
+    State.CHANGE: _change,
     State.HISTORY: _history,
     State.STALE_INPUT: _stale_input,
     State.KEYS: _keys,

@@ -357,9 +357,19 @@ class Executor:
         done = self._front
         self._condition(step, bound, key, full=full and calls is uncut)
         if schedule.probe is not None and calls is not uncut:
-            step.run(bound.calls[done : schedule.probe.at])
-            done = schedule.probe.at
-            if not self._skips(step, past, now, run, key):
+            ahead = schedule.joined(calls)
+            stop = schedule.until(ahead, schedule.skips.start - 1)
+            step.run(bound.calls[done:stop])
+            done, skips = stop, self._may_skip(schedule, past, run)
+            if skips is None:
+                entered, stop = list(step.values), schedule.until(ahead, schedule.probe.at)
+                step.run(bound.calls[done:stop])
+                skips = self._skips(step, past, now, run, key)
+                if skips:
+                    done = stop
+                else:  # blocks that were computed from a forecast are none of the step
+                    step.values[:] = entered
+            if not skips:
                 calls = uncut
                 bound = self._bound(calls, now, run, key)
                 self._condition(step, bound, key, full=full)
@@ -448,13 +458,23 @@ class Executor:
         skip, probe = now.schedule.plan.skip, now.schedule.probe
         assert probe is not None
         assert skip.threshold is not None
-        if not past.times or (skip.limit is not None and run.step - past.since > skip.limit):
-            return False
         (change,) = step.run([self._bind(probe, now, run, key)])
         if not skip.gate.adds_up:
-            return not bool(change > skip.threshold)
-        run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(float(change))
+            return not bool(change > skip.gate.bound(skip.threshold, run.step, len(now.schedule.rows)))
+        distance, *more = change.tolist() if change.dim() else (float(change),)
+        share = skip.gate.share(more) if more else None
+        if share is not None:
+            step.moves.update(skip.memory.steered(past, share))
+        run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(distance)
         return run.drift[key] < skip.threshold
+
+    @staticmethod
+    def _may_skip(schedule: Schedule, past: Past, run: Run) -> bool | None:
+        """Whether a step skips its blocks whatever is measured; None where that decides."""
+        skip, since = schedule.plan.skip, run.step - past.since
+        if past.times < skip.gate.asks or (skip.limit is not None and since > skip.limit):
+            return False
+        return True if skip.gate.trusts(since) else None
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
         """The plan as a step follows it that is not the run's first: it goes with what the graph has of the step

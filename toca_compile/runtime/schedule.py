@@ -63,9 +63,11 @@ class Schedule:
         plan, found = planned.plan, planned.range
         self.owners: tuple[Site | Stream, ...] = (*program.sites, *(found.owners if found is not None else ()))
         self.segments, self.skips = _with_stand_ins(program.segments, found)
+        kept = [i for i, s in enumerate(self.segments) if isinstance(s, StandIn) and s.does == "keep change"]
+        self._left_out = frozenset((*self.skips, *kept))
         self.keeps = _keeps(program.sites, plan)
         if found is not None:
-            self.keeps += [Keep(plan.skip.memory if stream != found.change else None) for stream in found.owners]
+            self.keeps += [Keep(None if stream.measured else plan.skip.memory) for stream in found.owners]
         self._full, self._skip = Compute(), SkipBlocks()
         steps = list(plan.steps)
         if start:
@@ -93,7 +95,8 @@ class Schedule:
         self.probe = None
         if found is not None and found.change is not None:
             form = self._form(found.change.index, self._full, scored=False)
-            self.probe = SegmentCall(found.segment("probe"), (form,), found.first)
+            at = kept[0] if plan.skip.gate.behind else found.first
+            self.probe = SegmentCall(found.segment("probe"), (form,), at)
         self._numbers: tuple[int, dict[tuple[int, int, int], Numbers]] = (-1, {})
         self._passed: list[Past] = []  # of the blocks that steps skip, by step
         self._moments: dict[int, Hashable] = {}
@@ -119,7 +122,7 @@ class Schedule:
     def _join(self, calls: Calls) -> Calls:
         # What stands in front is computed less often; and before the probe a step stops, to decide what is next.
         first = sum(call.segment.constant or call.segment.timed for call in calls)
-        first = max(first, self.probe.at if self.probe is not None else 0)
+        first = max(first, self.until(calls, self.probe.at) if self.probe is not None else 0)
         own = calls[first:]
         # Where tokens are selected, some blocks may have none left to compute: each is compiled on its own, so that
         # other ratios compile nothing.
@@ -131,6 +134,11 @@ class Schedule:
         read = set(self.program.module.graph.output_node().all_input_nodes)
         chain = Chain.of(parts, [call.at for call in own], leads, read)
         return (*calls[:first], SegmentCall(chain, tuple(form for call in own for form in call.forms), own[0].at))
+
+    @staticmethod
+    def until(calls: Calls, at: int) -> int:
+        """How many calls of a step stand before a place among the segments."""
+        return sum(call.at < at for call in calls)
 
     def _computes_a_branch(self, call: SegmentCall) -> bool:
         if isinstance(call.segment, StandIn):
@@ -230,7 +238,7 @@ class Schedule:
             if keep.history is not None:
                 count |= {State.OUTPUT: 1, State.HISTORY: len(keep.history.buffers(value_of(owner.output)))}
             elif isinstance(owner, Stream):
-                count[State.CHANGE] = 1
+                count[State.CHANGE] = len(owner.measured)
             if isinstance(owner, Site) and keep.stale_inputs and owner.row_proof is not None:
                 count[State.STALE_INPUT] = len(owner.row_proof.stale_inputs)
             if isinstance(owner, Site) and keep.keys and owner.query_proof is not None:
@@ -263,7 +271,7 @@ class Schedule:
             calls = tuple(
                 self._call(segment, tuple(forms[i] for i in segment.sites), at)
                 for at, segment in enumerate(self.segments)
-                if (at not in self.skips if skips else at != stand_in)
+                if (at not in self._left_out if skips else at != stand_in)
             )
             self._steps[asked] = self._calls.setdefault(calls, calls)
         return self._steps[asked]
@@ -306,10 +314,14 @@ def _with_stand_ins(segments: tuple[Segment, ...], found: BlockRange | None) -> 
     """The segments with those that stand in for a range, and the places of those that are left out with it."""
     if found is None:
         return segments, range(0)
-    change = [found.segment("keep change")] if found.change is not None else []
-    inside = [*change, *segments[found.first : found.last], found.segment("keep")]
-    ordered = (*segments[: found.first], found.segment("skip"), *inside, *segments[found.last :])
-    return ordered, range(found.first + 1, found.first + 1 + len(inside))
+    before = {found.first: [found.segment("skip")], found.last: [found.segment("keep")]}
+    if found.probe is not None:
+        before.setdefault(found.probe.kept, []).append(found.segment("keep change"))
+    ordered: list[Segment] = []
+    for i in range(len(segments) + 1):
+        ordered += [*before.get(i, ()), *segments[i : i + 1]]
+    inside = found.last - found.first + sum(map(len, (v for i, v in before.items() if i <= found.last))) - 1
+    return tuple(ordered), range(found.first + 1, found.first + 1 + inside)
 
 
 def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[int, int], Past]) -> Past:

@@ -19,7 +19,7 @@ from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Form, Program
 from toca_compile.ir.state import State
 from toca_compile.ir.storage import TAIL
-from toca_compile.policies import Anchors, ClusCa, Composition, Dmd, Foca, Rule
+from toca_compile.policies import Anchors, ClusCa, Composition, Dmd, Foca, FreqCa, Rule, SpeCa
 
 toca = torch.ops.toca
 STEPS = 9
@@ -36,6 +36,8 @@ POLICIES: dict[str, Any] = {
     "anchors": Composition(STEPS, rules=(Rule(Anchors(by=Foca())),)),
     "measured anchors": Composition(STEPS, rules=(Rule(Anchors(by=Dmd())),)),
     "blocks": BlockCache(STEPS, 1, interval=3, order=1, basis="newton"),
+    "blocks in two bands": FreqCa(STEPS, 3),
+    "blocks, verified": SpeCa(STEPS, threshold=1e3, decay=1.0),
     "blocks by a test": BlockCache(STEPS, threshold=2.0, order=1),
 }
 
