@@ -387,6 +387,8 @@ def _laid(mask: Tensor, place: Place, twin: Twin) -> Tensor:
     else:
         if mask.shape in ((b, n), (1, n)):
             candidates.append(mask.expand(b, n))
+        if mask.shape == (1, b):  # a model that shows no attention may have its samples for tokens
+            candidates.append(mask.T.expand(b, n))
         splits = {(f, s), (f * place.height, place.width)}
         splits |= {(w, n // w) for w in (2, 3, 5) if n % w == 0 and "scope='window'" in repr(twin.spec)}
         for outer, inside in splits:
