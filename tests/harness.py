@@ -142,6 +142,9 @@ def _commutes(
     wanted = [restrict(t, d, spec.sizes, label, index) for t, d in zip(tensors(result), spec.results, strict=True)]
     if rule.size_arg is not None:
         small_args = (*small_args[: rule.size_arg], list(wanted[0].shape), *small_args[rule.size_arg + 1 :])
+    for arg in rule.parts_args:
+        parts = small_args[arg]
+        small_args = (*small_args[:arg], [wanted[0].shape[0] // len(parts)] * len(parts), *small_args[arg + 1 :])
     try:
         got = tensors(called(rule, small_args, small_kwargs))
     except (RuntimeError, IndexError):

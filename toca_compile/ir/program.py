@@ -1,7 +1,7 @@
 """Programs: a graph cut into segments, and the rewritten variants of each."""
 
 from collections.abc import Callable, Container, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -247,10 +247,12 @@ class Chain(Segment):
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """A plan that a graph can follow, and the blocks that its steps skip there, if any do."""
+    """A plan that a graph can follow, and the blocks that its steps skip there, if any do. ``policy``: whose plan it
+    is, in words."""
 
     plan: Plan
     range: BlockRange | None = None
+    policy: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

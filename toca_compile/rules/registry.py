@@ -1,9 +1,10 @@
 """The table of axis rules.
 
-A rule says, for one op, what happens to the dimensions (``axes``), which argument states the size of the result and
-must shrink with it (``size_arg``), what the op costs (``work``), and it brings sample calls, so that one property test
-covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a counterexample
-along each that it calls mixed. Samples draw every argument that can move elements: widths, shifts, dims, equations.
+A rule says, for one op, what happens to the dimensions (``axes``), which arguments state the size of the result and
+must shrink with it (``size_arg``, ``parts_args``), what the op costs (``work``), and it brings sample calls, so that
+one property test covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a
+counterexample along each that it calls mixed. Samples draw every argument that can move elements: widths, shifts, dims,
+equations.
 """
 
 from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ class Rule:
     axes: Callable[[Call], AxisSpec]
     samples: tuple[Sample, ...]
     size_arg: int | None = None
+    parts_args: tuple[int, ...] = ()  # list the sizes of the equal parts that the first dimension has
     pointwise: bool = False
     trailing: bool = False  # acts on the last dimensions, however many stand before them
     work: Work = Work.NONE
@@ -81,6 +83,7 @@ def register(
     ops: OpOverload | Iterable[OpOverload],
     *samples: Sample,
     size_arg: int | None = None,
+    parts_args: tuple[int, ...] = (),
     pointwise: bool = False,
     trailing: bool = False,
     work: Work = Work.NONE,
@@ -96,7 +99,7 @@ def register(
         for op in listed:
             if op in RULES:
                 raise RuleError(f"{op} has a rule already")
-            RULES[op] = Rule(op, axes, samples, size_arg, pointwise, trailing, work)
+            RULES[op] = Rule(op, axes, samples, size_arg, parts_args, pointwise, trailing, work)
         return axes
 
     return add
