@@ -178,14 +178,14 @@ class Restriction:
 
     def _sized(self, node: fx.Node) -> dict[int, Any]:
         """The arguments, by position, that state the size of the result: that of K rows."""
-        rule = RULES[node.target]  # type: ignore[index]
-        if rule.size_arg is not None:
-            return {rule.size_arg: self._shape(node)}
-        first = self._shape(node)[0] if rule.parts_args else None
-        if not isinstance(first, fx.Node):  # the tokens lie in another dimension
+        stated = RULES[node.target].size_arg  # type: ignore[index]
+        shape = self._shape(node) if stated is not None else []
+        if not isinstance(stated, tuple):
+            return {} if stated is None else {stated: shape}
+        if not isinstance(shape[0], fx.Node):  # the tokens lie in another dimension
             return {}
-        count = len(call_of(node).args[rule.parts_args[0]])
-        return dict.fromkeys(rule.parts_args, [self.emit(operator.floordiv, first, count)] * count)
+        count = len(call_of(node).args[stated[0]])
+        return dict.fromkeys(stated, [self.emit(operator.floordiv, shape[0], count)] * count)
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""

@@ -64,16 +64,16 @@ def attention(call: Call) -> AxisSpec:
 
 def _summed(rng: Random) -> Args:
     b, h, q, k, d = sizes(rng, 5)
-    return (torch.randn(b, h, q, d), torch.randn(b, h, k, d), torch.randn(b, h, k, d)), {}
+    return tuple(torch.randn(b, h, n, d) for n in (q, k, k)), {}
 
 
 @register(aten._scaled_dot_product_flash_attention_for_cpu.default, _summed, work=Work.ATTENTION)
 def with_log_sum(call: Call) -> AxisSpec:
     """An attention that tells the logarithm of each query's sum too, by which those over parts of the keys are joined
-    (ring attention)."""
+    (ring attention). Its values must be as wide as its keys, and so no part of their features."""
     if call.arg(3, "dropout_p", 0.0) or call.arg(4, "is_causal", False) or len(call.operands) > 3:
         raise RuleError("an attention with dropout, causal or masked")
-    return einsum("b h q d, b h k d, b h k e -> b h q e, b h q", call.operands, call.results)
+    return einsum("b h q d, b h k d, b h k e -> b h q o, b h q", call.operands, call.results)
 
 
 def _flexed(rng: Random) -> Args:

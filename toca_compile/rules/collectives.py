@@ -126,4 +126,4 @@ if dist.is_available():
     register(collectives.wait_tensor.default, lambda rng: ((torch.randn(shape(rng)),), {}))(same_element)
     register(collectives.all_gather_into_tensor.default, _gathered)(all_gather)
     register(collectives.reduce_scatter_tensor.default, _scattered)(reduce_scatter)
-    register(collectives.all_to_all_single.default, _exchanged, parts_args=(1, 2))(all_to_all)
+    register(collectives.all_to_all_single.default, _exchanged, size_arg=(1, 2))(all_to_all)
