@@ -37,8 +37,14 @@ def find_attention(graph: fx.Graph, types: AxisTypes) -> tuple[Attention, ...]:
     over_rows = {a.node for a in linear}
     order = {node: i for i, node in enumerate(graph.nodes)}
     # A softmax over what keys and values make of each other runs over features.
-    found = [a for a in found if a.node not in over_rows] + linear
+    found = [_at_their_places(a, types) for a in found if a.node not in over_rows] + linear
     return tuple(sorted((a for a in found if a.axis), key=lambda a: order[a.node]))
+
+
+def _at_their_places(attention: Attention, types: AxisTypes) -> Attention:
+    """With keys that several processes have, each in the place of its own token, told apart by their places alone."""
+    others = types.number_processes() - types.factors.atoms(attention.axis)
+    return replace(attention, key_axis=tuple(f for f in attention.key_axis if f not in others))
 
 
 def _fused(node: fx.Node, types: AxisTypes) -> Attention:

@@ -69,6 +69,7 @@ def _apply(node: fx.Node, types: AxisTypes) -> None:
     for label, size in spec.sizes.items():
         if label not in bound:
             bound[label] = factors.new(size)
+    types.processes.update(f for label in spec.processes for f in bound[label])
     types.specs[node] = spec
     types.labels[node] = bound
     types.results[node] = tuple(

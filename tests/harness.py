@@ -140,8 +140,13 @@ def _commutes(
         Tensor, lambda t: restrict(t, next(dims), spec.sizes, label, index), (args, kwargs)
     )
     wanted = [restrict(t, d, spec.sizes, label, index) for t, d in zip(tensors(result), spec.results, strict=True)]
-    if rule.size_arg is not None:
-        small_args = (*small_args[: rule.size_arg], list(wanted[0].shape), *small_args[rule.size_arg + 1 :])
+    shape = list(wanted[0].shape)
+    if isinstance(rule.size_arg, int):
+        small_args = (*small_args[: rule.size_arg], shape, *small_args[rule.size_arg + 1 :])
+    elif rule.size_arg is not None:
+        count = len(args[rule.size_arg[0]])
+        parts = [shape[0] // count] * count
+        small_args = tuple(parts if i in rule.size_arg else arg for i, arg in enumerate(small_args))
     try:
         got = tensors(called(rule, small_args, small_kwargs))
     except (RuntimeError, IndexError):

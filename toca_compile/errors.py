@@ -34,6 +34,10 @@ class ExportError(TocaError, ValueError):
     the model in it was not exported for."""
 
 
+class ProcessError(TocaError, RuntimeError):
+    """Processes that share a model do not do the same, or one of them is gone."""
+
+
 class PassError(TocaError):
     """A compiler pass failed; the message names it and the passes that ran before."""
 

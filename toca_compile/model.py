@@ -296,9 +296,10 @@ class Calls:
         name = type(model).__name__
         why = next(iter(session.uncached.values()), None)
         if isinstance(why, NoSiteError):
-            hooks = why_no_site(self._hooked[1]) or no_rules(why.unknown)
+            # What hooks do is traced with the model, unless Dynamo stops at it.
+            blamed = (why_no_site(self._hooked[1]) if session.broken else "") or no_rules(why.unknown)
             error: TocaError = NoSiteError(
-                f"no site was found in {name} for inputs like these{f'. {hooks}' if hooks else f': it {NO_SITE}'} "
+                f"no site was found in {name} for inputs like these{f'. {blamed}' if blamed else f': it {NO_SITE}'} "
                 f"(strict=False runs it uncached) {session.split(session.graphs)}".rstrip()
             )
         elif why is not None and session.strict:

@@ -39,6 +39,7 @@ from toca_compile.progress import working
 from toca_compile.rules.registry import RULES
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.graphs import MODES, Capture, Graphs, capture_for, without
+from toca_compile.runtime.peers import Peers, peers_of
 from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,6 @@ class Session:
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
         self.warned: dict[str, None] = {}  # what was said of it
         self.recompiles = 0  # graphs that Dynamo handed over after the first call
-        self.input_names: dict[int, tuple[str, ...]] = {}  # of each graph's inputs, as the model's caller knows them
 
     def fresh(self) -> "Session":
         """One with the same settings that has seen no graph."""
@@ -144,8 +144,12 @@ class Session:
         for executor, whole in zip(self.executors, wholes, strict=True):
             numbers = self._numbers(executor.program)
             executor.set_variants(executor.variants.lowered(self._lower, dense=is_dense(self._lower), numbers=numbers))
-            executor.whole = whole
+            executor.whole, executor.peers = whole, self._peers(executor.program)
         self.control.reset()
+
+    def _peers(self, program: Program) -> Peers | None:
+        """The processes that share a graph, if it is shared; all settings but one change what is sent."""
+        return peers_of(program, str({k: v for k, v in self._settings().items() if k != "strict"}))
 
     def _variants(self, program: Program) -> ProgramVariants:
         numbers = self._numbers(program)
@@ -239,7 +243,8 @@ class Session:
         graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
         executor = self.runs(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         executor.graphs, executor.whole = graphs, whole
-        self.input_names[self.seen] = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
+        executor.peers = self._peers(program)
+        executor.names = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)
         return executor

@@ -48,13 +48,14 @@ def received(
         value = emit(aten._to_copy.default, values[attention.map], dtype=torch.float32)
         keys = _dims_of_keys(attention, types)
         atoms = _atoms(types, types.type_of(attention.map), site.batch, ())
-        atoms = [[(n, _TOKENS) for n, _ in dim] if d in keys else dim for d, dim in enumerate(atoms)]
+        made = types.type_of(attention.map)
+        atoms = [_keys(types, made[d], attention) if d in keys else dim for d, dim in enumerate(atoms)]
     else:
         query, key, mask = _operands(attention)
         arguments = (values[query], values[key], values[mask] if mask is not None else None)
         value = emit(toca.attention_received.default, *arguments, *_how(attention), selector.stride)
-        lead, keys_dim = types.type_of(query)[:-2], types.type_of(key)[-2]
-        atoms = [*_atoms(types, lead, site.batch, ()), [(types.factors.size(keys_dim), _TOKENS)]]
+        lead = types.type_of(query)[:-2]
+        atoms = [*_atoms(types, lead, site.batch, ()), _keys(types, types.type_of(key)[-2], attention)]
     return _over_heads(emit, value, atoms, site, selector, types)
 
 
@@ -157,6 +158,12 @@ def _atoms(types: AxisTypes, dims: Type, batch: Product, tokens: Product) -> Ato
         return _BATCH if factor in batch else _TOKENS if factor in tokens else _HEADS
 
     return [[(types.factors.size((f,)), group(f)) for f in dim] for dim in dims]
+
+
+def _keys(types: AxisTypes, dim: Product, attention: Attention) -> list[tuple[int, int]]:
+    """A dimension of keys taken apart. Those that several processes have in one place are added up, as heads are."""
+    others = types.number_processes() - set(attention.key_axis)
+    return [(types.factors.size((f,)), _HEADS if f in others else _TOKENS) for f in dim]
 
 
 def _grouped(emit: Emit, value: fx.Node, atoms: Atoms, groups: int) -> fx.Node:

@@ -142,14 +142,12 @@ class Restriction:
             operands.append(self._own(operand, node, dims) if own else self._leaf(operand, node, tokens, batch))
             if any(tokens):
                 self.gathered[operand] = operands[-1]
-        size_arg = RULES[node.target].size_arg  # type: ignore[index]
-        shape = self._shape(node) if size_arg is not None else []  # before the op that reads it
+        sized = self._sized(node)  # before the op that reads it
         if node in self.proof.placed:
             return self._placed(node, operands)
         copy = self.copy(node, in_turn(operands, self.values))
         copy.meta.pop("val", None)  # it has other sizes now
-        if size_arg is not None:
-            copy.args = (*copy.args[:size_arg], shape, *copy.args[size_arg + 1 :])
+        copy.args = tuple(sized.get(i, arg) for i, arg in enumerate(copy.args))
         if not back:
             return copy
         self.restored.add(node)
@@ -177,6 +175,17 @@ class Restriction:
         if dims[-1] - dims[0] + 1 == len(dims):  # whichever has the rows
             return self.emit(aten.flatten.using_ints, value, dims[0], dims[-1])
         return self.emit(aten.squeeze.dims, value, dims[1:])
+
+    def _sized(self, node: fx.Node) -> dict[int, Any]:
+        """The arguments, by position, that state the size of the result: that of K rows."""
+        stated = RULES[node.target].size_arg  # type: ignore[index]
+        shape = self._shape(node) if stated is not None else []
+        if not isinstance(stated, tuple):
+            return {} if stated is None else {stated: shape}
+        if not isinstance(shape[0], fx.Node):  # the tokens lie in another dimension
+            return {}
+        count = len(call_of(node).args[stated[0]])
+        return dict.fromkeys(stated, [self.emit(operator.floordiv, shape[0], count)] * count)
 
     def _shape(self, node: fx.Node) -> list[Any]:
         """The shape of a value with its token factors replaced by K, in one dimension."""

@@ -1,11 +1,9 @@
-"""One of two processes that share the work of models: run as ``python -m tests.distributed.sharded RANK STORE``.
+"""One of two processes that share the work of models: run by ``spawn.py``.
 
 Each samples every sharded model under every policy, and the whole model under the same, and prints how far the one is
 from the other, which tokens the steps computed, and the report.
 """
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import toca_compile
+from tests.distributed.spawn import in_group
 from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.pipelines import flux
 from toca_compile import BlockCache, Fora, TaylorToCa, ToCa
@@ -162,12 +161,8 @@ def sampled(opt: Any, model: nn.Module) -> tuple[list[Tensor], list[Any]]:
     return outputs, tokens
 
 
-def main(rank: int, store: str) -> None:
-    """All models, and their reports, as JSON."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=torch._C._distributed_c10d.FileStore(store, WORLD), rank=rank, world_size=WORLD
-    )
+def main(rank: int, _: int) -> dict[str, Any]:
+    """All models, and their reports."""
     found: dict[str, Any] = {}
     for name, make in MODELS.items():
         whole, shard = make()
@@ -188,9 +183,8 @@ def main(rank: int, store: str) -> None:
                 "text": str(report),
                 "agreed": sum(t.count("all_reduce(") for n, t in report.graphs().items() if "relative_change" in t),
             }
-    dist.destroy_process_group()
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    in_group(main)

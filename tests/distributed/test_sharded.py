@@ -1,40 +1,20 @@
 """Models that two processes share, tensor parallel: the same as the whole model, under every kind of policy."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from tests.distributed.sharded import MODELS, POLICIES, WORLD
+from tests.distributed.spawn import needs_gloo, spawned
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [needs_gloo, pytest.mark.xdist_group("processes")]
 
 Found = list[dict[str, Any]]  # of each process, by model and policy
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    store = tmp_path_factory.mktemp("store") / "store"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.distributed.sharded", str(rank), str(store)],
-            cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        told = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), told[0][1][-3000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in told]
+    return spawned("tests.distributed.sharded", WORLD, tmp_path_factory.mktemp("store"))
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "scattered"])

@@ -64,7 +64,7 @@ def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> G
         raise PolicyError("all steps that skip blocks must skip the same ones")
     found = find_range(program, skipped, plan.skip) if skipped else None
     _check_storage(plan, program, warn)
-    return GraphPlan(plan, found)
+    return GraphPlan(plan, found, repr(policy))
 
 
 def _planned(policy: Policy, sites: Sequence[Site]) -> Plan:

@@ -111,9 +111,9 @@ class Factors:
         return (product,)
 
     def atoms(self, product: Product) -> set[Factor]:
-        """The factors of a dimension, and those of its parts, and of theirs, if it is a concatenation."""
+        """The factors of a dimension, and those of the parts, and of theirs, of each that is a concatenation."""
         product = self.resolve(product)
-        parts = self._segments.get(product[0], ()) if len(product) == 1 else ()
+        parts = [part for factor in product for part in self._segments.get(factor, ())]
         return set(product).union(*(self.atoms(part) for part in parts))
 
     def window(self, product: Product, start: int, size: int, step: int) -> Product:

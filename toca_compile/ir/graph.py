@@ -102,7 +102,7 @@ def source_line(node: fx.Node) -> str:
 # How a traced frame reaches a module before any of its own names: the variable, and what stands between (a closure, a
 # bound method, the arguments of a wrapper). Not part of the user's names.
 _ROOT = re.compile(
-    r"^[LG]\[\"?'?\w+\"?'?\](?:(?<='args'\])\[\d+\]|\.__self__|\.__closure__|\.__wrapped__|\.func\b|\[\d+\]\.cell_contents)*"
+    r"^[LG]\[\"?'?\w+\"?'?\](?:(?<='args'\])\[\d+\]|\.__self__|\.__closure__|\.__wrapped__|\.func\b|\.forward(?=\.__self__)|\[\d+\]\.cell_contents)*"
 )
 _INNER = {"_modules", "__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 

@@ -267,10 +267,12 @@ class Chain(Segment):
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """A plan that a graph can follow, and the blocks that its steps skip there, if any do."""
+    """A plan that a graph can follow, and the blocks that its steps skip there, if any do. ``policy``: whose plan it
+    is, in words."""
 
     plan: Plan
     range: BlockRange | None = None
+    policy: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

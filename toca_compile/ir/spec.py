@@ -38,6 +38,7 @@ class AxisSpec:
     placed: frozenset[str] = frozenset()  # mixed only in that the op counts: told which they are, a subset will do
     concat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
+    processes: frozenset[str] = frozenset()  # number those that share a model's work
     because: Mapping[str, str] = field(default_factory=dict)  # of a mixed label: what the op does, if that can be said
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from enum import Enum
 
 from torch import fx
 
-from toca_compile.ir.factors import Factors, Product
+from toca_compile.ir.factors import Factor, Factors, Product
 from toca_compile.ir.spec import AxisSpec
 
 Type = tuple[Product, ...]  # one product of factors per dimension
@@ -36,7 +36,7 @@ class FactorPos:
 @dataclass
 class AxisTypes:
     """The type of every tensor value of a graph, and the spec of every call by which it was inferred. ``groups``: of
-    processes that share the graph's work, by name."""
+    processes that share the graph's work, by name; ``processes``: the factors that number them."""
 
     factors: Factors
     results: dict[fx.Node, tuple[Type, ...]] = field(default_factory=dict)
@@ -44,6 +44,7 @@ class AxisTypes:
     unknown: dict[fx.Node, str] = field(default_factory=dict)  # why a call has no spec
     labels: dict[fx.Node, dict[str, Product]] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    processes: set[Factor] = field(default_factory=set)
 
     def type_of(self, node: fx.Node, result: int = 0) -> Type:
         """Dimensions of a value in their finest form."""
@@ -52,6 +53,10 @@ class AxisTypes:
     def label(self, node: fx.Node, name: str) -> Product:
         """The factors that a label of the node's spec stands for."""
         return self.factors.resolve(self.labels[node][name])
+
+    def number_processes(self) -> set[Factor]:
+        """The factors that number processes, in their finest form."""
+        return set(self.factors.resolve(self.processes))
 
 
 @dataclass(frozen=True)

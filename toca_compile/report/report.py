@@ -331,8 +331,7 @@ _COMPUTE = Compute()
 
 def _inputs(graph: _Graph) -> dict[str, str]:
     """What a graph is called with, by name, without weights."""
-    session, program = graph.session, graph.executor.program
-    names = session.input_names.get(graph.executor.number, ())
+    program, names = graph.executor.program, graph.executor.names
     varying = set(program.varying)
     found: dict[str, str] = {}
     for i, node in enumerate(program.placeholders):

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.nn.attention.flex_attention import BlockMask
 
+from toca_compile.errors import RuleError
 from toca_compile.ir.calls import Call
 from toca_compile.ir.spec import AxisSpec, einsum
 from toca_compile.ops.flex import ALL, KNOWN, named
@@ -59,6 +60,20 @@ def attention(call: Call) -> AxisSpec:
         why = {"q": "is causal by is_causal=True, not by a mask, and counts the queries"}
         spec = replace(spec, because=why, placed=frozenset("q"))
     return replace(spec, mixed=frozenset(spec.sizes), placed=frozenset()) if call.arg(4, "dropout_p", 0.0) else spec
+
+
+def _summed(rng: Random) -> Args:
+    b, h, q, k, d = sizes(rng, 5)
+    return tuple(torch.randn(b, h, n, d) for n in (q, k, k)), {}
+
+
+@register(aten._scaled_dot_product_flash_attention_for_cpu.default, _summed, work=Work.ATTENTION)
+def with_log_sum(call: Call) -> AxisSpec:
+    """An attention that tells the logarithm of each query's sum too, by which those over parts of the keys are joined
+    (ring attention). Its values must be as wide as its keys, and so no part of their features."""
+    if call.arg(3, "dropout_p", 0.0) or call.arg(4, "is_causal", False) or len(call.operands) > 3:
+        raise RuleError("an attention with dropout, causal or masked")
+    return einsum("b h q d, b h k d, b h k e -> b h q o, b h q", call.operands, call.results)
 
 
 def _flexed(rng: Random) -> Args:

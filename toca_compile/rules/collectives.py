@@ -56,6 +56,11 @@ def _scattered(rng: Random) -> Args:
     return (torch.randn(2 * first, *rest), "sum", 2, _group()), {}
 
 
+def _exchanged(rng: Random) -> Args:
+    first, *rest = shape(rng)
+    return (torch.randn(2 * first, *rest), [first] * 2, [first] * 2, _group()), {}
+
+
 def same_element(call: Call) -> AxisSpec:
     """Each element is made of the same element of every process."""
     _check_named(call)
@@ -68,9 +73,8 @@ def all_gather(call: Call) -> AxisSpec:
     (x,), (y,) = call.operands, call.results
     spec = elementwise(call.operands, [x])
     own, sizes = _ranks(y, x)
-    return AxisSpec(
-        spec.operands, ((own + spec.results[0][0], *spec.results[0][1:]),), {**spec.sizes, **sizes}
-    )  # fmt: skip
+    results = ((own + spec.results[0][0], *spec.results[0][1:]),)
+    return AxisSpec(spec.operands, results, {**spec.sizes, **sizes}, processes=frozenset(own))
 
 
 def reduce_scatter(call: Call) -> AxisSpec:
@@ -80,6 +84,26 @@ def reduce_scatter(call: Call) -> AxisSpec:
     spec = elementwise([y], [y])
     own, sizes = _ranks(x, y)
     return AxisSpec(((own + spec.operands[0][0], *spec.operands[0][1:]),), spec.results, {**spec.sizes, **sizes})
+
+
+def all_to_all(call: Call) -> AxisSpec:
+    """The first dimension is cut into one part a process, and each gets its own part of all of them, one after the
+    other: what stands where in a part stays there."""
+    _check_named(call)
+    (x,) = call.operands
+    made, given = call.args[1:3]
+    if len({*made, *given}) > 1:
+        raise RuleError("processes that send each other parts of several sizes")
+    part = [given[0], *x[1:]]
+    spec = elementwise([part], [part])
+    to, sizes = _ranks(x, part)
+    own = spec.operands[0][0]
+    return AxisSpec(
+        ((to + own, *spec.operands[0][1:]),),
+        ((tuple(f"of {label}" for label in to) + own, *spec.results[0][1:]),),
+        {**spec.sizes, **sizes, **{f"of {label}": size for label, size in sizes.items()}},
+        processes=frozenset(f"of {label}" for label in to),
+    )
 
 
 def _check_named(call: Call) -> None:
@@ -102,3 +126,4 @@ if dist.is_available():
     register(collectives.wait_tensor.default, lambda rng: ((torch.randn(shape(rng)),), {}))(same_element)
     register(collectives.all_gather_into_tensor.default, _gathered)(all_gather)
     register(collectives.reduce_scatter_tensor.default, _scattered)(reduce_scatter)
+    register(collectives.all_to_all_single.default, _exchanged, size_arg=(1, 2))(all_to_all)

@@ -1,9 +1,10 @@
 """The table of axis rules.
 
-A rule says, for one op, what happens to the dimensions (``axes``), which argument states the size of the result and
-must shrink with it (``size_arg``), what the op costs (``work``), and it brings sample calls, so that one property test
-covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a counterexample
-along each that it calls mixed. Samples draw every argument that can move elements: widths, shifts, dims, equations.
+A rule says, for one op, what happens to the dimensions (``axes``), which arguments state the size of the result and
+must shrink with it (``size_arg``), what the op costs (``work``), and it brings sample calls, so that
+one property test covers every rule: ``op(x)[idx] == op(x[idx])`` along each label that the rule calls carried, and a
+counterexample along each that it calls mixed. Samples draw every argument that can move elements: widths, shifts, dims,
+equations.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ class Rule:
     op: OpOverload
     axes: Callable[[Call], AxisSpec]
     samples: tuple[Sample, ...]
-    size_arg: int | None = None
+    size_arg: int | tuple[int, ...] | None = None  # several: they list the sizes of the first dimension's equal parts
     pointwise: bool = False
     trailing: bool = False  # acts on the last dimensions, however many stand before them
     work: Work = Work.NONE
@@ -65,7 +66,7 @@ class Rule:
     @property
     def any_rank(self) -> bool:
         """Whether leading dimensions may be merged without a change to the op's arguments."""
-        return self.pointwise or self.trailing or self.size_arg is not None
+        return self.pointwise or self.trailing or isinstance(self.size_arg, int)
 
 
 RULES: dict[OpOverload, Rule] = {}
@@ -80,7 +81,7 @@ def work_of(node: fx.Node) -> Work:
 def register(
     ops: OpOverload | Iterable[OpOverload],
     *samples: Sample,
-    size_arg: int | None = None,
+    size_arg: int | tuple[int, ...] | None = None,
     pointwise: bool = False,
     trailing: bool = False,
     work: Work = Work.NONE,

@@ -27,6 +27,7 @@ from toca_compile.runtime.cache_state import allocate, bytes_of, like_buffer, ow
 from toca_compile.runtime.carry_over import carry_over
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.graphs import Fixed, Graphs, Work, without
+from toca_compile.runtime.peers import Peers, about
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
 from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 
@@ -148,6 +149,8 @@ class Executor:
         graphs: the steps as CUDA graphs, set before the first call. Numbers other than K are then tensors for the
             variants.
         whole: makes one callable of all steps of a plan, in the place of one for each variant.
+        peers: the processes that share the graph's work, which are to do the same.
+        names: of the inputs, as the model's caller knows them.
     """
 
     def __init__(
@@ -163,6 +166,8 @@ class Executor:
         self.number = number
         self.graphs: Graphs | None = None
         self.whole: Callable[[Executor, Schedule], WholeStep] | None = None
+        self.peers: Peers | None = None
+        self.names: tuple[str, ...] = ()
         self._flat = flat
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
@@ -238,12 +243,17 @@ class Executor:
             run, key = self.control.enter_graph(self.number, instance, self.schedule.steps, seen, clock)
             self.control.expected(self.is_cached(run, key))
             try:
+                if self.peers is not None and key not in run.last:
+                    self.peers.begin(about(self.program, self.schedule.planned, inputs, self.names))
                 with nullcontext() if self.graphs is None else self.graphs.capture.turn():
                     results = self._execute(inputs, run, key)
                     if self.program.written:
                         results = self._write(inputs, results)
-            except BaseException:
+            except BaseException as error:
                 self.control.void()
+                lost = self.peers.failed(error, run.step) if self.peers is not None else None
+                if lost is not None:
+                    raise lost from error
                 raise
             self.control.leave_graph(run, key, [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)])
         return results
