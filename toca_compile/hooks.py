@@ -6,6 +6,7 @@ are there only while a layer runs. Neither library is imported.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,14 @@ def why_untraced(name: str, found: Sequence[Hooked]) -> str | None:
                     "caches each would take what the other reuses for computed. Switch it off by disable_cache(), as "
                     "it was before enable_cache(…)"
                 )
+            config = getattr(hook, "parallel_config", None)
+            uneven = [x for x in ("ulysses_anything", "ring_anything") if getattr(config, x, False)]
+            if uneven:
+                return (
+                    f"{name} is parted by {type(hook).__name__} on {one.path or 'the model'} with {uneven[0]}=True, by "
+                    "which processes ask each other at each call how many tokens they have, and no graph holds that: "
+                    "leave it out, and give it as many tokens as the processes divide"
+                )
         if any(p.is_meta for p in one.module.parameters(recurse=False)):
             return (
                 f"the weights of {one.path or name} are there only while that layer runs, brought in by "
@@ -78,6 +87,19 @@ def why_no_site(found: Sequence[Hooked]) -> str:
     return (
         f"Its layers have hooks ({', '.join(names)}; the first on {first}), and what they do may not be traced: "
         f"{remedy(tuple(names))}"
+    )
+
+
+def brought_in(model: nn.Module) -> str:
+    """Which modules within a model ``fully_shard`` brings the weights of, as a sentence; nothing where it is none."""
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    paths = [path for path, module in model.named_modules() if path and isinstance(module, sharded)]
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return (
+        f"the hooks of fully_shard, which bring in the weights of {paths[0]}{more}, are not traced (shard whole "
+        "blocks, or the whole model alone, so that they stand around branches)"
+        if paths
+        else ""
     )
 
 

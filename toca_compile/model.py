@@ -34,7 +34,7 @@ from toca_compile.errors import (
     TocaError,
     no_rules,
 )
-from toca_compile.hooks import Hooked, Traceable, hooked, why_no_site, why_untraced
+from toca_compile.hooks import Hooked, Traceable, brought_in, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import Signature, called, fingerprint
 from toca_compile.lowerings.inductor import machine_trouble
@@ -270,6 +270,9 @@ class Calls:
             return _Entry(
                 lambda _, args, kwargs: call(model, *args, **kwargs), code, policy, uncached={why: TocaError(why)}
             )
+        shards = brought_in(model)
+        if shards:
+            self.session.breaks[shards] = None
         if has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
             inner = self.context(types.MethodType(call, model))

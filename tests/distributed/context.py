@@ -1,7 +1,8 @@
-"""One of two processes that hold different tokens of a model: run by ``spawn.py``.
+"""One of two processes that hold different tokens of a model, or parts of its weights: run by ``spawn.py``.
 
 diffusers' context parallelism, of both kinds, and keys and values gathered by hand. Each is sampled under every policy;
-the first process samples the whole model under those of which the results are to be the same.
+the first process samples the whole model under those of which the results are to be the same. Then a DiT whose weights
+``fully_shard`` brings in, and may keep on the CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import toca_compile
 from tests.distributed.sharded import inputs
 from tests.distributed.spawn import in_group
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.pipelines import flux
-from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, TaylorToCa, ToCa
+from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, TaylorToCa, ToCa, TocaError
 
 STEPS = 6
 EXACT: dict[str, Any] = {
@@ -77,11 +80,13 @@ def of_diffusers(**degrees: int) -> tuple[nn.Module, nn.Module]:
     return flux(1, 1), model
 
 
-def joined_attention(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **how: Any) -> tuple[Tensor, Tensor]:
-    """What diffusers' rings ask of an attention, which its own of the CPU does not tell."""
+def joined_attention(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **how: Any) -> Any:
+    """What diffusers' rings ask of an attention, which its own of the CPU does not tell; last but for keywords, whether
+    they do."""
     q, k, v = (x.permute(0, 2, 1, 3) for x in (query, key, value))
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out.permute(0, 2, 1, 3), log_sum.permute(0, 2, 1)
+    out = out.permute(0, 2, 1, 3)
+    return (out, log_sum.permute(0, 2, 1)) if others[5] else out
 
 
 def ring() -> tuple[nn.Module, nn.Module]:
@@ -157,6 +162,39 @@ def main(place: int, count: int) -> dict[str, Any]:
         for policy in PARTIAL:
             told[policy]["from dense"] = far(partial[policy], sampled(shared, whole, PARTIAL[policy]))
         found[name] = told
+    return {**found, "uneven": uneven(), "weights": weights()}
+
+
+def uneven() -> list[Any]:
+    """What is said of processes that may have other numbers of tokens, and whether the model runs."""
+    _, model = of_diffusers(ulysses_degree=2, ulysses_anything=True)
+    wanted, said = sampled(model, model), ""
+    try:
+        sampled(toca_compile.optimize(model, EXACT["fora"], lowering="eager"), model)
+    except TocaError as error:
+        said = str(error)
+    uncached = sampled(toca_compile.optimize(model, EXACT["fora"], lowering="eager", strict=False), model)
+    return [said, far(uncached, wanted)]
+
+
+def weights() -> dict[str, Any]:
+    """Samplings with weights that each process has a part of, against those with all of them."""
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    whole = randomize(PlainDiT(depth=2))
+    alone = toca_compile.optimize(whole, EXACT["fora"], lowering="eager")
+    wanted = {policy: sampled(alone, whole, {**EXACT, **PARTIAL}[policy]) for policy in ("fora", "blocks", "attention")}
+    uncached = sampled(whole, whole)
+    for name in ("whole", "blocks"):
+        model = randomize(PlainDiT(depth=2))
+        blocks: Any = model.blocks
+        for block in blocks if name == "blocks" else ():
+            fully_shard(block, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        fully_shard(model, mesh=mesh)
+        shared = toca_compile.optimize(model, EXACT["fora"], lowering="eager")
+        told = {p: far(sampled(shared, whole, {**EXACT, **PARTIAL}[p]), outputs) for p, outputs in wanted.items()}
+        kinds = "".join(step.kind.value[0] for step in shared.steps)
+        text = str(toca_compile.explain(shared))
+        found[name] = {**told, "kinds": kinds, "text": text, "uncached": far(sampled(model, whole), uncached)}
     return found
 
 

@@ -52,3 +52,19 @@ def test_attention_is_partial_where_its_queries_are_sent_by_rows(found: Found) -
         assert not any(name.startswith("forward") for name in sites)
     sent = found[0]["ulysses"]["sent"]
     assert 0 < sent["partial"] < sent["full"]
+
+
+def test_what_no_graph_holds_is_refused_by_name(found: Found) -> None:
+    for said, far in (process["uneven"] for process in found):
+        assert "ContextParallelSplitHook on the model with ulysses_anything=True" in said
+        assert "leave it out" in said
+        assert far == 0
+
+
+@pytest.mark.parametrize("sharded", ["whole", "blocks"])
+def test_weights_that_are_brought_in(found: Found, sharded: str) -> None:
+    for told in (process["weights"][sharded] for process in found):
+        assert told["kinds"] == "fppfpp"
+        assert max(told[what] for what in ("fora", "blocks", "attention", "uncached")) < 1e-5
+        named = "the hooks of fully_shard, which bring in the weights of blocks.0 and 1 more" in told["text"]
+        assert named == (sharded == "blocks")

@@ -26,6 +26,8 @@ VALUELESS = {
     aten.rand.default: "random values",
     aten.randn.default: "random values",
     torch.ops._c10d_functional.reduce_scatter_tensor.default: "another process's values: tests/distributed",
+    aten._scaled_dot_product_flash_attention.default: "runs on GPUs alone",
+    aten._scaled_dot_product_cudnn_attention.default: "runs on GPUs alone",
 }
 OPS = [op for op in RULES if op not in VALUELESS]
 
@@ -105,6 +107,16 @@ def test_dimensions_before_its_own_may_be_merged(op: torch._ops.OpOverload) -> N
         for sample in rule.samples:
             torch.manual_seed(seed)
             assert merges(rule, *sample(Random(seed)))
+
+
+@pytest.mark.parametrize("options", [(), (None, True)], ids=["flash", "cudnn"])
+def test_attentions_of_gpus_that_tell_their_sums_are_covered(options: tuple[Any, ...]) -> None:
+    """By their shapes alone. All that is told beside the output is made of the query's samples, heads and rows."""
+    op = aten._scaled_dot_product_cudnn_attention if options else aten._scaled_dot_product_flash_attention
+    args = (*(torch.empty(2, 3, n, 8, device="meta", dtype=torch.float16) for n in (4, 5, 5)), *options)
+    spec = RULES[op.default].spec(Call(args, {}, op(*args)))
+    assert {"b", "h", "q"} <= spec.carried
+    assert not {"k", "d", "e"} & spec.carried
 
 
 def _shift_of_the_same_size(call: Call) -> AxisSpec:

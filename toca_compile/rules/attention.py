@@ -1,5 +1,6 @@
 """Fused attention."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -67,13 +68,25 @@ def _summed(rng: Random) -> Args:
     return tuple(torch.randn(b, h, n, d) for n in (q, k, k)), {}
 
 
-@register(aten._scaled_dot_product_flash_attention_for_cpu.default, _summed, work=Work.ATTENTION)
-def with_log_sum(call: Call) -> AxisSpec:
-    """An attention that tells the logarithm of each query's sum too, by which those over parts of the keys are joined
-    (ring attention). Its values must be as wide as its keys, and so no part of their features."""
-    if call.arg(3, "dropout_p", 0.0) or call.arg(4, "is_causal", False) or len(call.operands) > 3:
-        raise RuleError("an attention with dropout, causal or masked")
-    return einsum("b h q d, b h k d, b h k e -> b h q o, b h q", call.operands, call.results)
+def with_log_sum(dropout: int) -> Callable[[Call], AxisSpec]:
+    """The rule of an attention that tells the logarithm of each query's sum too, by which those over parts of the keys
+    are joined (ring attention). Its values must be as wide as its keys, and so no part of their features. What else it
+    tells is for a backward pass. ``dropout``: where that stands among its arguments, and behind it if it is causal."""
+
+    def rule(call: Call) -> AxisSpec:
+        if call.arg(dropout, "dropout_p", 0.0) or call.arg(dropout + 1, "is_causal", False) or len(call.operands) > 3:
+            raise RuleError("an attention with dropout, causal or masked")
+        _, total, *others = call.results
+        told = [" ".join(f"x{i}_{d}" for d in range(len(shape))) for i, shape in enumerate(others)]
+        results = ["b h q o", "b h q" + " one" * (len(total) - 3), *told]
+        return einsum(f"b h q d, b h k d, b h k e -> {','.join(results)}", call.operands, call.results)
+
+    return rule
+
+
+register(aten._scaled_dot_product_flash_attention_for_cpu.default, _summed, work=Work.ATTENTION)(with_log_sum(3))
+register(aten._scaled_dot_product_flash_attention.default, _summed, work=Work.ATTENTION)(with_log_sum(3))
+register(aten._scaled_dot_product_cudnn_attention.default, _summed, work=Work.ATTENTION)(with_log_sum(5))
 
 
 def _flexed(rng: Random) -> Args:
