@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toca_compile.ir.anchors import Anchors, Weights
-from toca_compile.ir.fields import Count, DtypeName, Fraction, Natural, Threshold
+from toca_compile.ir.fields import Count, Fraction, Natural, Threshold
 from toca_compile.ir.gates import FirstOutput
 from toca_compile.ir.registry import register
 from toca_compile.policies.composed import Composed
@@ -42,7 +42,7 @@ class DiCache(Composed):
         probe: m, how many first blocks.
         retention: share of first steps that are full (at least one).
         limit: of steps that are not full in a row; None, as published: any number.
-        last, cache_dtype: as in ``BlockCache``.
+        last: as in ``BlockCache``.
 
     Raises:
         PolicyError: a number is outside its range.
@@ -53,11 +53,9 @@ class DiCache(Composed):
     retention: Fraction = 0.2
     limit: Count | None = None
     last: Natural = 0
-    cache_dtype: DtypeName | None = None
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         warmup = max(int(self.retention * self.num_steps), 1)
         when = Adaptive(self.threshold, warmup, self.limit, FirstOutput())
         skip = SkipBlocks(self.probe, self.last, do=Anchors(Along(), 2))
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from toca_compile.ir.fields import Count, DtypeName, Natural, Order, Threshold
+from toca_compile.ir.fields import Count, Natural, Order, Threshold
 from toca_compile.ir.gates import Rate
 from toca_compile.ir.registry import register
 from toca_compile.policies.composed import Composed
@@ -28,7 +28,7 @@ class EasyCache(Composed):
         warmup: how many first steps are full, of which a rate needs two; the last is, too.
         limit: of steps that are not full in a row; None, as published: any number.
         first, last: blocks that every step computes.
-        order, cache_dtype: as in ``BlockCache``.
+        order: as in ``BlockCache``.
 
     Raises:
         PolicyError: a number is outside its range.
@@ -40,10 +40,8 @@ class EasyCache(Composed):
     first: Natural = 0
     last: Natural = 0
     order: Order = 0
-    cache_dtype: DtypeName | None = None
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         when = Adaptive(self.threshold, self.warmup, self.limit, Rate(), ends_full=True)
         skip = SkipBlocks(self.first, self.last, order=self.order)
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from toca_compile.ir.actions import Keep
 from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, BandRing, Weights
-from toca_compile.ir.fields import Count, DtypeName, Fraction, Natural, Number, Whole
+from toca_compile.ir.fields import Count, Fraction, Natural, Number, Whole
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.registry import register
 from toca_compile.ir.types import Site
@@ -33,9 +33,8 @@ class Bands(Anchors):
     word = "forecast in bands"
 
     def needs(self, defaults: CacheSpec) -> Keep:
-        ring = super().needs(defaults).history
-        assert ring is not None
-        return Keep(BandRing(self.kept, ring.dtype, self.by, self.cutoff))
+        super().needs(defaults)  # it asks for a rule
+        return Keep(BandRing(self.kept, defaults.dtype, self.by, defaults.device, self.cutoff))
 
     def refused(self, site: Site) -> str | None:
         return "is no stream of tokens by itself: bands are those of all blocks, SkipBlocks(do=Bands(…))"
@@ -64,7 +63,6 @@ class FreqCa(Composed):
         scale: of Hermite's polynomials, as in ``Hermite``.
         kept: full steps that the forecast goes through, its order and one more.
         first, last: blocks that every step computes.
-        cache_dtype: as in ``TaylorSeer``.
 
     Raises:
         PolicyError: a number is outside its range; or, in a graph, the picture's height and width are not known.
@@ -77,10 +75,8 @@ class FreqCa(Composed):
     kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 3
     first: Natural = 0
     last: Natural = 0
-    cache_dtype: DtypeName | None = None
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         skip = SkipBlocks(self.first, self.last, do=Bands(Hermite(self.scale), self.kept, self.cutoff))
         when = Every(self.interval, self.warmup)
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, Weights
-from toca_compile.ir.fields import Call, Count, DtypeName, Fraction, Natural, Steps, Whole
+from toca_compile.ir.fields import Call, Count, Fraction, Natural, Steps, Whole
 from toca_compile.ir.registry import register
 from toca_compile.ir.signature import Signature
 from toca_compile.policies.composed import Composed
@@ -91,7 +91,6 @@ class MeanCache(Composed):
             the times: they are these, in thousandths where they go beyond 1. Where nobody says them, 1 − step / steps.
         kept: full steps whose values the recursion goes through.
         first, last: blocks that every step computes.
-        cache_dtype: as in ``TaylorSeer``.
 
     Raises:
         PolicyError: a number is outside its range, or the noise does not fall.
@@ -105,7 +104,6 @@ class MeanCache(Composed):
     kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 4
     first: Natural = 0
     last: Natural = 0
-    cache_dtype: DtypeName | None = None
 
     def for_call(self, call: Signature) -> "MeanCache":
         """With the times of a call, where none are given."""
@@ -115,9 +113,8 @@ class MeanCache(Composed):
         sigmas = tuple(min(max(t / unit, 0.0), 1.0) for t in call.times)
         return replace(self, num_steps=len(sigmas), sigmas=sigmas)
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         by = MeanVelocity(self.span, self.num_steps, self.sigmas)
         skip = SkipBlocks(self.first, self.last, do=Anchors(by, self.kept))
         when = Listed(self.full) if self.full else Every(self.interval, self.warmup)
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

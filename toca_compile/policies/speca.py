@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from toca_compile.ir.fields import Basis, Count, DtypeName, Natural, Number, Order, Threshold
+from toca_compile.ir.fields import Basis, Count, Natural, Number, Order, Threshold
 from toca_compile.ir.gates import LastBlocks
 from toca_compile.ir.registry import register
 from toca_compile.policies.composed import Composed
@@ -33,7 +33,7 @@ class SpeCa(Composed):
         order: of the forecasts.
         warmup: how many first steps are full.
         last: blocks that verify.
-        basis, cache_dtype: as in ``TaylorSeer``.
+        basis: as in ``TaylorSeer``.
 
     Raises:
         PolicyError: a number is outside its range.
@@ -48,11 +48,9 @@ class SpeCa(Composed):
     warmup: Count = 3
     last: Count = 1
     basis: Basis = "taylor"
-    cache_dtype: DtypeName | None = None
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         by = LastBlocks(self.decay, self.floor, self.drafts)
         when = Adaptive(self.threshold, self.warmup, self.limit, by)
         skip = SkipBlocks(0, self.last, order=self.order)
-        return Composition(self.num_steps, when, (Rule(skip),), basis=self.basis, cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),), basis=self.basis)
