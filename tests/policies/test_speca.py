@@ -1,5 +1,6 @@
 """SpeCa: values and decisions of its loop; and gates of its like on joint models."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,20 @@ import toca_compile
 from tests import pipelines
 from tests.oracles.gated import STEPS, SpeLoop, decide, same_loop
 from tests.policies.test_block_cache import close
-from tests.sampling import noise, sample_flux
+from tests.sampling import noise, sample, sample_flux
 from toca_compile import FullCompute, PolicyError, TocaError
-from toca_compile.policies import Adaptive, Composition, DiCache, EasyCache, LastBlocks, Rule, SkipBlocks, SpeCa
+from toca_compile.policies import (
+    Adaptive,
+    Composition,
+    DiCache,
+    EasyCache,
+    FreqCa,
+    LastBlocks,
+    MeanCache,
+    Rule,
+    SkipBlocks,
+    SpeCa,
+)
 
 SIZE, DEPTH = (6, 10), 4
 
@@ -43,6 +55,21 @@ def test_a_joint_model() -> None:
         opt.policy = make(1e-9)
         close(sample_flux(opt, 8, 2, (3, 4)), plain)
         assert {r.kind.value for r in opt.steps} == {"full"}
+
+
+def test_kept_in_few_bits(dit: tuple[Any, Any]) -> None:
+    """What gates keep beside the values is not packed, and a packed forecast is near the plain one."""
+    _, opt = dit
+    x = noise(2, SIZE)
+    for policy in (
+        EasyCache(8, 1e6, 2), DiCache(8, 1e6), SpeCa(8, 1e6, warmup=2, order=0), FreqCa(8, 3), MeanCache(8, 3),
+    ):  # fmt: skip
+        opt.policy = policy
+        plain = sample(opt, 8, x)
+        opt.policy = replace(policy, cache_dtype="float8_e4m3fn")
+        packed = sample(opt, 8, x)
+        assert {r.kind.value for r in opt.steps} == {"full", "skip"}
+        assert 0 < float((packed - plain).norm() / plain.norm()) < 0.1
 
 
 def test_what_cannot_be_measured_is_refused(dit: tuple[Any, Any], tmp_path: Any) -> None:
