@@ -1,7 +1,7 @@
 """What was tried on the way to the policies that ``policies.md`` recommends, row by row: FLOPs and PSNR, eager.
 
     python benchmarks/tried.py series spread blocks queries published     # any of these; all take about 40 minutes
-    python benchmarks/tried.py predictors gates scores --models fashion_dit emoji_flux
+    python benchmarks/tried.py predictors gates scores storage --models fashion_dit emoji_flux
 
 Ten samples of one calibration seed that no result is reported on. Latency is not measured here. ``results/tried.md``
 has the rows.
@@ -9,6 +9,7 @@ has the rows.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from trained import TRAINED
@@ -114,7 +115,19 @@ def scores(steps: int) -> Iterator[Row]:
             yield f"ToCa N=3, {ratio:.0%} by every {stride}. query" if stride > 1 else f"ToCa N=3, {ratio:.0%}", policy
 
 
-GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published, predictors, gates, scores)}
+def storage(steps: int) -> Iterator[Row]:
+    """In which dtype caches lie."""
+    policies = {
+        "tokens": ToCa(steps, 3, 0.1),
+        "every site, newton o2, N=3": TaylorSeer(steps, 3, 2, basis="newton"),
+        "blocks, newton o2, N=3": BlockCache(steps, 0, interval=3, order=2, basis="newton"),
+    }
+    for name, policy in policies.items():
+        for dtype in (None, "bfloat16", "float8_e4m3fn", "float8_e5m2"):
+            yield f"{name}, in {dtype or 'float32'}", replace(policy, cache_dtype=dtype)
+
+
+GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published, predictors, gates, scores, storage)}
 
 
 def main() -> None:
@@ -129,12 +142,14 @@ def main() -> None:
         reference = sampler(model, steps, 100, 10)
         opt = toca_compile.optimize(model, TaylorSeer(steps, 2, 2), lowering="eager")
         for name in given.groups:
-            print(f"\n## {name}: {trained.title}, {steps} steps\n\n| policy | FLOPs × | PSNR dB |\n| --- | --- | --- |")
+            print(f"\n## {name}: {trained.title}, {steps} steps\n")
+            print("| policy | FLOPs × | PSNR dB | caches MB |\n| --- | --- | --- | --- |")
             for row, policy in GROUPS[name](steps):
                 opt.policy = policy
                 samples = sampler(opt, steps, 100, 10)
-                speedup = toca_compile.explain(opt).flop_speedup()
-                print(f"| {row} | {speedup:.2f} | {psnr(samples, reference):.2f} |", flush=True)
+                report = toca_compile.explain(opt)
+                told = f"{report.flop_speedup():.2f} | {psnr(samples, reference):.2f} | {report.cache_bytes / 1e6:.1f}"
+                print(f"| {row} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

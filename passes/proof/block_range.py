@@ -164,10 +164,15 @@ def _change(program: Program, first: int, sources: Sequence[fx.Node]) -> Probe:
     if not before:
         raise PolicyError("a threshold is measured on the blocks before those to skip: compute at least one of them")
     main = max((program.sites[i].axis for i in before), key=lambda axis: axis.size)
-    start = next(program.sites[i].source for i in before if program.sites[i].axis == main)
-    enters = next((s for s in sources if program.types.type_of(s) == program.types.type_of(start)), None)
-    if enters is None:
-        raise PolicyError(f"the stream {_told(start)} does not enter the blocks to skip: their change is not measured")
+    stream = next(program.sites[i].source for i in before if program.sites[i].axis == main)
+    kind = program.types.type_of(stream)
+    # Its first value that a segment hands out: branches before may be of other tokens (of a frame's places alone).
+    given = {n for s in program.segments for n in (*s.inputs, *s.outputs)}
+    starts = (program.sites[i].source for i in before)
+    start = next((s for s in starts if s in given and program.types.type_of(s) == kind), None)
+    enters = next((s for s in sources if program.types.type_of(s) == kind), None)
+    if start is None or enters is None:
+        raise PolicyError(f"the stream {_told(stream)} does not enter the blocks to skip: their change is not measured")
     return Probe((start, enters), (), enters, start)
 
 

@@ -119,10 +119,10 @@ class SegmentBuilder(Builder):
 
     def as_made(self, node: fx.Node, value: fx.Node, position: int) -> fx.Node:
         """What a buffer of a site holds in the dtype of the value that it stands for: itself, where that is its own."""
-        dtype = value_of(node).dtype
         history = self.forms[position].keep.history
-        kept = (history.dtype if history is not None else None) or dtype
-        return self.cast(value, node) if kept != dtype else value
+        own = value_of(node)
+        kept = history.storage.seen(own) if history is not None else own
+        return self.cast(value, node) if kept.dtype != own.dtype else value
 
 
 class Emissions(dict[type, T]):

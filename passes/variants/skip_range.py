@@ -47,7 +47,7 @@ def skip_range(found: BlockRange, memory: History) -> Variant:
     for i, stream in enumerate(found.streams):
         value = series_of(builder, i, memory).forecast()
         if stream.entry is not None:
-            if memory.dtype is not None:  # torch adds no float8 to another dtype
+            if memory.dtype is not None:
                 value = builder.cast(value, stream.output)
             value = builder.call(aten.add.Tensor, _entered(builder, stream.entry, stream.output), value)
         # A copy: the next step's writes to the cache must not reach what this step hands out.

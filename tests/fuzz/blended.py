@@ -196,7 +196,7 @@ class Blended:
         path = owner_of(self.twin, site).rstrip("!")
         inner = [(n, m) for n, m in self.twin.named_modules() if isinstance(m, Attend) and n.startswith(f"{path}.")]
         partial = bool(mask.any()) and not bool(mask.all())
-        if partial and any(m.spec.core in ("mha", "linear", "sigmoid") or m.cross for _, m in inner):
+        if partial and any(m.spec.core in ("mha", "linear", "prefix", "sigmoid") or m.cross for _, m in inner):
             raise Ambiguous("a partial site that holds more than softmax attention")
         does = self._does(site.kind)
         fresh = isinstance(does, Queries) and "queries" in site.actions
@@ -313,7 +313,11 @@ def _plain_keys(part: Any) -> bool:
     """Whether a branch's keys and values are made token by token, and read by one attention of all tokens."""
     spec, attention = part.spec, part.spec.attention
     mixed = {spec.before, spec.inside} - TOKENWISE - {""} or spec.norm == "tokens"
-    whole = attention.scope == "all" and attention.keys in ("own", "single") and attention.core not in ("linear", "bmm")
+    whole = (
+        attention.scope == "all"
+        and attention.keys in ("own", "single")
+        and attention.core not in ("linear", "prefix", "bmm")
+    )
     return not mixed and whole
 
 

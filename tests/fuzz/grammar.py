@@ -18,8 +18,8 @@ LAYOUTS = ("bnc", "nbc", "flat", "bcn", "bchw", "bfsc", "bsfc", "fbsc")
 class Attention:
     """How queries meet keys. ``scope``: among which tokens; ``rows``: whose queries and keys are turned or normed."""
 
-    core: str = "sdpa"  # matmul einsum bmm linear mha sigmoid
-    scope: str = "all"  # window shifted space time
+    core: str = "sdpa"  # matmul einsum bmm linear prefix mha sigmoid flex
+    scope: str = "all"  # window shifted tiles space time
     mask: str = ""  # additive boolean padding causal tril per_head
     rope: str = ""  # halves interleaved complex
     qk_norm: str = ""  # rms layer l2
@@ -36,7 +36,7 @@ class Branch:
     ``island``: what runs in another precision; ``wrap``: what surrounds the body.
     """
 
-    body: str = "mlp"  # attention cross swiglu geglu conv fused
+    body: str = "mlp"  # attention cross swiglu geglu conv fused experts routed
     attention: Attention = Attention()
     norm: str = "layer"  # none rms manual tokens group l2
     place: str = "pre"  # post sandwich
@@ -113,6 +113,9 @@ def draw(seed: int) -> Spec:
         blocks.append(blocks[-1] if r.random() < 0.6 else _block(r, text, frames))
         if r.random() < 0.2:
             blocks[i] = dataclasses.replace(blocks[i], skip=r.choice(["cat", "add"]))
+    some = next((block for block in blocks if block.style != "encoder"), Block())
+    blocks = blocks if some in blocks else [*blocks, some]
+    blocks = [_with_op(block, seed) if block == some else block for block in blocks]
     return Spec(
         tuple(blocks), seed, batch, frames, height, width, r.choice([8, 8, 16]), layout,
         r.choice(["tokens", "tokens", "picture"]) if frames == 1 else "tokens",
@@ -121,6 +124,15 @@ def draw(seed: int) -> Spec:
         r.random() < 0.15, r.choice([5, 5, 7, frames * height * width]), registers,
         len(set(blocks)) == 1 and depth > 1 and r.random() < 0.2,
     )  # fmt: skip
+
+
+def _with_op(block: Block, seed: int) -> Block:
+    """With one op of the table, each in its turn: of so many, chance leaves some out."""
+    ops = list(TABLE)
+    *before, last = block.branches
+    place = ("before", "inside", "after")[seed // len(ops) % 3]
+    changes: dict[str, Any] = {place: ops[seed % len(ops)]}
+    return dataclasses.replace(block, branches=(*before, dataclasses.replace(last, **changes)))
 
 
 def _block(r: random.Random, text: str, frames: int) -> Block:
@@ -144,7 +156,7 @@ def _branch(r: random.Random, body: str, frames: int) -> Branch:
         return r.choice(choices) if r.random() < odds else usual
 
     if body == "mlp":
-        body = rare(["swiglu", "geglu", "conv", "glu", "cross_tokens"], 0.4, "mlp")
+        body = rare(["swiglu", "geglu", "conv", "glu", "cross_tokens", "experts", "routed"], 0.5, "mlp")
     conditioned = ["none", "shared", "block", "block", "token", "frame", "input"]
     ops = list(TABLE)
     return Branch(
@@ -162,8 +174,10 @@ def _attention(r: random.Random, frames: int) -> Attention:
         return r.choice(choices) if r.random() < odds else ""
 
     return Attention(
-        r.choice(["sdpa", "sdpa", "sdpa", "matmul", "einsum", "bmm", "linear", "mha", "sigmoid"]),
-        r.choice(["all", "all", "space", "time"]) if frames > 1 else r.choice(["all"] * 5 + ["window", "shifted"]),
+        r.choice(["sdpa", "sdpa", "sdpa", "matmul", "einsum", "bmm", "linear", "prefix", "mha", "sigmoid", "flex"]),
+        r.choice(["all", "all", "space", "time", "tiles"])
+        if frames > 1
+        else r.choice(["all"] * 6 + ["window", "shifted", "tiles"]),
         rare(["additive", "boolean", "padding", "causal", "tril", "per_head"], 0.3),
         rare(["halves", "interleaved", "complex"], 0.25), rare(["rms", "layer", "l2"], 0.25),
         rare(["grouped", "single", "pooled", "memory", "strided"], 0.25) or "own", r.random() < 0.5, r.random() < 0.85,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from tests.fuzz.grammar import Attention, Block, Branch, Spec
@@ -244,6 +245,8 @@ class Attend(nn.Module):
             scope = "all"
         if scope in ("window", "shifted"):
             f = next((w for w in (2, 3, 5) if n % w == 0), 1)
+        if scope == "tiles":
+            return self._tiled(q, k, v)
         if scope == "all" or f == 1:
             return self._merged(self._attend(q, self._thinned(k), self._thinned(v), self._mask(n, k)))
         if scope == "shifted":
@@ -260,6 +263,24 @@ class Attend(nn.Module):
         else:
             out = out.reshape(b, f, -1, n // f, d).transpose(1, 2).reshape(b, -1, n, d)
         return self._merged(out.roll(-2, 2) if scope == "shifted" else out)
+
+    def _tiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention in tiles of 2 × 2 tokens of the picture, which is made even where it is not; or in pairs of tokens
+        where there is no picture."""
+        f, height, width = self.place.grid or (1, 1, self.place.tokens)
+        b, heads, n, d = q.shape
+        more = (0, 0, 0, width % 2, 0, height % 2)
+
+        def apart(x: Tensor) -> Tensor:
+            x = F.pad(x.reshape(b * heads * f, height, width, d), more)
+            x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+            return x.reshape(b, heads, -1, 4, d).transpose(1, 2).flatten(0, 1)
+
+        out = self._attend(apart(q), apart(k), apart(v), None)
+        tall, wide = height + height % 2, width + width % 2
+        out = out.reshape(b, -1, heads, 4, d).transpose(1, 2).reshape(b * heads * f, tall // 2, wide // 2, 2, 2, d)
+        out = out.transpose(2, 3).reshape(b, heads, f, tall, wide, d)[:, :, :, :height, :width]
+        return self._merged(out.reshape(b, heads, n, d))
 
     def _thinned(self, x: Tensor) -> Tensor:
         """Keys or values, fewer or more of them."""
@@ -295,9 +316,15 @@ class Attend(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
             )  # fmt: skip
-        if core == "linear":
+        if core == "linear" or (core == "prefix" and q.shape[2] != k.shape[2]):
             q, k = F.elu(q) + 1, F.elu(k) + 1
             return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
+        if core == "prefix":  # each token reads those before it, by one running sum
+            q, k = F.elu(q) + 1, F.elu(k) + 1
+            state = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(-3)
+            return torch.einsum("bhnd,bhnde->bhne", q, state) / (q * k.cumsum(-2)).sum(-1, keepdim=True)
+        if core == "flex":
+            return flex_attention(q, k, v, lambda s, b, h, i, j: s - 0.1 * (i - j).abs())
         q = q * self.d**-0.5
         if core == "einsum":
             scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
@@ -334,6 +361,11 @@ class Perceptron(nn.Module):
         else:
             layers = [nn.Linear(channels, hidden), nn.Linear(hidden if body != "glu" else channels, channels)]
         self.up, self.down = layers
+        if body in ("experts", "routed"):
+            self.router = nn.Linear(channels, 3)
+            self.others = nn.ModuleList(
+                nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)) for _ in range(2)
+            )
         if body in ("swiglu", "geglu"):
             self.gate = nn.Linear(channels, hidden, bias=False)
         self.inside = (
@@ -353,7 +385,17 @@ class Perceptron(nn.Module):
             y = F.glu(y)
         else:
             y = F.gelu(y, approximate="tanh")
-        return self.down(self.inside(y) if self.inside is not None else y)
+        y = self.down(self.inside(y) if self.inside is not None else y)
+        return self._mixed(h, y) if self.body in ("experts", "routed") else y
+
+    def _mixed(self, h: Tensor, first: Tensor) -> Tensor:
+        """What several experts make of each token, weighted; of ``"routed"`` the two that its router prefers."""
+        weights = self.router(h).softmax(-1)
+        if self.body == "routed":
+            best = weights.topk(2, -1)
+            weights = torch.zeros_like(weights).scatter(-1, best.indices, best.values)
+        made = torch.stack([first, *(expert(h) for expert in self.others)], -1)
+        return (made * weights.unsqueeze(-2)).sum(-1)
 
     def _conv(self, h: Tensor) -> Tensor:
         y = F.gelu(self.up(h if self.native else h.transpose(1, 2)))

@@ -34,6 +34,17 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block((Branch("attention", gate="block"),), skip="add"),) * 2),
         [FullCompute()],
     ),
+    "a test at run time after branches of which only the second is of all tokens": (
+        Spec(
+            (Block((Branch("attention", Attention(scope="time")), Branch("cross"))),) * 2, frames=2, height=4, width=1,
+            layout="bsfc", text="cross",
+        ),
+        [BlockCache(4, threshold=0.5)],
+    ),
+    "queries of a flex attention in inference mode": (
+        Spec((Block((Branch("attention", Attention("flex")),)),), inference_mode=True),
+        [TaylorToCa(3, 2, keys="update")],
+    ),
     "scores of samples for a branch that mixes the batch": (
         Spec((Block((Branch("attention"), Branch(inside="batch_flip"))),)),
         [SOME],

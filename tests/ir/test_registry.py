@@ -41,7 +41,7 @@ class Halving(When):
 class Mine(Composed):
     least: Count = 1
 
-    def composition(self):
+    def parts(self):
         return Composition(self.num_steps, Halving(self.least))
 """
 LOWERING = """

@@ -63,7 +63,7 @@ def _checked(policy: Policy, program: Program, warn: Callable[[str], None]) -> G
            for step in plan.steps):  # fmt: skip
         raise PolicyError("all steps that skip blocks must skip the same ones")
     found = find_range(program, skipped, plan.skip) if skipped else None
-    _check_dtypes(plan, program, warn)
+    _check_storage(plan, program, warn)
     return GraphPlan(plan, found, repr(policy))
 
 
@@ -143,23 +143,24 @@ def _check_site(site: Site, plan: Plan, undecided: bool) -> None:
         )
 
 
-def _check_dtypes(plan: Plan, program: Program, warn: Callable[[str], None]) -> None:
-    """Refuse a cache dtype that cannot be used on the graph's device, and say what a coarse one loses."""
-    rows = any(plan.selects(site.index) for site in program.sites)
-    histories = [plan.keep(site.index).history for site in program.sites]
-    kept = {history.dtype for history in histories if history is not None}
-    kept |= {plan.skip.memory.dtype} if plan.skipped else set()
-    for dtype in sorted(kept - {None}, key=str):
-        assert dtype is not None
+def _check_storage(plan: Plan, program: Program, warn: Callable[[str], None]) -> None:
+    """Refuse what caches cannot lie in, or where they cannot lie, and say what a coarse dtype loses."""
+    for device in sorted(plan.cache_devices):
+        try:
+            torch.empty(1, device=device)
+        except Exception as trouble:  # each backend has its own
+            raise PolicyError(
+                f"cache_device: nothing can lie on {device!r} ({str(trouble).splitlines()[0]})"
+            ) from trouble
+    for dtype in sorted(plan.cache_dtypes, key=str):
         devices = {site.output.meta["val"].device for site in program.sites}
         for device in sorted(devices, key=str):
-            why = unusable(dtype, device, rows=rows)
+            why = unusable(dtype, device)
             if why is not None:
                 raise PolicyError(f"cache_dtype: torch cannot keep {told(dtype)} on {device} ({why}): take 'bfloat16'")
         error = rounding_error(dtype)
         if error > _COARSE:
-            limit = torch.finfo(dtype).max
             warn(
-                f"caches in {dtype} lose {error:.1%} of what they keep (root mean square, of normal values), and "
-                f"numbers beyond ±{limit:g} are lost: 'bfloat16' loses {rounding_error(torch.bfloat16):.2%}"
+                f"caches in {dtype} lose {error:.1%} of what they keep (root mean square, of normal values): "
+                f"'bfloat16' loses {rounding_error(torch.bfloat16):.2%}"
             )

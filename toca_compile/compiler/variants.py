@@ -17,6 +17,7 @@ from toca_compile.ir.printer import print_variant, variant_name
 from toca_compile.ir.program import Chain, Form, Kind, Program, Segment, StandIn, Stream, Use, Variant, uses_of
 from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
+from toca_compile.ir.storage import Storage
 from toca_compile.ir.types import Site
 from toca_compile.ir.verify import verify_variant
 from toca_compile.lowerings import Lowering, of_rare_calls
@@ -24,7 +25,8 @@ from toca_compile.passes.variants.chain import chained
 from toca_compile.passes.variants.in_memory import in_memory
 from toca_compile.passes.variants.rewrite import rewrite
 from toca_compile.passes.variants.skip_range import stand_in
-from toca_compile.runtime.cache_state import like_buffer
+from toca_compile.passes.variants.store import store
+from toca_compile.runtime.cache_state import seen_buffer, storage_of
 from toca_compile.runtime.executor import Graph
 
 # What tells a variant: segment, what its sites do, whether rows are computed for all tokens, and how they are ranked.
@@ -94,16 +96,24 @@ class ProgramVariants:
         for selector in (None, plan.selector):
             if (segment.kind, forms, dense, selector) in self._built:
                 return self._built[segment.kind, forms, dense, selector]
+        # Values are fake tensors: in inference mode torch loses what they are on the way through a vmap.
+        with torch.inference_mode(False), torch.no_grad():
+            variant = self._made(segment, forms, plan)
+        self._built[segment.kind, forms, dense, plan.selector if variant.ranks else None] = variant
+        return variant
+
+    def _made(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
+        """The same, anew."""
+        if isinstance(segment, Chain):
+            return self._chain(segment, forms, plan)
         if isinstance(segment, StandIn):
             variant = stand_in(segment, forms)
             self._propagate(variant, segment, forms, plan.selector)
             if segment.outputs:  # what a probe tells is no value of the graph
                 verify_variant(variant, segment)
-        elif isinstance(segment, Chain):
-            variant = self._chain(segment, forms, plan)
         else:
             variant = self._rewritten(segment, forms, plan)
-        self._built[segment.kind, forms, dense, plan.selector if variant.ranks else None] = variant
+        store(variant, {slot: storage for slot in variant.slots if (storage := _storage(slot, forms)) is not None})
         return variant
 
     def _rewritten(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
@@ -152,10 +162,10 @@ class ProgramVariants:
         return [self.program.sites[i] for i in segment.sites]
 
     def _slot(self, slot: Slot, owners: Sequence[Site | Stream], forms: Sequence[Form], selector: TokenSelector) -> Any:
-        """A fake buffer, or a number that could be one: some K, some step."""
+        """A fake buffer as emissions see it, or a number that could be one: some K, some step."""
         owner, keep = owners[slot.position], forms[slot.position].keep
         if isinstance(slot.kind, State):
-            return like_buffer(slot.kind, slot.index, owner, keep, self.program, selector)
+            return seen_buffer(slot.kind, slot.index, owner, keep, self.program, selector)
         return max(1, owner.axis.size // 2) if slot.kind is Number.K and isinstance(owner, Site) else 3
 
     def _propagate(self, variant: Variant, exemplar: Segment, forms: Sequence[Form], selector: TokenSelector) -> None:
@@ -179,6 +189,12 @@ class ProgramVariants:
         if key not in self._values:
             self._values[key] = call.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[key]
+
+
+def _storage(slot: Slot, forms: Sequence[Form]) -> Storage | None:
+    """How a buffer lies in memory, if it holds values of the model."""
+    kind = slot.kind
+    return storage_of(kind, slot.index, forms[slot.position].keep) if isinstance(kind, State) else None
 
 
 def _example(node: fx.Node) -> Any:

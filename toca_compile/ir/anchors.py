@@ -13,7 +13,7 @@ import torch
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.actions import Action, Keep
-from toca_compile.ir.fields import Dtype, Family, Whole
+from toca_compile.ir.fields import DeviceName, Dtype, Family, Whole
 from toca_compile.ir.fields import Number as NumberField
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
@@ -65,6 +65,11 @@ class Ring(History):
     kept: int
     dtype: Annotated[torch.dtype, Dtype()] | None = None
     by: Weights | None = None
+    device: DeviceName | None = None
+
+    @property
+    def numbers_kept(self) -> frozenset[int]:
+        return frozenset([2]) if self.measured else frozenset()
 
     @property
     def depth(self) -> int:
@@ -155,7 +160,7 @@ class Anchors(Action):
     def needs(self, defaults: CacheSpec) -> Keep:
         if self.by is None:
             raise PolicyError("Anchors needs a rule for the weights: Anchors(by=Polynomial())")
-        return Keep(Ring(self.kept, defaults.dtype, self.by))
+        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device))
 
     def for_run(self, num_steps: int) -> Action:
         return replace(self, by=self.by.for_run(num_steps)) if self.by is not None else self

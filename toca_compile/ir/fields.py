@@ -111,6 +111,22 @@ class Dtype:
         return value if isinstance(dtype, torch.dtype) and _holds_activations(dtype) else _REFUSED
 
 
+@dataclass(frozen=True)
+class Device:
+    """The name of a device on which values can lie."""
+
+    def __str__(self) -> str:
+        return "the name of a device that holds values, such as 'cpu' or 'cuda:1'"
+
+    def take(self, value: Any) -> Any:
+        """As it is given."""
+        try:
+            kind = torch.device(value).type if isinstance(value, str) else "meta"
+        except RuntimeError:
+            return _REFUSED
+        return value if kind != "meta" else _REFUSED
+
+
 def _holds_activations(dtype: torch.dtype) -> bool:
     try:
         return dtype.is_floating_point and torch.finfo(dtype).min < 0
@@ -118,7 +134,7 @@ def _holds_activations(dtype: torch.dtype) -> bool:
         return False
 
 
-_LIMITS = (Whole, Number, OneOf, Dtype)
+_LIMITS = (Whole, Number, OneOf, Dtype, Device)
 
 Steps = Annotated[int, Whole(1, MAX_STEPS)]
 Count = Annotated[int, Whole(1, MAX_STEPS)]
@@ -135,6 +151,7 @@ Kind = Annotated[str, OneOf(KINDS)]
 Basis = Annotated[str, OneOf(("taylor", "newton"))]
 Counting = Annotated[str, OneOf(("down", "up"))]
 DtypeName = Annotated[str, Dtype(named=True)]
+DeviceName = Annotated[str, Device()]
 
 
 class Checked:

@@ -12,8 +12,9 @@ from typing import Annotated, NamedTuple
 import torch
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import Basis, Dtype, Order
+from toca_compile.ir.fields import Basis, DeviceName, Dtype, Order
 from toca_compile.ir.state import Number
+from toca_compile.ir.storage import Storage
 
 
 class Past(NamedTuple):
@@ -41,6 +42,21 @@ class History:
     def dtype(self) -> torch.dtype | None:
         """In which dtype; None: the value's own."""
         return None
+
+    @property
+    def device(self) -> str | None:
+        """On which device; None: the value's own."""
+        return None
+
+    @property
+    def storage(self) -> Storage:
+        """How what is kept of the value lies in memory."""
+        return Storage(self.dtype, self.device)
+
+    @property
+    def numbers_kept(self) -> frozenset[int]:
+        """Which of the buffers beside the last version (the first is 1) hold no values but numbers about them."""
+        return frozenset()
 
     @property
     def depth(self) -> int:
@@ -105,6 +121,7 @@ class CacheSpec(History):
     order: Order = 0
     dtype: Annotated[torch.dtype, Dtype()] | None = None
     basis: Basis = "taylor"
+    device: DeviceName | None = None
 
     @property
     def depth(self) -> int:

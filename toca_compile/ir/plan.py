@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import torch
+
 from toca_compile.ir.actions import Action, Keep, union
 from toca_compile.ir.fields import Count, Threshold
 from toca_compile.ir.gates import FirstBlocks, Gate
 from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
 from toca_compile.ir.selectors import Selector, TokenSelector
+from toca_compile.ir.storage import Storage
 from toca_compile.ir.types import Site, StepKind
 
 RANK = {k: i for i, k in enumerate(("reuse", "forecast", "full", "partial", "skip"))}
@@ -76,6 +79,22 @@ class Plan:
     def adaptive(self) -> bool:
         """Whether what a step does is decided while it runs."""
         return self.skip.threshold is not None and bool(self.skipped)
+
+    @cached_property
+    def _storages(self) -> tuple[Storage, ...]:
+        """How what is kept lies in memory."""
+        kept = [keep.history for keep in self._keeps] + ([self.skip.memory] if self.skipped else [])
+        return tuple(dict.fromkeys(history.storage for history in kept if history is not None))
+
+    @property
+    def cache_dtypes(self) -> frozenset[torch.dtype]:
+        """Those in which something is kept that is made in others."""
+        return frozenset(storage.dtype for storage in self._storages if storage.dtype is not None)
+
+    @property
+    def cache_devices(self) -> frozenset[str]:
+        """Those that a policy names to keep something on."""
+        return frozenset(storage.device for storage in self._storages if storage.device is not None)
 
     def selects(self, site: int) -> bool:
         """Whether the site ever selects tokens."""

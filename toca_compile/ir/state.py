@@ -16,6 +16,11 @@ class State(Enum):
     SOURCE_SCORE = "source_score"  # the same of the site that its own tokens are selected by
     CHANGE = "change"  # what the blocks before a skipped range changed
 
+    @property
+    def holds_values(self) -> bool:
+        """Whether it holds values of the model, which a policy may keep in another dtype or elsewhere."""
+        return self not in (State.STAMP, State.SCORE, State.SOURCE_SCORE)
+
 
 class Number(Enum):
     """A host number of one step: an argument that may take any value without a recompile."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from toca_compile.ir.fields import Basis, Count, DtypeName, Natural, Order, Threshold
+from toca_compile.ir.fields import Basis, Count, Natural, Order, Threshold
 from toca_compile.ir.registry import register
 from toca_compile.policies.composed import Composed
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
@@ -27,7 +27,7 @@ class BlockCache(Composed):
         limit: of steps that are not full in a row, with a threshold; None: any number.
         interval, bend: without a threshold, as in ``TaylorSeer``; a ``bend`` spreads the full steps.
         order: of the forecast of what the blocks add; 0 reuses it.
-        basis, cache_dtype: as in ``TaylorSeer``.
+        basis: as in ``TaylorSeer``.
 
     Raises:
         PolicyError: a number outside its range, or a threshold with no first block to measure it on.
@@ -42,7 +42,6 @@ class BlockCache(Composed):
     bend: Bend | None = None
     order: Order = 0
     basis: Basis = "taylor"
-    cache_dtype: DtypeName | None = None
 
     @property
     def when(self) -> When:
@@ -53,9 +52,8 @@ class BlockCache(Composed):
             return Spread(self.interval, self.bend, self.warmup)
         return Every(self.interval, self.warmup)
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         skip = SkipBlocks(self.first, self.last, order=self.order)
         return Composition(
-            self.num_steps, self.when, (Rule(skip),), basis=self.basis, cache_dtype=self.cache_dtype
+            self.num_steps, self.when, (Rule(skip),), basis=self.basis
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 
-from toca_compile.ir.fields import Count, DtypeName, Fraction, Order, Seed, Whole
+from toca_compile.ir.fields import Count, Fraction, Order, Seed, Whole
 from toca_compile.ir.graph import value_of
 from toca_compile.ir.registry import register
 from toca_compile.ir.selectors import TokenSelector, by_token
@@ -84,7 +84,6 @@ class ClusCa(Composed):
             alone.
         warmup: how many first steps are full.
         rounds: of k-means.
-        cache_dtype: as in ``TaylorSeer``.
         seed: of the tokens that begin the clusters, and of those that are computed.
 
     Raises:
@@ -98,13 +97,11 @@ class ClusCa(Composed):
     update: bool = True
     warmup: Count = 2
     rounds: Rounds = 5
-    cache_dtype: DtypeName | None = None
     seed: Seed = 0
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         return Composition(
             self.num_steps, Every(self.interval, self.warmup), (Rule(Partial(self.order, self.update)),),
-            which=Clusters(self.clusters, self.gamma, self.rounds, self.seed), cache_dtype=self.cache_dtype,
+            which=Clusters(self.clusters, self.gamma, self.rounds, self.seed),
             differences_from=max(1, self.warmup - 1),
         )  # fmt: skip

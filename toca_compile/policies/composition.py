@@ -15,7 +15,7 @@ import torch
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.actions import Action, Compute, Facts, Forecast, Partial, Queries, Reuse, SkipBlocks, skips
-from toca_compile.ir.fields import Basis, Checked, Count, Counting, DtypeName, Fraction, Kind, Steps
+from toca_compile.ir.fields import Basis, Checked, Count, Counting, DeviceName, DtypeName, Fraction, Kind, Steps
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.registry import register
@@ -81,7 +81,10 @@ class Composition(CachingPolicy):
         which: how tokens are selected.
         how_many: of them, unless ``which`` says it.
         basis: of forecasts: ``"taylor"`` as published, or ``"newton"``, exact on polynomials of its order.
-        cache_dtype: a dtype's name, such as ``"bfloat16"``; None: the outputs' own.
+        cache_dtype: in which dtype outputs and what is kept beside them lie in memory, by name: ``"bfloat16"``;
+            ``"float8_e4m3fn"`` or another of one byte, packed with an exponent for each row; None: the outputs' own.
+        cache_device: where they lie, by name: ``"cpu"`` for a model on a GPU whose memory is short, which costs a copy
+            there and back wherever they are read and written; None: where the model is.
         differences_from: the call from which on full steps make differences.
 
     Raises:
@@ -97,6 +100,7 @@ class Composition(CachingPolicy):
     basis: Basis = "taylor"
     cache_dtype: DtypeName | None = None
     differences_from: Count = 1
+    cache_device: DeviceName | None = None
 
     def check(self) -> None:
         if isinstance(self.when, Listed):
@@ -161,7 +165,7 @@ class Composition(CachingPolicy):
                     do = computed[made[i]]
                 row.append(do)
             steps.append(StepPlan(step_kind(row), tuple(row)))
-        return Plan(tuple(steps), self.which, memory=CacheSpec(0, self._dtype(), self.basis), skip=self._skip())
+        return Plan(tuple(steps), self.which, memory=self._memory(), skip=self._skip())
 
     def _rules(self, site: Site, rules: tuple[Rule, ...]) -> Action:
         return next((rule.do for rule in rules if rule.matches(site)), Reuse())
@@ -188,13 +192,15 @@ class Composition(CachingPolicy):
         ranges = skips(rule.do for rule in (*self.rules, *self.alternate))
         if not ranges:
             return Skip()
-        history = ranges[0].history(CacheSpec(0, self._dtype(), self.basis))
+        history = ranges[0].history(self._memory())
         if not isinstance(self.when, Adaptive):
             return Skip(ranges[0].residual, history)
         return Skip(ranges[0].residual, history, self.when.threshold, self.when.limit, self.when.by)
 
-    def _dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.cache_dtype) if self.cache_dtype is not None else None
+    def _memory(self) -> CacheSpec:
+        """How a last version is kept."""
+        dtype = getattr(torch, self.cache_dtype) if self.cache_dtype is not None else None
+        return CacheSpec(0, dtype, self.basis, self.cache_device)
 
 
 def _blocks(sites: tuple[Site, ...]) -> list[int]:

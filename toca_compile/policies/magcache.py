@@ -76,7 +76,6 @@ class MagCache(Composed):
     first: Natural = 0
     order: Order = 0
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         when = Magnitudes(self.ratios, self.threshold, self.limit, self.retention)
         return Composition(self.num_steps, when, (Rule(SkipBlocks(self.first, order=self.order)),))

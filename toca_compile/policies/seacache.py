@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from toca_compile.ir.fields import Count, DtypeName, Fraction, Natural, Number, Order, Threshold
+from toca_compile.ir.fields import Count, Fraction, Natural, Number, Order, Threshold
 from toca_compile.ir.gates import FilteredInput
 from toca_compile.ir.registry import register
 from toca_compile.ir.signature import Signature
@@ -28,7 +28,7 @@ class SeaCache(Composed):
             the times: they are these, in thousandths where they go beyond 1. Where nobody says them, 1 − step / steps.
         warmup: how many first steps are full; the last is, too.
         limit: of steps that are not full in a row; None: any number.
-        first, last, order, cache_dtype: as in ``TeaCache``.
+        first, last, order: as in ``TeaCache``.
 
     Raises:
         PolicyError: a number is outside its range.
@@ -42,7 +42,6 @@ class SeaCache(Composed):
     first: Natural = 0
     last: Natural = 0
     order: Order = 0
-    cache_dtype: DtypeName | None = None
 
     def for_call(self, call: Signature) -> "SeaCache":
         """With the times of a call, where none are given."""
@@ -51,9 +50,8 @@ class SeaCache(Composed):
         unit = 1000.0 if max(call.times) > 1 else 1.0
         return replace(self, sigmas=tuple(min(max(t / unit, 0.0), 1.0) for t in call.times))
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         by = FilteredInput(power=self.power, sigmas=self.sigmas)
         when = Adaptive(self.threshold, self.warmup, self.limit, by, ends_full=True)
         skip = SkipBlocks(self.first, self.last, order=self.order)
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from toca_compile.ir.actions import Keys
-from toca_compile.ir.fields import Basis, Call, Count, DtypeName, Fraction, OneOf, Order, Seed, Weight
+from toca_compile.ir.fields import Basis, Call, Count, Fraction, OneOf, Order, Seed, Weight
 from toca_compile.ir.registry import register
 from toca_compile.ir.selectors import ScoreName, Selector
 from toca_compile.policies.composed import Composed
@@ -35,7 +35,6 @@ class TaylorSeer(Composed):
         bend: of ``"spread"``: 1 is even, less is denser towards the end of denoising.
         basis: ``"taylor"`` as published, or ``"newton"``.
         full: the full steps themselves as call indices, 0 among them, instead of ``interval`` and ``warmup``.
-        cache_dtype: ``"bfloat16"`` or another dtype's name to keep outputs and differences in; None: the output's own.
 
     Raises:
         PolicyError: a number outside its range.
@@ -48,7 +47,6 @@ class TaylorSeer(Composed):
     bend: Bend = 1.0
     basis: Basis = "taylor"
     full: tuple[Call, ...] = ()
-    cache_dtype: DtypeName | None = None
 
     @property
     def when(self) -> When:
@@ -59,10 +57,9 @@ class TaylorSeer(Composed):
             return Spread(self.interval, self.bend, self.warmup)
         return Every(self.interval, self.warmup)
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         return Composition(
-            self.num_steps, self.when, (Rule(Forecast(self.order)),), basis=self.basis, cache_dtype=self.cache_dtype,
+            self.num_steps, self.when, (Rule(Forecast(self.order)),), basis=self.basis,
             differences_from=1 if self.full else max(1, self.warmup - 1),
         )  # fmt: skip
 
@@ -77,7 +74,7 @@ class TaylorToCa(Composed):
     or with ``keys`` recompute those tokens' queries too (``Queries``).
 
     Args:
-        num_steps, interval, order, warmup, cache_dtype: as in ``TaylorSeer``.
+        num_steps, interval, order, warmup: as in ``TaylorSeer``.
         fresh_ratio: share of the tokens recomputed on other steps.
         score: how they are ranked: ``"error"`` by what the forecast missed of them at the last full step, or one of
             ``ToCa``'s.
@@ -100,11 +97,9 @@ class TaylorToCa(Composed):
     mlp: bool = True
     update: bool = True
     warmup: Count = 1
-    cache_dtype: DtypeName | None = None
     seed: Seed = 0
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         attention = (
             (Rule(Queries(self.keys, order=self.order, update=self.update), kinds=ATTENTION),)
             if self.keys is not None
@@ -114,6 +109,6 @@ class TaylorToCa(Composed):
         return Composition(
             self.num_steps, Every(self.interval, self.warmup), (*attention, rest),
             which=Selector(self.score, self.staleness_weight / self.interval, seed=self.seed),
-            how_many=Share(self.fresh_ratio), cache_dtype=self.cache_dtype,
+            how_many=Share(self.fresh_ratio),
             differences_from=max(1, self.warmup - 1),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from toca_compile.ir.fields import Count, DtypeName, Factor, Natural, Order, Threshold
+from toca_compile.ir.fields import Count, Factor, Natural, Order, Threshold
 from toca_compile.ir.gates import FirstInput
 from toca_compile.ir.registry import register
 from toca_compile.policies.composed import Composed
@@ -25,7 +25,7 @@ class TeaCache(Composed):
         warmup: how many first steps are full.
         limit: of steps that are not full in a row; None, as published: any number.
         first, last: blocks that every step computes; the input is that of the first of the others.
-        order, cache_dtype: as in ``BlockCache``.
+        order: as in ``BlockCache``.
 
     Raises:
         PolicyError: a number is outside its range.
@@ -38,10 +38,8 @@ class TeaCache(Composed):
     first: Natural = 0
     last: Natural = 0
     order: Order = 0
-    cache_dtype: DtypeName | None = None
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         when = Adaptive(self.threshold, self.warmup, self.limit, FirstInput(self.rescale), ends_full=True)
         skip = SkipBlocks(self.first, self.last, order=self.order)
-        return Composition(self.num_steps, when, (Rule(skip),), cache_dtype=self.cache_dtype)
+        return Composition(self.num_steps, when, (Rule(skip),))

@@ -102,8 +102,7 @@ class ToCa(Composed):
         sensitive = (0.0, 0.0) if reuses else self.sensitive
         return IntervalFunction(self.interval, slope, sensitive, self.sensitive_interval, self.count, warmup)
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         weight = self.staleness_weight / self.interval
         which = Selector(
             self.score, weight, self.cell, self.bonus, self.score_stride, self.seed, self.shared_pair
@@ -129,9 +128,9 @@ class DuCa(ToCa):
     fresh_ratio: FreshRatio = 0.05
     bonus: Weight = 0.8
 
-    def composition(self) -> Composition:
+    def parts(self) -> Composition:
         """ToCa's, with every second step skipped."""
-        return replace(super().composition(), alternate=(Rule(SkipBlocks(residual=False)),))
+        return replace(super().parts(), alternate=(Rule(SkipBlocks(residual=False)),))
 
 
 @register
@@ -145,6 +144,5 @@ class Fora(Composed):
 
     interval: Count = 3
 
-    def composition(self) -> Composition:
-        """Its parts."""
+    def parts(self) -> Composition:
         return Composition(self.num_steps, Periodic(self.interval))

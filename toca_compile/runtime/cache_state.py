@@ -11,6 +11,7 @@ from toca_compile.ir.actions import Keep
 from toca_compile.ir.program import Program, Stream
 from toca_compile.ir.selectors import TokenSelector, by_token
 from toca_compile.ir.state import State
+from toca_compile.ir.storage import Storage
 from toca_compile.ir.types import Site
 
 Buffers = dict[tuple[Any, ...], torch.Tensor]  # of one run, by graph, kind, site and index
@@ -21,7 +22,24 @@ def like_buffer(
 ) -> torch.Tensor:
     """A fake tensor of the shape, dtype and device of a site's buffer, or of one of what leaves skipped blocks.
     ``keep``: what is kept of it."""
+    seen = seen_buffer(kind, index, site, keep, program, selector)
+    storage = storage_of(kind, index, keep)
+    return storage.lies(seen) if storage is not None else seen
+
+
+def seen_buffer(
+    kind: State, index: int, site: Site | Stream, keep: Keep, program: Program, selector: TokenSelector
+) -> torch.Tensor:
+    """The same as an emission sees it, however it lies in memory."""
     return _LIKE[kind](index, site, keep, program, selector)
+
+
+def storage_of(kind: State, index: int, keep: Keep) -> Storage | None:
+    """How a buffer lies in memory, if it holds values of the model."""
+    history = keep.history
+    if history is None or not kind.holds_values or (kind is State.HISTORY and index in history.numbers_kept):
+        return None
+    return history.storage
 
 
 def owner(kind: State, site: Site | Stream, selector: TokenSelector) -> tuple[State, int]:
@@ -80,7 +98,7 @@ def _source_score(index: int, site: Site, keep: Keep, program: Program, selector
 
 def _kept(node: fx.Node, keep: Keep) -> torch.Tensor:
     value: torch.Tensor = node.meta["val"]
-    return value.new_empty(value.shape, dtype=keep.history.dtype if keep.history is not None else None)
+    return (keep.history.storage if keep.history is not None else Storage()).seen(value)
 
 
 _LIKE: dict[State, Callable[[int, Any, Keep, Program, TokenSelector], torch.Tensor]] = {

@@ -416,9 +416,14 @@ class Executor:
 
     def _is_planned(self, schedule: Schedule) -> bool:
         """Whether a graph can hold the steps of a plan."""
-        if schedule.probe is not None and self.graphs is not None and not self.graphs.refused:
-            self.graphs.warn(without("the policy decides at each step, by a threshold, whether blocks are computed"))
-        return schedule.probe is None
+        why = None
+        if schedule.probe is not None:
+            why = "the policy decides at each step, by a threshold, whether blocks are computed"
+        elif schedule.plan.cache_devices:
+            why = f"what is kept lies on {', '.join(sorted(schedule.plan.cache_devices))}, from where steps copy it"
+        if why is not None and self.graphs is not None and not self.graphs.refused:
+            self.graphs.warn(without(why))
+        return why is None
 
     def _replay(self, step: "_Step", bound: "_BoundCalls", calls: Calls, graphs: Graphs, fixed: Fixed) -> None:
         """What stands behind the front, as a graph."""
