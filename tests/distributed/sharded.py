@@ -133,6 +133,7 @@ def inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     config: Any = getattr(model, "config", None)
     shape = (2, 2, 8, 8) if config is None or hasattr(config, "sample_size") else (2, 16, config.in_channels)
     x = torch.randn(shape, generator=generator)
+    words = torch.randn(2, 4, 64, generator=generator)  # no two alike, or which is selected is a matter of rounding
     for step in range(STEPS):
         x, time = x + 0.02 * torch.randn(shape, generator=generator), torch.full((2,), 900 - 100 * step)
         if config is None:
@@ -142,7 +143,7 @@ def inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
         else:
             yield {
                 "hidden_states": x,
-                "encoder_hidden_states": torch.ones(2, 4, config.joint_attention_dim),
+                "encoder_hidden_states": words[..., : config.joint_attention_dim],
                 "pooled_projections": torch.ones(2, config.pooled_projection_dim),
                 "timestep": time / 1000,
                 "img_ids": torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1),
