@@ -54,8 +54,8 @@ class FreqCa(Composed):
     grid: the low band, which hardly moves in direction, is reused, and the high band is forecast by Hermite's
     polynomials of second order (arXiv 2510.08669). One value a model is kept, not one a layer.
 
-    The split is a Fourier transform over the picture's axes, as the graph or ``optimize(grid=…)`` tells them; the
-    abstract leaves open where the bands meet, so that ``cutoff`` is ours.
+    The split is a Fourier transform over the picture's axes, as the graph or ``optimize(grid=…)`` tells them. Where the
+    bands meet (``cutoff``) is our choice.
 
     Args:
         num_steps: model calls of one run.

@@ -15,8 +15,8 @@ from toca_compile.policies.anchors import Polynomial
 class ByChannel(Weights):
     """Rules for groups of channels (HyCa, arXiv 2510.04188): channels move alike in groups, smoothly here and stiffly
     there, and each group is best forecast by another solver of one differential equation. The groups are the model's,
-    and are found once: see ``toca_compile.quality.calibration.channel_rules``. For ``Anchors(by=…)`` of sites or of all
-    blocks.
+    and are found once: see ``toca_compile.quality.calibration.channel_rules``. How they are told apart, how many there
+    are and which rules they choose from is our choice. For ``Anchors(by=…)`` of sites or of all blocks.
 
     Args:
         rules: one a group.
