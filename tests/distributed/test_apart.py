@@ -18,7 +18,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("policies", ["policy: Fora(num_steps=4, interval=2) (plan ", "(processes 0, 1), Fora(num_steps=4, interval=4) (plan ",
+        ("policies", ["policy: Fora(num_steps=4", "interval=2) (plan ", "interval=4) (plan ", "(processes 0, 1)",
                       "(process 2)", "the same inputs, policy and settings"]),
         ("shapes", ["input 0: float32 [2, 2, 8, 8] (processes 0, 2), float32 [3, 2, 8, 8] (process 1)"]),
         ("settings", ["'lowering': 'dense'", "(process 0)", "(processes 1, 2)"]),
