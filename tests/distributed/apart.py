@@ -6,6 +6,7 @@ What each is told is printed, with how long it took. In the end the last process
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tests.models import PlainDiT, randomize
 from tests.sampling import noise
 from toca_compile import Fora, ProcessError
 
-SECONDS = 6.0  # the timeout of their group
+SECONDS = 6.0  # the timeout of their group, once all have traced the model
 POLICY = Fora(4, 2)
 
 
@@ -68,6 +69,8 @@ def main(place: int, count: int) -> dict[str, Any]:
     found["policies"] = said(lambda: sample(opt))
     opt.policy = POLICY
     found["shapes"] = said(lambda: sample(opt, 3 if place == 1 else 2))
+    group: Any = dist.group.WORLD
+    group.set_timeout(timedelta(seconds=SECONDS))
     opt.lowering = "dense" if not place else "eager"
     found["settings"] = said(lambda: sample(opt))
     opt.lowering = "eager"
@@ -86,5 +89,5 @@ def main(place: int, count: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    in_group(main, SECONDS)
+    in_group(main)
     os._exit(0)  # a group that has lost a process does not end well

@@ -90,6 +90,7 @@ class Peers:
                 raise ProcessError(_UNREACHED)
             missing = [rank for rank in group.ranks if rank not in said]
             if missing:
+                group.forget(f"run {group.run}")  # or who comes late would go on as if all were there
                 raise ProcessError(
                     f"{_named(missing)} did not begin this sampling within {group.timeout.total_seconds():g} s: it "
                     f"died, or does something else than {_named(list(said))}. Processes that share a model call it "
