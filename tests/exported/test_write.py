@@ -1,5 +1,6 @@
 """What can be exported, and what is refused with which reason."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import ExportError, Fora, NoSiteError, PolicyError, ToCa
 from toca_compile.exported.write import traces
-from toca_compile.policies import Level
+from toca_compile.ir.signature import Signature
+from toca_compile.policies import Level, Planned, Polynomial
 
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
@@ -181,6 +183,25 @@ def test_two_transformers_that_share_the_steps() -> None:
     assert torch.equal(run(), expected)
     assert torch.equal(run(), expected)
     assert not torch.equal(expected, uncached)
+
+
+def test_a_plan_that_was_found_keeps_its_full_steps_in_a_pipeline() -> None:
+    """It is laid out by the scheduler's times, as in the live pipeline, and refused where that would refuse it."""
+    pipe, inputs = Pair(), {"num_inference_steps": 12}
+    late = Planned(6, (0, 1, 4, 5), Polynomial(1), made_for=Signature(times=(1000.0, 990.0, 980.0, 970.0, 500.0, 0.0)))
+    own = {name: written(one) for name, one in traces(pipe, late, inputs).items()}
+    toca_compile.optimize(pipe, late, lowering="eager")
+    expected = pipe(12, generator=torch.Generator().manual_seed(0))[0]
+    wanted = {name: [r.kind for r in getattr(pipe, name).steps] for name in own}
+    toca_compile.restore(pipe)
+    for name, model in own.items():
+        setattr(pipe, name, model)
+    assert torch.equal(pipe(12, generator=torch.Generator().manual_seed(0))[0], expected)
+    assert {name: [r.kind for r in model.steps] for name, model in own.items()} == wanted
+    even = late.for_run(12, guided=False)
+    assert own["transformer"].policy.full != even.full
+    with pytest.raises(PolicyError, match="made for another sampler"):
+        traces(Pair(), replace(late, made_for=Signature(sampler="Other")), inputs)
 
 
 def test_a_transformer_that_a_call_leaves_out() -> None:

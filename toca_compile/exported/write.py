@@ -4,6 +4,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toca_compile.compiler.lay_out import LaidOut
-from toca_compile.diffusers import first_calls, for_run, is_pipeline
+from toca_compile.diffusers import FirstCall, first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive
 from toca_compile.exported.recorder import Recorder
@@ -20,6 +21,7 @@ from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, 
 from toca_compile.exported.table import About
 from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
 from toca_compile.lowerings.aot import compile_files
 from toca_compile.model import has_hooks, unwrapped, wrap
@@ -88,9 +90,23 @@ def traces(model: Any, policy: Policy | str | None, example_inputs: Any, **optio
     for name, call in first_calls(model, example_inputs).items():
         own = handle_of(call.model)
         wanted = checked_policy(policy) if policy is not None else own._session.policy if own is not None else None
-        fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
-        made[name] = Traced(call.model, fit, (call.args, call.kwargs), **options)
+        made[name] = Traced(call.model, _fit(wanted, call), (call.args, call.kwargs), **options)
     return made
+
+
+def _fit(policy: Policy | None, call: FirstCall) -> Policy | None:
+    """A policy as the live pipeline takes it for the run that begins with a call.
+
+    Raises:
+        PolicyError: it was made for something else.
+    """
+    if policy is None:
+        return None
+    if hasattr(policy, "for_call"):
+        inputs = called(leaves((), call.args, call.kwargs))
+        weights = fingerprint(unwrapped(call.model)) if getattr(policy, "made_for", None) is not None else None
+        policy = policy.for_call(replace(call.known, size=inputs.size, dtype=inputs.dtype, model=weights))
+    return for_run(policy, call.steps, call.guided)
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -168,7 +184,7 @@ class Traced:
             model=type(plain).__name__,
             torch=torch.__version__,
             machine=archive.machine(device or torch.device("cpu")),
-            policy=_policy(session.policy),
+            policy=_policy(session.applied),
             parameters=parameters,
             defaults=defaults,
             given=fixed(found, defaults),
