@@ -59,6 +59,47 @@ def test_hooks_that_change_arguments_or_results_are_named(tmp_path: Path) -> Non
         toca_compile.export(model, Fora(4, 2), INPUTS, tmp_path / "m.pt2")
 
 
+class Branching(PlainDiT):
+    """Otherwise for four samples: between the sizes that are traced."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * 2 if x.shape[0] == 4 else x, t, y)
+
+
+class Mean(PlainDiT):
+    """With a number that follows from the batch."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * (1 / x.shape[0]), t, y)
+
+
+BATCH, TOKENS = torch.export.Dim("batch", min=2, max=9), torch.export.Dim("height", min=2, max=4)
+OPEN = {name: {0: BATCH} for name in "xty"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "open", "why"),
+    [
+        (Branching, OPEN, "Branching cannot be exported for batch from 2 to 9; torch.export says"),
+        (Mean, OPEN, "Mean cannot be exported for batch from 2 to 9: an argument of aten.mul.Tensor at test_write.py"),
+        (PlainDiT, {"x": {2: 2 * TOKENS}}, "PlainDiT fails where height is 2"),
+        (PlainDiT, {"x": {0: BATCH, 1: TOKENS}}, "one size can be open, and dynamic_shapes names batch, height"),
+        (PlainDiT, {"x": {0: torch.export.Dim("batch")}}, "checked up to a largest size"),
+        (PlainDiT, {"z": {0: BATCH}}, "'z', which is none of the arguments x, t, y"),
+        (PlainDiT, {"x": {9: BATCH}}, "dynamic_shapes of x must be"),
+        (PlainDiT, {"x": {0: torch.export.Dim.AUTO}}, "dynamic_shapes of x must be"),
+        (PlainDiT, {}, "dynamic_shapes names none"),
+        (PlainDiT, 3, "must say which dimensions"),
+    ],
+)
+def test_ranges_that_no_file_can_hold(cls: Any, open: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        toca_compile.export(
+            randomize(cls(depth=1)), Fora(4, 2), INPUTS, tmp_path / "m.pt2", dynamic_shapes=open, hoist=False
+        )
+    assert not list(tmp_path.iterdir())
+
+
 class Expanded(PlainDiT):
     """With a buffer whose dimensions share memory, and one that is a view of a larger one."""
 
