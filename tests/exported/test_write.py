@@ -85,6 +85,7 @@ OPEN = {name: {0: BATCH} for name in "xty"}
         (PlainDiT, {"x": {2: 2 * TOKENS}}, "PlainDiT fails where height is 2"),
         (PlainDiT, {"x": {0: BATCH, 1: TOKENS}}, "one size can be open, and dynamic_shapes names batch, height"),
         (PlainDiT, {"x": {0: torch.export.Dim("batch")}}, "checked up to a largest size"),
+        (PlainDiT, {"x": {0: torch.export.Dim("batch", min=1, max=4)}}, "a range begins at 2"),
         (PlainDiT, {"z": {0: BATCH}}, "'z', which is none of the arguments x, t, y"),
         (PlainDiT, {"x": {9: BATCH}}, "dynamic_shapes of x must be"),
         (PlainDiT, {"x": {0: torch.export.Dim.AUTO}}, "dynamic_shapes of x must be"),

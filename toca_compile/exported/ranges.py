@@ -79,7 +79,12 @@ def read(dynamic_shapes: Any, parameters: Sequence[str], call: _Call) -> Range:
     ((name, root),) = roots.items()
     if not isinstance(root.max, int):
         raise ExportError(f"a file is checked up to a largest size: torch.export.Dim({name!r}, max=…)")
-    least = max(root.min, 1)
+    if root.min == 1:
+        raise ExportError(
+            f"a range begins at 2, since torch gives what is of size 1 a form and code of its own: "
+            f"torch.export.Dim({name!r}, min=2, max={root.max}), and a file of its own for 1"
+        )
+    least = max(root.min, 2)  # 0 where nothing is said
     if least >= root.max:
         raise ExportError(f"{name} is open from {least} to {root.max}, which is no range")
     return Range(Open(name, least, root.max), dims)
@@ -150,12 +155,10 @@ def fitted(several: Sequence["Traced"], of: Range) -> "Traced":
         fit.same([list(one.laid.entries) for one in several], "which variants there are")
         entries = {name: fit.entry([one.laid.entries[name] for one in several]) for name in last.laid.entries}
     except _Unlike as error:
-        remedy = "Export a file for each size, or for a smaller range"
-        if of.open.least == 1:
-            remedy = "Of size 1 it is no dimension to many ops: begin the range at 2, or export a file for each size"
         raise ExportError(
             f"{last.about.model} cannot be exported for {of.open.name} from {of.open.least} to {of.open.most}: {error} "
-            f"follows from it otherwise than as a size (compared at {', '.join(map(str, of.points))}). {remedy}"
+            f"follows from it otherwise than as a size (compared at {', '.join(map(str, of.points))}). Export "
+            "a file for each size, or for a smaller range"
         ) from None
     last.table, last.laid = table, replace(last.laid, table=table, entries=entries)
     return last
@@ -171,17 +174,15 @@ class _Fit:
         if any(value != values[0] for value in values):
             raise _Unlike(what)
 
-    def sizes(self, values: Sequence[Sequence[int]], what: str, *, strides: bool = False) -> tuple[Size, ...]:
+    def sizes(self, values: Sequence[Sequence[int]], what: str) -> tuple[Size, ...]:
         """Shapes, or strides."""
-        points = list(self.points)
-        if strides and points[0] == 1 and len(points) > 2:  # which says nothing of a dimension's stride
-            points, values = points[1:], values[1:]
         self.same([len(value) for value in values], what)
-        return tuple(self.size(column, points, what) for column in zip(*values, strict=True))
+        return tuple(self.size(column, what) for column in zip(*values, strict=True))
 
-    def size(self, values: Sequence[int], points: Sequence[int], what: str) -> Size:
+    def size(self, values: Sequence[int], what: str) -> Size:
         if all(value == values[0] for value in values):
             return values[0]
+        points = self.points
         slope, rest = divmod(values[-1] - values[0], points[-1] - points[0])
         found = slope, values[0] - slope * points[0]
         if rest or slope < 1 or any(at(found, p) != value for p, value in zip(points, values, strict=True)):
@@ -204,7 +205,7 @@ class _Fit:
             kinds[place] = {
                 **kind,
                 "shape": shape,
-                "stride": self.sizes([k["stride"] for k in own], what, strides=True),
+                "stride": self.sizes([k["stride"] for k in own], what),
             }
         self.same([[(b.dtype, b.device) for b in one.buffers] for one in several], "what is cached")
         buffers = tuple(
@@ -215,7 +216,7 @@ class _Fit:
         for made in zip(*(one.results for one in several), strict=True):
             self.same([r if r is None else r[0] for r in made], "the model's results")
             laid = [r[1] for r in made if r is not None]
-            fit = self.sizes(laid, "the model's results", strides=True) if laid else ()
+            fit = self.sizes(laid, "the model's results") if laid else ()
             results.append((made[-1][0], fit) if made[-1] is not None else None)
         return replace(last, kinds=kinds, buffers=buffers, results=tuple(results), open=self.what)
 
@@ -228,7 +229,7 @@ class _Fit:
                 self.same([isinstance(e, Tensor) for e in own], "what a variant is given")
                 own = ()
             shapes.append(self.sizes([e.shape for e in own], "a value's shape") if own else ())
-            strides.append(self.sizes([e.stride() for e in own], "a value's stride", strides=True) if own else ())
+            strides.append(self.sizes([e.stride() for e in own], "a value's stride") if own else ())
         found = [
             (size, i, dim)
             for i, shape in enumerate(shapes)
@@ -297,7 +298,7 @@ class _Fit:
             if isinstance(last, slice):
                 return slice(*(argument([getattr(v, n) for v in values], node) for n in ("start", "stop", "step")))
             if type(last) is int:
-                return sized(self.size(values, self.points, what), node)
+                return sized(self.size(values, what), node)
             self.same(values, what)
             return last
 
