@@ -6,9 +6,9 @@
 
 Size, time to export, and in processes of their own the time from the start to the first picture: a file that is loaded,
 the live model, and the model compiled whole, the last two with Inductor's caches empty and full. Then 50 steps of the
-loaded and the live model in turns in one process, what each allocates at its peak beyond weights and inputs (``memory.py``), and the
-host's microseconds a step: of a model so small that little else is left, in a step that computes no branch. Results go
-to ``benchmarks/results/export.{json,md}``.
+loaded and the live model in turns in one process, what each allocates at its peak beyond weights and inputs
+(``memory.py``), and the host's microseconds a step: of a model so small that little else is left, in a step that
+computes no branch. Results go to ``benchmarks/results/export.{json,md}``.
 """
 
 import argparse
