@@ -1,12 +1,14 @@
 """What a file of ``toca_compile.export`` costs and spares, on the shipped DiT.
 
-    python benchmarks/export.py                     # about 10 minutes on 2 cores
+    python benchmarks/export.py                     # about 15 minutes on 2 cores
     python benchmarks/export.py --policy toca
     python benchmarks/export.py --shared            # says that the machine had other work meanwhile
 
 Size, time to export, and in processes of their own the time from the start to the first picture: a file that is loaded,
 the live model, and the model compiled whole, the last two with Inductor's caches empty and full. Then 50 steps of the
-loaded and the live model in turns in one process. Results go to ``benchmarks/results/export.{json,md}``.
+loaded and the live model in turns in one process, what each allocates at its peak beyond weights and inputs
+(``memory.py``), and the host's microseconds a step: of a model so small that little else is left, in a step that
+computes no branch. Results go to ``benchmarks/results/export.{json,md}``.
 """
 
 import argparse
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, save
+from common import arguments, dit, interleaved, save
 from diffusers import DDIMScheduler
+from memory import peak
 
 import toca_compile
 from toca_compile import BlockCache, Fora
@@ -90,6 +93,20 @@ def first_step(path: Path) -> tuple[float, float]:
     return loaded - start, time.perf_counter() - loaded
 
 
+def host(folder: Path, repeats: int) -> dict[str, float]:
+    """Microseconds of a step."""
+    model, inputs, policy = dit(64, 12, 4), arguments(1, 4), Fora(100, 100)
+    toca_compile.export(model, policy, inputs, folder / "small.pt2")
+    models = {"loaded": toca_compile.load(folder / "small.pt2"), "live": toca_compile.optimize(model, policy)}
+    calls = {name: bind(one, **inputs) for name, one in models.items()}
+    with torch.no_grad():
+        for call in calls.values():
+            for _ in range(20):
+                call()
+        median = interleaved(calls, 50 * repeats)
+    return {f"host of a step, {name} µs": 1e6 * seconds for name, seconds in median.items()}
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +136,8 @@ def main() -> None:
         median = interleaved(calls, given.repeats)
         row["run, loaded s"], row["run, live s"] = median["loaded"], median["live"]
         row["loaded / live"] = median["loaded"] / median["live"]
+        row |= {f"peak, {name} MB": peak(call, "cpu") / 1e6 for name, call in calls.items()}
+        row |= host(Path(folder), given.repeats)
     print(row)
     save("export", "cpu", {given.policy + SHARED * given.shared: [row]})
 

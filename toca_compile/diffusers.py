@@ -73,13 +73,15 @@ def detach(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class FirstCall:
-    """The first model call of a call of a pipeline: of which model, with what, in a run of how many steps."""
+    """The first model call of a call of a pipeline: of which model, with what, in a run of how many steps. ``known``:
+    of the sampling."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     steps: int
     guided: bool
+    known: Signature
 
 
 class _Stop(Exception):
@@ -111,7 +113,8 @@ def first_calls(pipe: Any, call: Mapping[str, Any]) -> dict[str, FirstCall]:
         def answer(*args: Any, **kwargs: Any) -> Any:
             if name not in found:
                 left = _steps(pipe.scheduler) - index
-                found[name] = FirstCall(model, args, kwargs, left, _guided(arguments.arguments))
+                known = _known(pipe.scheduler, arguments.arguments, left)
+                found[name] = FirstCall(model, args, kwargs, left, _guided(arguments.arguments), known)
             if len(found) == len(models):
                 raise _Stop
             if not answers:
@@ -136,6 +139,16 @@ def first_calls(pipe: Any, call: Mapping[str, Any]) -> dict[str, FirstCall]:
 def _steps(scheduler: Any) -> int:
     """How many model calls of one guidance pass a call of a pipeline makes."""
     return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+
+
+def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signature:
+    """What a call of a pipeline tells of its last so many steps."""
+    guidance = arguments.get("guidance_scale")
+    return Signature(
+        sampler=type(scheduler).__name__,
+        times=tuple(torch.as_tensor(scheduler.timesteps).tolist()[-steps:]),
+        guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
+    )
 
 
 def _guided(arguments: Mapping[str, Any]) -> bool:
@@ -301,13 +314,8 @@ class _Run:
         # From here on: one of two transformers that share the steps may come in late.
         steps, wanted = _steps(self.scheduler) - self.index, self.model._session.policy
         if hasattr(wanted, "for_call"):
-            guidance = self.arguments.get("guidance_scale")
-            known = replace(
-                call,
-                sampler=type(self.scheduler).__name__,
-                times=tuple(torch.as_tensor(self.scheduler.timesteps).tolist()[-steps:]),
-                guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
-            )
+            known = _known(self.scheduler, self.arguments, steps)
+            known = replace(known, size=call.size, dtype=call.dtype)
             wanted = self.model._toca.fitted(wanted, self.model._model, known)
         return for_run(wanted, steps, _guided(self.arguments))
 

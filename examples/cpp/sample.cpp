@@ -32,6 +32,7 @@ class Model {
       const std::string& entry = call["entry"].string;
       if (!entries_.count(entry)) entries_[entry] = std::make_unique<Loader>(path, entry);
     }
+    if (table["open"].kind != Json::Null) throw std::runtime_error("this example runs files of fixed sizes");
     if (table["test"].kind != Json::Null) throw std::runtime_error("this example runs plans without a threshold");
     reset();
   }

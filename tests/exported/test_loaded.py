@@ -176,6 +176,55 @@ def test_other_calls_are_refused_and_the_run_goes_on(
     assert len(toca.steps) == 1
 
 
+BATCH = {name: {0: torch.export.Dim("batch", min=2, max=5)} for name in "xty"}
+
+
+@pytest.mark.parametrize("policy", [POLICIES[2], POLICIES[8], POLICIES[12]], ids=lambda p: str(p)[:20])
+def test_any_batch_of_a_range(model: nn.Module, policy: Any) -> None:
+    """Bit by bit at the sizes that were traced and at another, with caches of the run's size; others are refused."""
+    live, own = optimized(model, policy), loaded(model, policy, INPUTS, dynamic=BATCH)
+    for count in (2, 4, 5):
+        assert torch.equal(sample(live, STEPS, noise(count)), sample(own, STEPS, noise(count)))
+        assert [(r.kind, r.k) for r in live.steps] == [(r.kind, r.k) for r in own.steps]
+    with torch.no_grad():
+        for count in (5, 2):
+            live.reset()
+            own.reset()
+            for opt in (live, own):
+                opt(noise(count), torch.zeros(count, dtype=torch.int64), torch.arange(count))
+            assert own.cache_bytes == live.cache_bytes
+    for count, labels, why in (
+        (1, 1, "for batch from 2 to 5"),
+        (6, 6, r"of x from 2 to 5.*\[6, 2, 8, 8\]"),
+        (3, 2, "y of"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            own(noise(count), torch.zeros(count, dtype=torch.int64), torch.arange(labels))
+
+
+def test_sizes_take_turns_and_do_not_mix(model: nn.Module) -> None:
+    """Each has a run of its own; one that the caller says is the next step of another's is refused."""
+    own = loaded(model, POLICIES[1], INPUTS, dynamic=BATCH)
+    alone = {count: sample(own, STEPS, noise(count)) for count in (2, 3)}
+    x = {count: noise(count) for count in alone}
+    with torch.no_grad():
+        for i in range(STEPS):
+            for count in x:
+                t = torch.full((count,), (STEPS - 1 - i) * 1000 // STEPS)
+                with own.cache_context(str(count)):
+                    x[count] = x[count] - own(x[count], t, torch.arange(count)) / STEPS
+        assert all(torch.equal(x[count], alone[count]) for count in x)
+        own.reset()
+        for i, count in enumerate((2, 3)):
+            inputs = noise(count), torch.full((count,), 900 - 100 * i), torch.arange(count)
+            with own.cache_context("default", step_index=i):
+                if count == 2:
+                    own(*inputs)
+                    continue
+                with pytest.raises(ExportError, match="batch changed in the midst of a run"):
+                    own(*inputs)
+
+
 def test_results_with_names_and_arguments_that_are_no_tensors() -> None:
     model = diffusers_dit(depth=1)
     call = {"hidden_states": noise(), "timestep": torch.ones(2), "class_labels": torch.arange(2)}

@@ -1,5 +1,6 @@
 """What can be exported, and what is refused with which reason."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import ExportError, Fora, NoSiteError, PolicyError, ToCa
 from toca_compile.exported.write import traces
-from toca_compile.policies import Level
+from toca_compile.ir.signature import Signature
+from toca_compile.policies import Level, Planned, Polynomial
 
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
@@ -55,6 +57,46 @@ def test_hooks_that_change_arguments_or_results_are_named(tmp_path: Path) -> Non
     model.register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(ExportError, match="PlainDiT has hooks"):
         toca_compile.export(model, Fora(4, 2), INPUTS, tmp_path / "m.pt2")
+
+
+class Branching(PlainDiT):
+    """Otherwise for four samples: between the sizes that are traced."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * 2 if x.shape[0] == 4 else x, t, y)
+
+
+class Mean(PlainDiT):
+    """With a number that follows from the batch."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * (1 / x.shape[0]), t, y)
+
+
+BATCH, TOKENS = torch.export.Dim("batch", min=2, max=9), torch.export.Dim("height", min=2, max=4)
+OPEN = {name: {0: BATCH} for name in "xty"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "open", "why"),
+    [
+        (Branching, OPEN, "Branching cannot be exported for batch from 2 to 9; torch.export says"),
+        (Mean, OPEN, "Mean cannot be exported for batch from 2 to 9: an argument of aten.mul.Tensor at test_write.py"),
+        (PlainDiT, {"x": {2: 2 * TOKENS}}, "PlainDiT fails where height is 2"),
+        (PlainDiT, {"x": {0: BATCH, 1: TOKENS}}, "one size can be open, and dynamic names batch, height"),
+        (PlainDiT, {"x": {0: torch.export.Dim("batch")}}, "checked up to a largest size"),
+        (PlainDiT, {"x": {0: torch.export.Dim("batch", min=1, max=4)}}, "a range begins at 2"),
+        (PlainDiT, {"z": {0: BATCH}}, "'z', which is none of the arguments x, t, y"),
+        (PlainDiT, {"x": {9: BATCH}}, "dynamic of x must be"),
+        (PlainDiT, {"x": {0: torch.export.Dim.AUTO}}, "dynamic of x must be"),
+        (PlainDiT, {}, "dynamic names none"),
+        (PlainDiT, 3, "must say which dimensions"),
+    ],
+)
+def test_ranges_that_no_file_can_hold(cls: Any, open: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        toca_compile.export(randomize(cls(depth=1)), Fora(4, 2), INPUTS, tmp_path / "m.pt2", dynamic=open, hoist=False)
+    assert not list(tmp_path.iterdir())
 
 
 class Expanded(PlainDiT):
@@ -181,6 +223,25 @@ def test_two_transformers_that_share_the_steps() -> None:
     assert torch.equal(run(), expected)
     assert torch.equal(run(), expected)
     assert not torch.equal(expected, uncached)
+
+
+def test_a_plan_that_was_found_keeps_its_full_steps_in_a_pipeline() -> None:
+    """It is laid out by the scheduler's times, as in the live pipeline, and refused where that would refuse it."""
+    pipe, inputs = Pair(), {"num_inference_steps": 12}
+    late = Planned(6, (0, 1, 4, 5), Polynomial(1), made_for=Signature(times=(1000.0, 990.0, 980.0, 970.0, 500.0, 0.0)))
+    own = {name: written(one) for name, one in traces(pipe, late, inputs).items()}
+    toca_compile.optimize(pipe, late, lowering="eager")
+    expected = pipe(12, generator=torch.Generator().manual_seed(0))[0]
+    wanted = {name: [r.kind for r in getattr(pipe, name).steps] for name in own}
+    toca_compile.restore(pipe)
+    for name, model in own.items():
+        setattr(pipe, name, model)
+    assert torch.equal(pipe(12, generator=torch.Generator().manual_seed(0))[0], expected)
+    assert {name: [r.kind for r in model.steps] for name, model in own.items()} == wanted
+    even = late.for_run(12, guided=False)
+    assert own["transformer"].policy.full != even.full
+    with pytest.raises(PolicyError, match="made for another sampler"):
+        traces(Pair(), replace(late, made_for=Signature(sampler="Other")), inputs)
 
 
 def test_a_transformer_that_a_call_leaves_out() -> None:

@@ -20,7 +20,7 @@ from toca_compile.compiler.lay_out import Entry, LaidOut
 from toca_compile.errors import VerifyError
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.state import Number
-from toca_compile.ir.table import Step
+from toca_compile.ir.table import Step, at
 from toca_compile.ir.verify import written_slots
 
 aten = torch.ops.aten
@@ -304,7 +304,9 @@ class _Emitter:
             if self.table.test is not None:
                 state["past"] = step.new_zeros(2 + self.table.test.order)
             for i, kept in enumerate(self.table.buffers):
-                state[f"cache{i}"] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype), device=kept.device)
+                state[f"cache{i}"] = torch.zeros(
+                    [at(size, 0) for size in kept.shape], dtype=getattr(torch, kept.dtype), device=kept.device
+                )
             state |= {f"x{place}": value for place, value in self.laid.constants.items()}
         return state
 

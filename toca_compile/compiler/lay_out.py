@@ -17,7 +17,7 @@ from toca_compile.ir.history import CacheSpec, Numbers, Past
 from toca_compile.ir.printer import variant_name
 from toca_compile.ir.program import Chain, Stream, Variant
 from toca_compile.ir.state import State
-from toca_compile.ir.table import Call, Kept, Number, Row, Step, Table, Test
+from toca_compile.ir.table import Call, Kept, Number, OpenSizes, Row, Step, Table, Test
 from toca_compile.ir.types import Site
 from toca_compile.lowerings.inductor import told
 from toca_compile.runtime.cache_state import like_buffer, owner
@@ -27,10 +27,11 @@ from toca_compile.runtime.schedule import Calls, Schedule, SegmentCall
 
 @dataclass(frozen=True)
 class Entry:
-    """A variant, and a fake tensor or a plausible number for each of its inputs."""
+    """A variant, and a fake tensor or a plausible number for each of its inputs. ``sizes``: theirs, if one is open."""
 
     variant: Variant
     examples: tuple[Any, ...]
+    sizes: OpenSizes | None = None
 
 
 _Asked = tuple[Site | Stream, Any, int]  # a host number: whose, which, and which of several

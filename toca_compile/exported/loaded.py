@@ -15,7 +15,7 @@ from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import sizes_of
-from toca_compile.ir.table import Call, Number, Step, Table
+from toca_compile.ir.table import Call, Number, Step, Table, at
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.controls import RunControls
@@ -58,6 +58,7 @@ class LoadedModel(RunControls, nn.Module):
         self._of_runs = StepControl()
         self._conditioning = Conditioning(table.clock, table.labels, (), at_once=False)
         self._sizes: dict[int, Tensor] = {}
+        self._size = 0  # the open one, of the call that runs
         self._values: list[Any] = [None] * table.places
         for place, name in table.weights.items():
             self._values[place] = self._tensors[name]
@@ -66,6 +67,11 @@ class LoadedModel(RunControls, nn.Module):
     def _parts(self) -> "list[_Part]":
         calls = (self._table.calls[i] for i in self._table.timed)
         return [_Part(call, self._entries[call.entry]) for call in calls]
+
+    @property
+    def _key(self) -> tuple[int, int, int]:
+        """Of the graph in a run: each size has runs of its own, as it is a graph of its own to the live model."""
+        return (self._size, *KEY[1:])
 
     @property
     def _control(self) -> StepControl:
@@ -168,19 +174,42 @@ class LoadedModel(RunControls, nn.Module):
                     f"with {path}={told[path]!r}" if path in told else f"{path} is missing or no tensor"
                 )  # fmt: skip
         given = {}
+        self._size = size = self._open(found)
         for place, path in table.inputs.items():
             value, kind = found.get(path), table.kinds[place]
             if not isinstance(value, Tensor):
                 raise ExportError(f"{about.model} was exported for a tensor {path}, and is called without")
             have = [list(value.shape), str(value.dtype).removeprefix("torch."), str(value.device)]
-            asked = [list(kind["shape"]), kind["dtype"], kind["device"]]
+            asked = [[at(s, size) for s in kind["shape"]], kind["dtype"], kind["device"]]
             if have != asked:
                 raise ExportError(
                     f"{about.model} was exported for {path} of shape {asked[0]}, {asked[1]}, on {asked[2]}, and is "
                     f"called with {have[0]}, {have[1]}, on {have[2]}: export it for that as well"
                 )
-            given[place] = laid_as(value, kind["stride"])
+            given[place] = laid_as(value, [at(s, size) for s in kind["stride"]])
         return given
+
+    def _open(self, found: Mapping[str, Any]) -> int:
+        """The open size, as the first argument that shows it tells it; 0 where none is open."""
+        open, table = self._table.open, self._table
+        if open is None:
+            return 0
+        for place, path in table.inputs.items():
+            value, shape = found.get(path), table.kinds[place]["shape"]
+            which = next((i for i, size in enumerate(shape) if not isinstance(size, int)), None)
+            if which is None or not isinstance(value, Tensor) or value.dim() != len(shape):
+                continue
+            slope, offset = shape[which]
+            size, rest = divmod(value.shape[which] - offset, slope)
+            if rest or not open.least <= size <= open.most:
+                least, most = (at(shape[which], n) for n in (open.least, open.most))
+                raise ExportError(
+                    f"{self._about.model} was exported for {open.name} from {open.least} to {open.most} (dimension "
+                    f"{which} of {path} from {least} to {most}), and is called with {path} of shape "
+                    f"{list(value.shape)}: export it for that as well"
+                )
+            return size
+        return open.least
 
     def _step(self, given: Mapping[int, Tensor]) -> list[Any]:
         table, control = self._table, self._control
@@ -188,10 +217,15 @@ class LoadedModel(RunControls, nn.Module):
         for place, value in given.items():
             values[place] = value
         steps = None if table.endless else len(table.steps)
-        run, _ = control.enter_graph(0, 0, steps, given, [values[i] for i in table.clock])
+        key = self._key
+        run, _ = control.enter_graph(key[0], 0, steps, given, [values[i] for i in table.clock])
+        if run.last and key not in run.last:
+            raise ExportError(
+                f"{table.open and table.open.name} changed in the midst of a run, which has caches of its size"
+            )
         step = table.steps[min(run.step, len(table.steps) - 1)]
-        run.last[KEY] = run.step
-        past = run.computed.get(KEY, Past())
+        run.last[key] = run.step
+        past = run.computed.get(key, Past())
         moves = self._moves(past, run.step)
         self._begin(step, values, run)
         done = 0
@@ -206,23 +240,23 @@ class LoadedModel(RunControls, nn.Module):
         if step.computed is None:
             self._computed(run, past)
         # What a cache holds is changed by the next step; what was handed out must not be.
-        return [None if r is None else laid_as(values[r[0]], r[1]) for r in table.results]
+        return [None if r is None else laid_as(values[r[0]], [at(s, self._size) for s in r[1]]) for r in table.results]
 
     def _computed(self, run: Run, past: Past) -> None:
         """Note that a step computed what it could skip."""
         test = self._table.test
         if test is not None:
             kept = (*past.full, run.step)[-(test.order + 1) :]
-            run.computed[KEY] = Past(kept, past.times + 1, min(past.times, test.order))
+            run.computed[self._key] = Past(kept, past.times + 1, min(past.times, test.order))
 
     def _begin(self, step: Step, values: list[Any], run: Run) -> None:
         """Note what a step does, and put there what does not change in a run, and what follows from the time."""
         table, control = self._table, self._control
         row = table.rows[step.row]
-        control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
+        control.record(run).note(self._key, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
         if table.constant:
             watched = [values[i] for i in table.watched]
-            kept = run.kept.get(KEY)
+            kept = run.kept.get(self._key)
             if kept is None or not kept.holds(watched):
                 made: dict[int, Tensor] = {}
                 for call in (table.calls[i] for i in table.constant):
@@ -230,11 +264,11 @@ class LoadedModel(RunControls, nn.Module):
                     made.update(zip(call.results, results, strict=True))
                     for place in call.results:
                         values[place] = made[place]
-                kept = run.kept[KEY] = RunConstants.of(watched, made)
+                kept = run.kept[self._key] = RunConstants.of(watched, made)
             for place, value in kept.values.items():
                 values[place] = value
         if row.timed:
-            tables = control.tables.setdefault(KEY, [])
+            tables = control.tables.setdefault(self._key, [])
             self._conditioning.fill(values, self._parts, frozenset(row.timed), tables, full=True)
 
     def _calls(self, step: Step, which: slice, moves: Mapping[str, int], values: list[Any], run: Run) -> None:
@@ -261,12 +295,13 @@ class LoadedModel(RunControls, nn.Module):
         return arguments
 
     def _buffer(self, number: int, run: Run) -> Tensor:
-        name = (*KEY, number)
+        name = (*self._key, number)
         if name not in run.buffers:
             kept = self._table.buffers[number]
             # Not inference tensors: those could not be written by a later step outside inference mode.
             with torch.inference_mode(False):
-                run.buffers[name] = torch.zeros(kept.shape, dtype=getattr(torch, kept.dtype), device=kept.device)
+                shape = [at(size, self._size) for size in kept.shape]
+                run.buffers[name] = torch.zeros(shape, dtype=getattr(torch, kept.dtype), device=kept.device)
         return run.buffers[name]
 
     def _sized(self, number: int) -> Tensor:

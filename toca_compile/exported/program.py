@@ -15,6 +15,7 @@ from toca_compile.exported.loaded import KEY, LoadedModel, laid_as
 from toca_compile.exported.write import Traced, traces
 from toca_compile.ir.history import Past
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.table import at
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.cache_state import allocate
 
@@ -96,4 +97,4 @@ class ProgramModel(LoadedModel):
             step = step.computed or step
         row = table.rows[step.row]
         control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
-        return [None if r is None else laid_as(next(made), r[1]) for r in table.results]
+        return [None if r is None else laid_as(next(made), [at(s, 0) for s in r[1]]) for r in table.results]

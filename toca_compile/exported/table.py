@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toca_compile.errors import ExportError
-from toca_compile.ir.table import Call, Kept, Row, Step, Table, Test
+from toca_compile.ir.table import Call, Kept, Open, Row, Step, Table, Test
 
 FORMAT = 1
 """The version of the file's format: a file of another is refused."""
@@ -80,6 +80,7 @@ def _table(given: dict[str, Any]) -> Table:
         own[name] = tuple(given[name])
     own["results"] = tuple(None if r is None else (r[0], tuple(r[1])) for r in given["results"])
     own["test"] = None if given["test"] is None else Test(**given["test"])
+    own["open"] = None if given["open"] is None else Open(**given["open"])
     return Table(**own)
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from toca_compile.compiler.lay_out import LaidOut
-from toca_compile.diffusers import first_calls, for_run, is_pipeline
+from toca_compile.diffusers import FirstCall, first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
-from toca_compile.exported import archive
+from toca_compile.exported import archive, ranges
 from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
 from toca_compile.exported.table import About
 from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
 from toca_compile.lowerings.aot import compile_files
 from toca_compile.model import has_hooks, unwrapped, wrap
@@ -32,7 +34,13 @@ _SCALARS = (bool, int, float, str, type(None))
 
 
 def export(
-    model: Any, policy: Policy | str | None, example_inputs: Any, path: str | PathLike[str], **options: Any
+    model: Any,
+    policy: Policy | str | None,
+    example_inputs: Any,
+    path: str | PathLike[str],
+    *,
+    dynamic: Any = None,
+    **options: Any,
 ) -> dict[str, Path]:
     """Write a model with its caches to a file that runs without its code, without Dynamo and without a compiler
     (``toca_compile.load``).
@@ -46,6 +54,9 @@ def export(
             call, which is made as far as the first call of each transformer.
         path: of the file, ``*.pt2``. It is written whole, or not at all. Of several transformers the names stand before
             the suffix: ``video.pt2`` is then ``video.transformer.pt2`` and ``video.transformer_2.pt2``.
+        dynamic: as ``dynamic_shapes`` of ``torch.export``: by argument (of the transformer), which dimensions may have
+            another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, in as many dimensions as
+            it stands, also as ``2 * batch``; its range begins at 2. None: all are fixed.
         options: ``grid`` and ``hoist``, as of ``optimize``.
 
     Returns:
@@ -59,7 +70,7 @@ def export(
         raise ExportError(f"the file must be called *.pt2, not {Path(path).name}")
     if not Path(path).absolute().parent.is_dir():
         raise ExportError(f"there is no folder {Path(path).absolute().parent}")
-    traced = traces(model, policy, example_inputs, **options)
+    traced = traces(model, policy, example_inputs, dynamic=dynamic, **options)
     several, target = len(traced) > 1, Path(path)
     paths = {name: target.with_suffix(f".{name}.pt2") if several else target for name in traced}
     for name, one in traced.items():
@@ -73,24 +84,59 @@ def _compile(traced: "Traced", path: Path) -> None:
         entries = traced.laid.entries
         for i, (name, entry) in enumerate(entries.items(), 1):
             with working(f"compiling entry {i} of {len(entries)}"):
-                files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name)
+                files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name, entry.sizes)
         archive.write(path, traced.about, traced.table, traced.tensors, files)
 
 
-def traces(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> dict[str, "Traced"]:
+def traces(
+    model: Any, policy: Policy | str | None, example_inputs: Any, *, dynamic: Any = None, **options: Any
+) -> dict[str, "Traced"]:
     """What ``export`` writes, before it is compiled, by the names of a pipeline's transformers. ``in_memory``: as of
     ``lay_out``."""
+
+    def traced(model: Any, policy: Policy | str | None, call: tuple[Any, Mapping[str, Any]]) -> Traced:
+        if dynamic is None or not isinstance(model, nn.Module):
+            return Traced(model, policy, call, **options)
+        plain = unwrapped(model)
+        names = _parameters(plain)
+        span = ranges.read(dynamic, names, call)
+        calls = {size: span.call(names, call, size) for size in span.points}
+        ranges.prove(plain, calls[span.open.most], names, dynamic, span.open)
+        several = []
+        for size, one in calls.items():
+            try:
+                several.append(Traced(model, policy, one, **options))
+            except TocaError:
+                raise
+            except Exception as error:  # the model's own, of inputs of this size
+                raise ExportError(f"{type(plain).__name__} fails where {span.open.name} is {size}: {error}") from error
+        return ranges.fitted(several, span)
+
     if not is_pipeline(model):
-        return {"": Traced(model, policy, arguments(example_inputs), **options)}
+        return {"": traced(model, policy, arguments(example_inputs))}
     if not isinstance(example_inputs, Mapping):
         raise ExportError("example_inputs of a pipeline must be a dictionary of the arguments of its call")
     made = {}
     for name, call in first_calls(model, example_inputs).items():
         own = handle_of(call.model)
         wanted = checked_policy(policy) if policy is not None else own._session.policy if own is not None else None
-        fit = None if wanted is None else for_run(wanted, call.steps, call.guided)
-        made[name] = Traced(call.model, fit, (call.args, call.kwargs), **options)
+        made[name] = traced(call.model, _fit(wanted, call), (call.args, call.kwargs))
     return made
+
+
+def _fit(policy: Policy | None, call: FirstCall) -> Policy | None:
+    """A policy as the live pipeline takes it for the run that begins with a call.
+
+    Raises:
+        PolicyError: it was made for something else.
+    """
+    if policy is None:
+        return None
+    if hasattr(policy, "for_call"):
+        inputs = called(leaves((), call.args, call.kwargs))
+        weights = fingerprint(unwrapped(call.model)) if getattr(policy, "made_for", None) is not None else None
+        policy = policy.for_call(replace(call.known, size=inputs.size, dtype=inputs.dtype, model=weights))
+    return for_run(policy, call.steps, call.guided)
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -157,7 +203,7 @@ class Traced:
             out = wrap(plain, session)(*args, **kwargs)
         recorder = _the_graph(session, type(plain).__name__)
         given = inspect.signature(plain.forward).parameters
-        parameters = tuple(n for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
         self.laid = recorder.laid_out(in_memory=in_memory)
         self.table = table = self.laid.table
@@ -168,7 +214,7 @@ class Traced:
             model=type(plain).__name__,
             torch=torch.__version__,
             machine=archive.machine(device or torch.device("cpu")),
-            policy=_policy(session.policy),
+            policy=_policy(session.applied),
             parameters=parameters,
             defaults=defaults,
             given=fixed(found, defaults),
@@ -208,6 +254,12 @@ class Traced:
         for place, value in self.laid.constants.items():
             table.weights[place] = f"(constant {place})"
             self.tensors[f"(constant {place})"] = _compact(value)
+
+
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's arguments, in order."""
+    given = inspect.signature(model.forward).parameters
+    return tuple(n for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 class _Session(Session):

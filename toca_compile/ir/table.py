@@ -7,13 +7,44 @@ from dataclasses import dataclass
 from typing import Any
 
 Number = int | str  # of a host number: itself, or the name of one that is only known at run time
+Size = int | tuple[int, int]  # of a dimension: itself, or of the open size which multiple, plus which number
+
+
+def at(size: Size, open: int) -> int:
+    """A size where the open one is known."""
+    return size if isinstance(size, int) else size[0] * open + size[1]
+
+
+@dataclass(frozen=True)
+class Open:
+    """A size that may be any in a range, such as the batch's."""
+
+    name: str
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class OpenSizes:
+    """Sizes of a variant's inputs, of which one is open.
+
+    Attributes:
+        shapes, strides: of each input; of a host number nothing.
+        values: that the open size takes.
+        name: as the user calls it.
+    """
+
+    shapes: tuple[tuple[Size, ...], ...]
+    strides: tuple[tuple[Size, ...], ...]
+    values: range
+    name: str
 
 
 @dataclass(frozen=True)
 class Kept:
     """A buffer that lives from step to step, zero when a run begins."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     dtype: str
     device: str
 
@@ -93,6 +124,7 @@ class Table:
         watched: places of the inputs from which the constants of a run follow.
         constant, timed: the calls that make these.
         results: the place of each of the graph's results, with its stride; None where it is none.
+        open: the size that the run's first call tells; None where all are fixed.
     """
 
     steps: tuple[Step, ...]
@@ -109,8 +141,9 @@ class Table:
     watched: tuple[int, ...]
     constant: tuple[int, ...]
     timed: tuple[int, ...]
-    results: tuple[tuple[int, tuple[int, ...]] | None, ...]
+    results: tuple[tuple[int, tuple[Size, ...]] | None, ...]
     test: Test | None = None
+    open: Open | None = None
 
     @property
     def entries(self) -> list[str]:

@@ -14,41 +14,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._inductor import aot_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from toca_compile.errors import ExportError
 from toca_compile.ir.program import Variant
 from toca_compile.ir.state import sizes_of
+from toca_compile.ir.table import OpenSizes, at
 from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, with_values
 
 aten = torch.ops.aten
 
 
-def compile_files(variant: Variant, examples: Sequence[Any], folder: Path) -> list[str]:
+def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes: OpenSizes | None = None) -> list[str]:
     """Compile a variant.
 
     Args:
         examples: a fake tensor or a plausible host number for each of the variant's inputs.
         folder: where the files go; no other variant's may.
+        sizes: those of the examples that may be others.
 
     Returns:
         The files, as ``torch.export.pt2_archive`` takes them.
 
     Raises:
         LoweringError: the machine cannot compile.
+        ExportError: the code would not hold for all sizes.
     """
     mode = symbolic_mode()
+    size = symbol(mode, "toca_size", sizes.values[-1]) if sizes is not None else None
     device = next((e.device for e in examples if isinstance(e, torch.Tensor)), torch.device("cpu"))
     values: list[torch.Tensor] = []
     for i, example in enumerate(examples):
         if isinstance(example, torch.Tensor):
+            if sizes is not None:
+                shape, stride = ([at(one, size) for one in own[i]] for own in (sizes.shapes, sizes.strides))  # type: ignore[arg-type]
+                with mode:
+                    values.append(torch.empty_strided(shape, stride, dtype=example.dtype, device=example.device))
+                continue
             values.append(fake(mode, example))
         else:
             none, *parts = sizes_of(example)
-            sizes = [symbol(mode, f"toca_number_{i}_{j}", part) for j, part in enumerate(parts)]
+            told = [symbol(mode, f"toca_number_{i}_{j}", part) for j, part in enumerate(parts)]
             with mode:
-                values.append(torch.empty((none, *sizes), dtype=torch.int8, device=device))
+                values.append(torch.empty((none, *told), dtype=torch.int8, device=device))
     numbers = [not isinstance(e, torch.Tensor) for e in examples]
     graph = with_values(by_sizes(variant.module.graph, numbers), values)
     module = fx.GraphModule(variant.module, graph)
@@ -63,7 +75,29 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path) -> li
         if trouble is None:
             raise
         raise trouble from error
+    if sizes is not None and size is not None:
+        _hold(mode, size, sizes)
     return [str(file) for file in files]
+
+
+def _hold(mode: FakeTensorMode, size: torch.SymInt, sizes: OpenSizes) -> None:
+    """That what the compiler took for granted of the open size is true of each that it takes.
+
+    Raises:
+        ExportError: it is not.
+    """
+    env, own = mode.shape_env, size.node.expr
+    assert env is not None
+    taken = [guard.expr for guard in env.guards if own in guard.expr.free_symbols]
+    if env.replace(own) != own:
+        taken.append(sympy.Eq(own, env.replace(own)))
+    for expr in taken:
+        false = [value for value in sizes.values if expr.subs(own, value) == sympy.false]
+        if false or expr.free_symbols != {own}:
+            raise ExportError(
+                f"the code would not hold for every {sizes.name}: the compiler takes {expr} for granted, where {own} "
+                f"is a size from {sizes.values[0]} to {sizes.values[-1]}"
+            )
 
 
 def by_sizes(graph: fx.Graph, numbers: Sequence[bool]) -> fx.Graph:
