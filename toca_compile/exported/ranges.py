@@ -29,9 +29,11 @@ _SIZES = ("kinds", "buffers", "results")  # the fields of a table that hold some
 
 @dataclass(frozen=True)
 class Range:
-    """Which dimensions of a call's tensors are open. ``dims``: ``torch.export``'s, by the argument's path."""
+    """Which dimensions of a call's tensors are open. ``told``: what the user says of each argument; ``dims``:
+    ``torch.export``'s dimensions, by the argument's path."""
 
     open: Open
+    told: Mapping[str, Any]
     dims: dict[str, dict[int, Any]]
 
     @property
@@ -87,7 +89,7 @@ def read(dynamic: Any, parameters: Sequence[str], call: _Call) -> Range:
     least = max(root.min, 2)  # 0 where nothing is said
     if least >= root.max:
         raise ExportError(f"{name} is open from {least} to {root.max}, which is no range")
-    return Range(Open(name, least, root.max), dims)
+    return Range(Open(name, least, root.max), dynamic, dims)
 
 
 def _visit(path: str, value: Any, told: Any, dims: dict[str, dict[int, Any]]) -> None:
@@ -111,7 +113,7 @@ def _visit(path: str, value: Any, told: Any, dims: dict[str, dict[int, Any]]) ->
         dims.setdefault(path, {})[dim] = one
 
 
-def prove(model: nn.Module, call: _Call, parameters: Sequence[str], dynamic: Any, what: Open) -> None:
+def prove(model: nn.Module, call: _Call, parameters: Sequence[str], of: Range) -> None:
     """That the model's Python takes the same way for every size.
 
     Raises:
@@ -119,17 +121,15 @@ def prove(model: nn.Module, call: _Call, parameters: Sequence[str], dynamic: Any
     """
     args, kwargs = call
     given = dict(zip(parameters, args, strict=False)) | dict(kwargs)
-    if not isinstance(dynamic, Mapping):
-        dynamic = dict(zip(parameters, dynamic, strict=False))
-    whole = {name: _whole(value, dynamic.get(name)) for name, value in given.items()}
+    whole = {name: _whole(value, of.told.get(name)) for name, value in given.items()}
     try:
         with torch.no_grad():
             torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=whole, strict=False)
     except Exception as error:  # of many kinds: torch's own, and the model's
         told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(
-            f"{type(model).__name__} cannot be exported for {what.name} from {what.least} to {what.most}; torch.export "
-            f"says: {told.strip()}"
+            f"{type(model).__name__} cannot be exported for {of.open.name} from {of.open.least} to {of.open.most}; "
+            f"torch.export says: {told.strip()}"
         ) from error
 
 
@@ -318,7 +318,7 @@ class _Fit:
                 env[node] = new.node_copy(node)
                 continue
             if node.op == "get_attr":
-                own = [_attribute(m, n.target) for m, n in zip(modules, several, strict=True)]
+                own = [operator.attrgetter(n.target)(m) for m, n in zip(modules, several, strict=True)]
                 if not all(torch.equal(value, own[-1]) for value in own):
                     raise _Unlike(f"the constant {node.target}")
                 env[node] = new.node_copy(node)
@@ -331,10 +331,3 @@ class _Fit:
             env[node] = new.create_node(node.op, node.target, args, kwargs, node.name)
             env[node].meta = dict(node.meta)
         return new
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -101,7 +101,7 @@ def traces(
         names = _parameters(plain)
         span = ranges.read(dynamic, names, call)
         calls = {size: span.call(names, call, size) for size in span.points}
-        ranges.prove(plain, calls[span.open.most], names, dynamic, span.open)
+        ranges.prove(plain, calls[span.open.most], names, span)
         several = []
         for size, one in calls.items():
             try:

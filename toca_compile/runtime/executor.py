@@ -5,6 +5,7 @@ look-up and one list of arguments on top of the compiled variant.
 """
 
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -186,7 +187,8 @@ class Executor:
         labels = [i for i in given if i in self._varying and i not in self._clock]
         weights = [i for i in given if i not in self._varying]
         self._conditioning = Conditioning(self._clock, labels, weights)
-        self._constants = [(n, _attribute(program.module, str(n.target))) for n in graph.nodes if n.op == "get_attr"]
+        held = [n for n in graph.nodes if n.op == "get_attr"]
+        self._constants = [(n, operator.attrgetter(str(n.target))(program.module)) for n in held]
         for segment in program.segments:
             for node in segment.outputs:
                 self._place.setdefault(node, len(self._place))
@@ -709,10 +711,3 @@ def _as_traced(node: fx.Node, value: Any) -> Any:
     if all(ours == theirs or size == 1 for ours, theirs, size in pairs):
         return value
     return torch.empty_strided(value.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
