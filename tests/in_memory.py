@@ -20,7 +20,9 @@ from toca_compile import (
     ToCa,
 )
 from toca_compile.compiler.lay_out import Entry
+from toca_compile.exported.as_one import as_one
 from toca_compile.exported.table import from_json, to_json
+from toca_compile.exported.whole import CompiledSteps, WholeModel
 from toca_compile.exported.write import Traced, traces
 from toca_compile.policies import Anchors, Hermite, Listed, Rule
 
@@ -55,6 +57,16 @@ def written(traced: Traced) -> LoadedModel:
     return LoadedModel(
         about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}
     )
+
+
+def whole(model: Any, policy: Any, example_inputs: Any, **options: Any) -> LoadedModel:
+    """What ``load`` returns of what ``export(form="program")`` writes."""
+    (traced,) = traces(model, policy, example_inputs, in_memory=True, **options).values()
+    one = as_one(traced)
+    about, table = from_json(to_json(traced.about, one.table))
+    assert table.whole is not None
+    steps = CompiledSteps(table, lambda given: one.module(*given), traced.tensors, torch.device("cpu"))
+    return WholeModel(about, table, traced.tensors, steps, table.whole.inputs)
 
 
 def eager(entry: Entry) -> Callable[[list[Tensor]], Sequence[Tensor]]:

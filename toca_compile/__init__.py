@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         restore,
         summary,
     )
-    from toca_compile.exported.loaded import LoadedModel, load
+    from toca_compile.exported.load import load
+    from toca_compile.exported.loaded import LoadedModel
     from toca_compile.exported.program import ProgramModel, program
     from toca_compile.exported.write import export
     from toca_compile.model import OptimizedModel
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
 # Where each name is defined that stands above for type checkers alone.
 _HOMES = {
     "api": "controls disable_cache enable_cache explain is_optimized optimize restore summary",
-    "exported.loaded": "LoadedModel load",
+    "exported.load": "load",
+    "exported.loaded": "LoadedModel",
     "exported.program": "ProgramModel program",
     "exported.write": "export",
     "model": "OptimizedModel",

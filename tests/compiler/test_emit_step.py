@@ -11,7 +11,7 @@ from torch import fx
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise
-from toca_compile import Fora, VerifyError
+from toca_compile import BlockCache, Fora, VerifyError
 from toca_compile.compiler.emit_step import StepProgram, verify
 
 aten = torch.ops.aten
@@ -61,6 +61,19 @@ def test_lost_writes(spoil: Callable[[StepProgram], None], why: str, made: StepP
     verify(made)
     spoil(made)
     with pytest.raises(VerifyError, match=why):
+        verify(made)
+
+
+def test_what_a_branch_within_a_branch_is_given() -> None:
+    """Inductor lays out what it computes as it likes: what is handed on must be contiguous, or the inner branch, compiled
+    for other strides, reads something else."""
+    inputs = noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    made = toca_compile.program(randomize(PlainDiT(depth=2)), BlockCache(4, threshold=0.3), inputs)._step_program
+    outer: Any = made.module.get_submodule("kind1")
+    (branch,) = outer.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond)
+    handed = next(n for n in branch.args[3] if n.op == "call_function")
+    handed.kwargs = {}
+    with pytest.raises(VerifyError, match="lie in memory"):
         verify(made)
 
 

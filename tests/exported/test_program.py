@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import toca_compile
-from tests.in_memory import POLICIES, STEPS
+from tests.in_memory import POLICIES, STEPS, whole
 from tests.models import Halved, PlainDiT, randomize
 from tests.pair import Pair
 from tests.runs import optimized
@@ -30,12 +30,14 @@ def toca(model: nn.Module) -> ProgramModel:
 @pytest.mark.parametrize("policy", [POLICIES[8], BlockCache(STEPS, threshold=0.35, order=1)], ids=lambda p: str(p)[:20])
 def test_a_run_is_the_live_one_and_so_is_the_next(policy: Any) -> None:
     model = randomize(PlainDiT(depth=2))
-    live, own = optimized(model, policy), toca_compile.program(model, policy, INPUTS)
-    for seed in range(2):
-        torch.testing.assert_close(sample(own, STEPS, noise(seed=seed)), sample(live, STEPS, noise(seed=seed)))
-        assert [(r.kind, r.k) for r in own.steps] == [(r.kind, r.k) for r in live.steps]
-    assert own.policy == policy
-    assert len({r.kind for r in own.steps}) > 1
+    live = optimized(model, policy)
+    for own in (toca_compile.program(model, policy, INPUTS), whole(model, policy, INPUTS)):
+        for seed in range(2):
+            torch.testing.assert_close(sample(own, STEPS, noise(seed=seed)), sample(live, STEPS, noise(seed=seed)))
+            assert [(r.kind, r.k) for r in own.steps] == [(r.kind, r.k) for r in live.steps]
+        assert own.policy == policy
+        assert own.cache_bytes == live.cache_bytes
+        assert len({r.kind for r in own.steps}) > 1
 
 
 def test_compiled_by_the_user_as_one(toca: ProgramModel) -> None:

@@ -83,6 +83,26 @@ def step_program(laid: LaidOut) -> StepProgram:
     return made
 
 
+def by_inputs(program: StepProgram) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """A step as a graph that is given its buffers behind all else and changes those; and what they are as a run begins,
+    by name."""
+    root = program.module
+    read = [n.target for n in root.graph.nodes if n.op == "get_attr" and n.target in dict(root.named_buffers())]
+    state = {name: root.get_buffer(name) for name in dict.fromkeys(read)}
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in root.graph.find_nodes(op="placeholder"):
+        env[node] = graph.node_copy(node)
+    given = {name: graph.placeholder(name) for name in state}
+    for node in root.graph.nodes:
+        if node.op == "get_attr" and node.target in given:
+            env[node] = given[node.target]
+        elif node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], env.__getitem__))
+        elif node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return fx.GraphModule(root, graph), state
+
+
 def verify(program: StepProgram) -> None:
     """Nothing is lost: no branch writes to what it is given, all return as much, and each buffer that a variant of any
     step writes is copied to once, behind the branches.
@@ -113,9 +133,17 @@ def verify(program: StepProgram) -> None:
         module.graph.lint()
         given = {n for n in module.graph.nodes if n.op == "placeholder"}
         for node in module.graph.nodes:
+            if node.target is torch.ops.higher_order.cond:
+                odd = [n for n in node.args[3] if n.op == "call_function" and not _is_plain(n)]
+                _require(module is root or not odd, f"{odd} lie in memory otherwise than a branch is compiled for")
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.is_mutable:
                 _require(node.args[0] not in given, f"{name or 'the step'} writes to its input {node.args[0]}")
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a value is a contiguous one of its own."""
+    return node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format
 
 
 def _require(holds: bool, message: str) -> None:
@@ -340,9 +368,11 @@ class _Emitter:
         operands = []
         for name in names:
             value = body.read(name)
-            # No two of a branch's inputs may share memory, as the shifts and scales of one layer do.
+            # No two of a branch's inputs may share memory, as the shifts and scales of one layer do; and what Inductor
+            # makes of other strides inside a branch is not what it compiles a branch within for.
             given = value.op in ("placeholder", "get_attr") or name == "row"
-            operands.append(value if given else body.call(aten.clone.default, value))
+            plain = {"memory_format": torch.contiguous_format}
+            operands.append(value if given else body.call(aten.clone.default, value, **plain))
         return body.parts(body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)), self._made())
 
     def _made(self) -> list[str]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from toca_compile.compiler.emit_step import StepProgram, step_program
@@ -18,6 +17,7 @@ from toca_compile.ir.program import Variant
 from toca_compile.lowerings import Lowering
 from toca_compile.runtime.executor import Executor
 from toca_compile.runtime.schedule import Schedule
+from toca_compile.runtime.step_state import StepState, begun, computed
 
 
 class Whole:
@@ -70,19 +70,12 @@ class Runnable:
     def __str__(self) -> str:
         return print_step(self.program)
 
-    def begin(self, caches: Sequence[Tensor], step: int, past: Past) -> dict[str, Tensor]:
+    def begin(self, caches: Sequence[Tensor], step: int, past: Past) -> StepState:
         """The buffers of a run that is about to do a step."""
-        state = dict(zip(self.program.caches, caches, strict=True))
-        with torch.inference_mode(False):
-            own = self.program.module._buffers
-            state["step"] = torch.full_like(own["step"], step)  # type: ignore[arg-type]
-            if own.get("past") is not None:
-                kept = own["past"].numel() - 1  # type: ignore[union-attr]
-                told = [past.times, *[0] * kept, *past.full][-kept:]
-                state["past"] = own["past"].new_tensor([past.times, *told])  # type: ignore[union-attr]
-        return state
+        test = self.program.laid.table.test
+        return begun(caches, step, past, None if test is None else test.order, self.program.laid.device)
 
-    def __call__(self, state: dict[str, Tensor], inputs: Sequence[Any], index: int) -> Sequence[Any]:
+    def __call__(self, state: StepState, inputs: Sequence[Any], index: int) -> Sequence[Any]:
         """The results of a step. ``index``: of the step among the plan's."""
         module = self.program.module
         before = {name: module._buffers[name] for name in state}
@@ -92,6 +85,6 @@ class Runnable:
         finally:
             module._buffers.update(before)
 
-    def computed(self, state: dict[str, Tensor], past: Past) -> bool:
-        """Whether the last step computed what it could skip. The one read of a device value."""
-        return "past" not in state or int(state["past"][0]) > past.times
+    def computed(self, state: StepState, past: Past) -> bool:
+        """Whether the last step computed what it could skip."""
+        return computed(state, past)

@@ -83,11 +83,20 @@ def read(path: str | os.PathLike[str]) -> tuple[About, Table, dict[str, Tensor],
         raise ExportError(
             f"{name} is no file of toca_compile.export, or not all of it: {str(error).splitlines()[0]}"
         ) from error
+    return about, table, tensors, entries(name, table, about)
+
+
+def entries(path: str | os.PathLike[str], table: Table, about: About) -> dict[str, Runner]:
+    """The code in a file, by entry.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    name = os.fspath(path)
     try:
-        entries = {entry: _runner(name, entry, about.machine["device"]) for entry in table.entries}
+        return {entry: _runner(name, entry, about.machine["device"]) for entry in table.entries}
     except RuntimeError as error:
         raise ExportError(f"the code in {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return about, table, tensors, entries
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toca_compile.errors import ExportError
-from toca_compile.exported import archive
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
@@ -24,23 +22,6 @@ from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 Entries = Mapping[str, Callable[[list[Tensor]], Sequence[Tensor]]]
 
 KEY = (0, 0, 0)  # of the one graph that there is, in a run
-
-
-def load(path: str | PathLike[str]) -> "LoadedModel":
-    """A model that ``toca_compile.export`` wrote. It holds machine code: load only files that you trust.
-
-    Args:
-        path: of the file. It is not needed any more when the model is loaded.
-
-    Returns:
-        A callable with the arguments of the exported model, of the shapes that it was exported for.
-
-    Raises:
-        ExportError: the file is none of ours, incomplete, or made for another version or machine; the message says
-            which.
-    """
-    about, table, tensors, entries = archive.read(path)
-    return LoadedModel(about, table, tensors, entries)
 
 
 class LoadedModel(RunControls, nn.Module):

@@ -1,6 +1,5 @@
 """``program``: a model whose steps are one graph, with the caches and the plan inside (``compiler/emit_step.py``)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +10,9 @@ from toca_compile.compiler.print_step import print_step
 from toca_compile.compiler.step_program import programmed
 from toca_compile.diffusers import is_pipeline
 from toca_compile.errors import ExportError
-from toca_compile.exported.loaded import KEY, LoadedModel, laid_as
+from toca_compile.exported.whole import WholeModel
 from toca_compile.exported.write import Traced, traces
-from toca_compile.ir.history import Past
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.table import at
-from toca_compile.ir.types import StepKind
-from toca_compile.runtime.cache_state import allocate
 
 
 def program(model: Any, policy: Policy | str | None, example_inputs: Any, **options: Any) -> "ProgramModel":
@@ -40,7 +35,7 @@ def program(model: Any, policy: Policy | str | None, example_inputs: Any, **opti
     return ProgramModel(traces(model, policy, example_inputs, in_memory=True, **options)[""])
 
 
-class ProgramModel(LoadedModel):
+class ProgramModel(WholeModel):
     """A model whose steps are one graph; each call is the next step of its run.
 
     Attributes:
@@ -50,8 +45,9 @@ class ProgramModel(LoadedModel):
     """
 
     def __init__(self, traced: Traced) -> None:
-        super().__init__(traced.about, traced.table, traced.tensors, {})
-        self._whole = programmed(traced.laid, lambda variant, examples: variant.module)
+        runnable = programmed(traced.laid, lambda variant, examples: variant.module)
+        super().__init__(traced.about, traced.table, traced.tensors, runnable, traced.laid.inputs)
+        self._runnable = runnable
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -64,7 +60,7 @@ class ProgramModel(LoadedModel):
 
     @property
     def _step_program(self) -> StepProgram:
-        return self._whole.program
+        return self._runnable.program
 
     def __str__(self) -> str:
         return print_step(self._step_program)
@@ -76,25 +72,4 @@ class ProgramModel(LoadedModel):
         Args:
             args, options: as of ``torch.compile``, such as ``backend``.
         """
-        self._whole.call = torch.compile(self.graph, *args, **{"fullgraph": True, "dynamic": False, **options})
-
-    def _step(self, given: Mapping[int, Tensor]) -> list[Any]:
-        table, control = self._table, self._control
-        values = [given.get(place, value) for place, value in enumerate(self._values)]
-        steps = None if table.endless else len(table.steps)
-        run, _ = control.enter_graph(0, 0, steps, given, [values[i] for i in table.clock])
-        index = min(run.step, len(table.steps) - 1)
-        step, past = table.steps[index], run.computed.get(KEY, Past())
-        run.last[KEY] = run.step
-        bound = run.bound.setdefault(KEY, {})
-        if self not in bound:
-            buffers = self._step_program.caches.items()
-            caches = [allocate(run.buffers, (*KEY, *whose), self.graph.get_buffer(name)) for name, whose in buffers]
-            bound[self] = self._whole.begin(caches, run.step, past)
-        made = iter(self._whole(bound[self], values[: self._step_program.laid.inputs], index))
-        if step.computed is None or self._whole.computed(bound[self], past):
-            self._computed(run, past)
-            step = step.computed or step
-        row = table.rows[step.row]
-        control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
-        return [None if r is None else laid_as(next(made), [at(s, 0) for s in r[1]]) for r in table.results]
+        self._runnable.call = torch.compile(self.graph, *args, **{"fullgraph": True, "dynamic": False, **options})

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toca_compile.errors import ExportError
-from toca_compile.ir.table import Call, Kept, Open, Row, Step, Table, Test
+from toca_compile.ir.table import Call, Kept, Open, Row, Step, Table, Test, Whole
 
-FORMAT = 1
+FORMAT = 2
 """The version of the file's format: a file of another is refused."""
 
 
@@ -81,7 +81,13 @@ def _table(given: dict[str, Any]) -> Table:
     own["results"] = tuple(None if r is None else (r[0], tuple(r[1])) for r in given["results"])
     own["test"] = None if given["test"] is None else Test(**given["test"])
     own["open"] = None if given["open"] is None else Open(**given["open"])
+    own["whole"] = None if given["whole"] is None else _whole(given["whole"])
     return Table(**own)
+
+
+def _whole(given: dict[str, Any]) -> Whole:
+    plan, sizes = (tuple(map(tuple, given[name])) for name in ("plan", "sizes"))
+    return Whole(given["entry"], given["inputs"], plan, sizes, tuple(given["state"]))
 
 
 _PLACES = ("values", "slots", "results", "free")

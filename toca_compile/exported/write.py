@@ -16,6 +16,7 @@ from toca_compile.compiler.lay_out import LaidOut
 from toca_compile.diffusers import FirstCall, first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive, ranges
+from toca_compile.exported.as_one import as_one, check
 from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
 from toca_compile.exported.table import About
@@ -23,13 +24,14 @@ from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
-from toca_compile.lowerings.aot import compile_files
+from toca_compile.lowerings.aot import compile_files, compile_step
 from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
 from toca_compile.session import Session
 
+FORMS = ("segments", "program")
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -57,7 +59,10 @@ def export(
         dynamic: as ``dynamic_shapes`` of ``torch.export``: by argument (of the transformer), which dimensions may have
             another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, in as many dimensions as
             it stands, also as ``2 * batch``; its range begins at 2. None: all are fixed.
-        options: ``grid`` and ``hoist``, as of ``optimize``.
+        options: ``grid`` and ``hoist``, as of ``optimize``; and ``form``: ``"segments"``, an entry for each segment and
+            kind of step, between which the table chooses, and equal blocks share one; or ``"program"``, whole steps as
+            one entry, which branches inside and holds everything for each block anew. The first is the faster to
+            compile and to run (``benchmarks/results/export.md``).
 
     Returns:
         The files, by the names of a pipeline's transformers; that of a bare model by an empty one.
@@ -70,11 +75,17 @@ def export(
         raise ExportError(f"the file must be called *.pt2, not {Path(path).name}")
     if not Path(path).absolute().parent.is_dir():
         raise ExportError(f"there is no folder {Path(path).absolute().parent}")
-    traced = traces(model, policy, example_inputs, dynamic=dynamic, **options)
+    form = options.pop("form", FORMS[0])
+    if form not in FORMS:
+        raise ExportError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}")
+    as_program = form == "program"
+    if as_program and dynamic is not None:
+        raise ExportError("the sizes of a program are fixed: dynamic is for form='segments'")
+    traced = traces(model, policy, example_inputs, dynamic=dynamic, in_memory=as_program, **options)
     several, target = len(traced) > 1, Path(path)
     paths = {name: target.with_suffix(f".{name}.pt2") if several else target for name in traced}
     for name, one in traced.items():
-        _compile(one, paths[name])
+        (_compile_program if as_program else _compile)(one, paths[name])
     return paths
 
 
@@ -86,6 +97,15 @@ def _compile(traced: "Traced", path: Path) -> None:
             with working(f"compiling entry {i} of {len(entries)}"):
                 files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name, entry.sizes)
         archive.write(path, traced.about, traced.table, traced.tensors, files)
+
+
+def _compile_program(traced: "Traced", path: Path) -> None:
+    one = as_one(traced)
+    with tempfile.TemporaryDirectory() as folder, working("compiling the program of a step"):
+        files = {one.whole.entry: compile_step(one.module, one.like, Path(folder) / one.whole.entry)}
+        archive.write(Path(folder) / path.name, traced.about, one.table, {}, files)
+        check(one, archive.entries(Path(folder) / path.name, one.table, traced.about)[one.whole.entry])
+        archive.write(path, traced.about, one.table, traced.tensors, files)
 
 
 def traces(
@@ -163,12 +183,14 @@ class Traced:
 
     Attributes:
         laid: the plan in the graph; its entries are what is to be compiled.
+        inputs: what the graph was given.
         tensors: weights and constants, by name; those without a name in the model have one in brackets.
     """
 
     about: About
     table: Table
     laid: LaidOut
+    inputs: tuple[Any, ...]
     tensors: dict[str, Tensor]
 
     def __init__(
@@ -206,6 +228,7 @@ class Traced:
         parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
         self.laid = recorder.laid_out(in_memory=in_memory)
+        self.inputs = recorder.inputs
         self.table = table = self.laid.table
         self._name_inputs(table, recorder, plain, found)
         defaults = {n: p.default for n, p in given.items() if isinstance(p.default, _SCALARS)}

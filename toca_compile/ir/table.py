@@ -111,6 +111,26 @@ class Test:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Whole steps as one entry, which is told by its buffers what a step is to do (``compiler/emit_step.py``).
+
+    Attributes:
+        entry: its name. It is given the graph's inputs, a tensor for each number of tokens, and its buffers.
+        inputs: how many the graph has.
+        plan: of each step its kind and its numbers.
+        sizes: of each step the second dimension of each tensor that tells a number of tokens.
+        state: what the buffers are called: ``step``, ``plan``, ``past``, ``cache0`` of the table's first buffer, and
+            ``x12`` of the constant at place 12.
+    """
+
+    entry: str
+    inputs: int
+    plan: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    state: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """All of it.
 
@@ -125,6 +145,7 @@ class Table:
         constant, timed: the calls that make these.
         results: the place of each of the graph's results, with its stride; None where it is none.
         open: the size that the run's first call tells; None where all are fixed.
+        whole: one entry in the place of all that the steps call; None where each is an entry of its own.
     """
 
     steps: tuple[Step, ...]
@@ -144,8 +165,11 @@ class Table:
     results: tuple[tuple[int, tuple[Size, ...]] | None, ...]
     test: Test | None = None
     open: Open | None = None
+    whole: Whole | None = None
 
     @property
     def entries(self) -> list[str]:
         """The names of all entries."""
+        if self.whole is not None:
+            return [self.whole.entry]
         return list(dict.fromkeys(call.entry for call in self.calls))

@@ -64,6 +64,44 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes
     numbers = [not isinstance(e, torch.Tensor) for e in examples]
     graph = with_values(by_sizes(variant.module.graph, numbers), values)
     module = fx.GraphModule(variant.module, graph)
+    files = _files(module, values, folder)
+    if sizes is not None and size is not None:
+        _hold(mode, size, sizes)
+    return files
+
+
+def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int], folder: Path) -> list[str]:
+    """Compile a program of whole steps (``compiler/emit_step.py``, ``by_inputs``).
+
+    Args:
+        inputs: a tensor like each of its inputs; of one that tells a number of tokens, its second dimension.
+        folder: as of ``compile_files``.
+
+    Returns:
+        As ``compile_files``.
+
+    Raises:
+        LoweringError: the machine cannot compile.
+    """
+    mode = symbolic_mode()
+    device = next(e.device for e in inputs if isinstance(e, torch.Tensor))
+    values: list[torch.Tensor] = []
+    for i, example in enumerate(inputs):
+        if isinstance(example, torch.Tensor):
+            values.append(fake(mode, example))
+        else:
+            size = symbol(mode, f"toca_number_{i}", example)
+            with mode:
+                values.append(torch.empty((0, size), dtype=torch.int8, device=device))
+    return _files(fx.GraphModule(module, with_values(module.graph, values)), values, folder)
+
+
+def _files(module: fx.GraphModule, values: Sequence[torch.Tensor], folder: Path) -> list[str]:
+    """Compile a graph of tensors alone.
+
+    Raises:
+        LoweringError: the machine cannot compile.
+    """
     options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     try:
         # Outside inference mode, as every variant is compiled.
@@ -75,8 +113,6 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes
         if trouble is None:
             raise
         raise trouble from error
-    if sizes is not None and size is not None:
-        _hold(mode, size, sizes)
     return [str(file) for file in files]
 
 
