@@ -2,6 +2,7 @@
 
     python benchmarks/export.py                     # about 15 minutes on 2 cores
     python benchmarks/export.py --policy toca
+    python benchmarks/export.py --form program      # whole steps as one graph in the file
     python benchmarks/export.py --shared            # says that the machine had other work meanwhile
 
 Size, time to export, and in processes of their own the time from the start to the first picture: a file that is loaded,
@@ -30,6 +31,7 @@ from memory import peak
 import toca_compile
 from toca_compile import BlockCache, Fora
 from toca_compile.demo import fashion_dit
+from toca_compile.exported.write import FORMS
 
 STEPS, COUNT = 50, 2
 SHARED = ", beside other work on the same cores"
@@ -46,7 +48,7 @@ def pictures(model: Any) -> torch.Tensor:
     return fashion_dit.sample(model, scheduler, fashion_dit.labels(COUNT), STEPS)
 
 
-def export(policy: Any, path: Path) -> float:
+def export(policy: Any, path: Path, form: str) -> float:
     """Seconds that it takes."""
     model = fashion_dit.load(fashion_dit.default_model())[0]
     size = model.config.sample_size
@@ -55,7 +57,7 @@ def export(policy: Any, path: Path) -> float:
         "class_labels": torch.zeros(2 * COUNT, dtype=torch.int64),
     }
     start = time.perf_counter()
-    toca_compile.export(model, policy, ((torch.zeros(2 * COUNT, 1, size, size),), inputs), path)
+    toca_compile.export(model, policy, ((torch.zeros(2 * COUNT, 1, size, size),), inputs), path, form=form)
     return time.perf_counter() - start
 
 
@@ -93,10 +95,10 @@ def first_step(path: Path) -> tuple[float, float]:
     return loaded - start, time.perf_counter() - loaded
 
 
-def host(folder: Path, repeats: int) -> dict[str, float]:
+def host(folder: Path, repeats: int, form: str) -> dict[str, float]:
     """Microseconds of a step."""
     model, inputs, policy = dit(64, 12, 4), arguments(1, 4), Fora(100, 100)
-    toca_compile.export(model, policy, inputs, folder / "small.pt2")
+    toca_compile.export(model, policy, inputs, folder / "small.pt2", form=form)
     models = {"loaded": toca_compile.load(folder / "small.pt2"), "live": toca_compile.optimize(model, policy)}
     calls = {name: bind(one, **inputs) for name, one in models.items()}
     with torch.no_grad():
@@ -111,6 +113,7 @@ def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=POLICIES, default="blocks")
+    parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="what the file holds, as of export")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared", action="store_true", help="the machine is not ours alone: say so in the results")
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -121,7 +124,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder) / "dit.pt2", str(Path(folder) / "cache")
-        row: dict[str, Any] = {"export s": export(POLICIES[given.policy], path)}
+        row: dict[str, Any] = {"export s": export(POLICIES[given.policy], path, given.form)}
         row["file MB"] = path.stat().st_size / 1e6
         row["load s"], row["first step s"] = first_step(path)
         row["process, loaded s"] = process("loaded", given.policy, path, cache)
@@ -137,9 +140,10 @@ def main() -> None:
         row["run, loaded s"], row["run, live s"] = median["loaded"], median["live"]
         row["loaded / live"] = median["loaded"] / median["live"]
         row |= {f"peak, {name} MB": peak(call, "cpu") / 1e6 for name, call in calls.items()}
-        row |= host(Path(folder), given.repeats)
+        row |= host(Path(folder), given.repeats, given.form)
     print(row)
-    save("export", "cpu", {given.policy + SHARED * given.shared: [row]})
+    name = given.policy + ", as a program" * (given.form == "program")
+    save("export", "cpu", {name + SHARED * given.shared: [row]})
 
 
 if __name__ == "__main__":

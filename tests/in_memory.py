@@ -55,7 +55,7 @@ def written(traced: Traced) -> LoadedModel:
     """The same of one transformer."""
     about, table = from_json(to_json(traced.about, traced.table))
     return LoadedModel(
-        about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}
+        about, table, traced.tensors, {name: eager(entry) for name, entry in traced.laid.entries.items()}, traced.known
     )
 
 

@@ -20,7 +20,8 @@ class Model {
     caffe2::serialize::PyTorchStreamReader file(path);
     auto [json, size] = file.getRecord("extra/toca_compile.json");
     told_ = Json::parse(std::string(static_cast<char*>(json.get()), size));
-    if (told_["about"]["format"].integer() != 1) throw std::runtime_error("a file of another format");
+    if (told_["about"]["format"].integer() != 2 || told_["table"]["whole"].kind != Json::Null)
+      throw std::runtime_error("a file of another format, or one that holds a program");
     auto [bytes, length] = file.getRecord("extra/toca_compile.weights");
     const char* start = static_cast<char*>(bytes.get());
     auto weights = torch::pickle_load(std::vector<char>(start, start + length)).toGenericDict();

@@ -212,7 +212,7 @@ def test_nothing_is_left_of_what_cannot_be_written(exported: Exported, tmp_path:
     target.mkdir()  # no file can take its place
     from toca_compile.exported import archive
 
-    about, table, tensors, _ = archive.read(exported.path)
+    own = archive.read(exported.path)
     with pytest.raises(ExportError, match="cannot be written"):
-        archive.write(target, about, table, tensors, {})
+        archive.write(target, own.about, own.table, own.tensors, {})
     assert [path.name for path in tmp_path.iterdir()] == ["dit.pt2"]

@@ -67,7 +67,9 @@ def test_a_compiled_step_is_held_against_the_graph(one: One) -> None:
 
 @pytest.mark.inductor
 @pytest.mark.xdist_group("export")
-@pytest.mark.parametrize("policy", [ToCa(4, interval=4, fresh_ratio=0.3), DECIDES], ids=["tokens", "decides at run time"])
+@pytest.mark.parametrize(
+    "policy", [ToCa(4, interval=4, fresh_ratio=0.3), DECIDES], ids=["tokens", "decides at run time"]
+)
 def test_a_file_that_holds_a_program(policy: Any, tmp_path: Path) -> None:
     """No write to a cache is lost, at any K and in a branch within a branch; the next run is another's."""
     model = randomize(PlainDiT(depth=2 if policy is DECIDES else 1))

@@ -6,7 +6,9 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from toca_compile.ir.table import Table
 CODE = "data/aotinductor"  # where AOTInductor's loader looks for it
 TABLE = "extra/toca_compile.json"
 WEIGHTS = "extra/toca_compile.weights"
+KNOWN = "extra/toca_compile.known"
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -28,11 +31,13 @@ def write(
     table: Table,
     tensors: Mapping[str, Tensor],
     files: Mapping[str, Sequence[str]],
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a file, or nothing: it has another name until it is whole.
 
     Args:
         files: AOTInductor's, by entry.
+        known: as of ``LoadedModel``.
 
     Raises:
         ExportError: it cannot be written.
@@ -40,8 +45,7 @@ def write(
     from torch.export.pt2_archive import PT2ArchiveWriter  # imports Dynamo, which who loads a file does without
 
     target = Path(path)
-    weights = io.BytesIO()
-    torch.save(dict(tensors), weights)
+    kept = {WEIGHTS: dict(tensors), KNOWN: dict(known or {})}
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".toca-") as folder:
             whole = Path(folder) / target.name
@@ -51,13 +55,27 @@ def write(
                         if not file.endswith(".cpp"):
                             archive.write_file(f"{CODE}/{entry}/{Path(file).name}", file)
                 archive.write_string(TABLE, to_json(about, table))
-                archive.write_bytes(WEIGHTS, weights.getvalue())
+                for name, held in kept.items():
+                    data = io.BytesIO()
+                    torch.save(held, data)
+                    archive.write_bytes(name, data.getvalue())
             whole.replace(target)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
-def read(path: str | os.PathLike[str]) -> tuple[About, Table, dict[str, Tensor], dict[str, Runner]]:
+@dataclass(frozen=True)
+class Contents:
+    """What stands in a file: the arguments of ``LoadedModel``."""
+
+    about: About
+    table: Table
+    tensors: dict[str, Tensor]
+    entries: dict[str, Runner]
+    known: dict[str, Any]
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
     """What stands in a file, checked.
 
     Raises:
@@ -67,11 +85,13 @@ def read(path: str | os.PathLike[str]) -> tuple[About, Table, dict[str, Tensor],
     try:
         with zipfile.ZipFile(name) as file:
             names = {entry.partition("/")[2]: entry for entry in file.namelist()}  # behind the archive's own
-            if TABLE not in names or WEIGHTS not in names:
+            if not {TABLE, WEIGHTS, KNOWN} <= names.keys():
                 raise ExportError(f"{name} was not written by toca_compile.export")
             about, table = from_json(file.read(names[TABLE]).decode("utf-8"))
             _check(about)
-            tensors = torch.load(io.BytesIO(file.read(names[WEIGHTS])), weights_only=True)
+            tensors, known = (
+                torch.load(io.BytesIO(file.read(names[part])), weights_only=True) for part in (WEIGHTS, KNOWN)
+            )
             for inner, entry in names.items():
                 if inner.startswith(CODE):
                     file.read(entry)  # what was damaged is told here, and not by its running
@@ -83,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> tuple[About, Table, dict[str, Tensor],
         raise ExportError(
             f"{name} is no file of toca_compile.export, or not all of it: {str(error).splitlines()[0]}"
         ) from error
-    return about, table, tensors, entries(name, table, about)
+    return Contents(about, table, tensors, entries(name, table, about), known)
 
 
 def entries(path: str | os.PathLike[str], table: Table, about: About) -> dict[str, Runner]:

@@ -22,8 +22,9 @@ def load(path: str | PathLike[str]) -> LoadedModel:
         ExportError: the file is none of ours, incomplete, or made for another version or machine; the message says
             which.
     """
-    about, table, tensors, entries = archive.read(path)
+    own = archive.read(path)
+    about, table = own.about, own.table
     if table.whole is None:
-        return LoadedModel(about, table, tensors, entries)
-    steps = CompiledSteps(table, entries[table.whole.entry], tensors, torch.device(about.machine["device"]))
-    return WholeModel(about, table, tensors, steps, table.whole.inputs)
+        return LoadedModel(about, table, own.tensors, own.entries, own.known)
+    steps = CompiledSteps(table, own.entries[table.whole.entry], own.tensors, torch.device(about.machine["device"]))
+    return WholeModel(about, table, own.tensors, steps, table.whole.inputs)

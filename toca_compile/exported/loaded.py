@@ -1,7 +1,6 @@
 """A model that was exported, in a process with torch alone: no code of the model, no Dynamo, no compiler."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from toca_compile.errors import ExportError
+from toca_compile.exported.known import Part, as_table
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
@@ -31,10 +31,19 @@ class LoadedModel(RunControls, nn.Module):
         about, table: of the file.
         tensors: the weights and constants, by name.
         entries: what the table's calls call.
+        known: what follows from the timesteps that were known at export (``known.py``).
     """
 
-    def __init__(self, about: About, table: Table, tensors: Mapping[str, Tensor], entries: Entries) -> None:
+    def __init__(
+        self,
+        about: About,
+        table: Table,
+        tensors: Mapping[str, Tensor],
+        entries: Entries,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self._known = as_table(known) if known else None
         self._about, self._table, self._tensors, self._entries = about, table, dict(tensors), dict(entries)
         self._of_runs = StepControl()
         self._conditioning = Conditioning(table.clock, table.labels, (), at_once=False)
@@ -45,9 +54,9 @@ class LoadedModel(RunControls, nn.Module):
             self._values[place] = self._tensors[name]
 
     @cached_property
-    def _parts(self) -> "list[_Part]":
+    def _parts(self) -> list[Part]:
         calls = (self._table.calls[i] for i in self._table.timed)
-        return [_Part(call, self._entries[call.entry]) for call in calls]
+        return [Part(call, self._entries[call.entry]) for call in calls]
 
     @property
     def _key(self) -> tuple[int, int, int]:
@@ -121,6 +130,7 @@ class LoadedModel(RunControls, nn.Module):
         with self._control.lock, torch.inference_mode(False), torch.no_grad():
             for name, value in new.items():
                 self._tensors[name].copy_(value)
+        self._known = None  # it was made with those before
         self.reset()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +259,7 @@ class LoadedModel(RunControls, nn.Module):
             for place, value in kept.values.items():
                 values[place] = value
         if row.timed:
-            tables = control.tables.setdefault(self._key, [])
+            tables = control.tables.setdefault(self._key, [] if self._known is None else [self._known])
             self._conditioning.fill(values, self._parts, frozenset(row.timed), tables, full=True)
 
     def _calls(self, step: Step, which: slice, moves: Mapping[str, int], values: list[Any], run: Run) -> None:
@@ -307,25 +317,6 @@ class LoadedModel(RunControls, nn.Module):
         call = self._table.calls[test.call]
         (change,) = self._entries[call.entry](self._arguments(call, (), {}, values, run))
         return not bool(change > test.threshold)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A call of what follows from the time, as ``Conditioning`` takes it."""
-
-    of: Call
-    entry: Callable[[list[Tensor]], Sequence[Tensor]]
-
-    @property
-    def values(self) -> tuple[int, ...]:
-        return self.of.values
-
-    @property
-    def results(self) -> tuple[int, ...]:
-        return self.of.results
-
-    def call(self, *arguments: Tensor) -> Sequence[Tensor]:
-        return self.entry(list(arguments))
 
 
 def laid_as(value: Tensor, stride: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from toca_compile.diffusers import FirstCall, first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive, ranges
 from toca_compile.exported.as_one import as_one, check
+from toca_compile.exported.known import known_rows
 from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
 from toca_compile.exported.table import About
@@ -62,7 +63,10 @@ def export(
         options: ``grid`` and ``hoist``, as of ``optimize``; and ``form``: ``"segments"``, an entry for each segment and
             kind of step, between which the table chooses, and equal blocks share one; or ``"program"``, whole steps as
             one entry, which branches inside and holds everything for each block anew. The first is the faster to
-            compile and to run (``benchmarks/results/export.md``).
+            compile and to run (``benchmarks/results/export.md``). And ``timesteps`` of the samplings to come, as the
+            scheduler has them: what follows from them, and from the labels of ``example_inputs``, is then in the file;
+            of a pipeline, whose scheduler knows them, it is where it follows from no label. Others are computed when
+            they are met.
 
     Returns:
         The files, by the names of a pipeline's transformers; that of a bare model by an empty one.
@@ -79,8 +83,11 @@ def export(
     if form not in FORMS:
         raise ExportError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}")
     as_program = form == "program"
-    if as_program and dynamic is not None:
-        raise ExportError("the sizes of a program are fixed: dynamic is for form='segments'")
+    for name, given in (("dynamic", dynamic), ("timesteps", options.get("timesteps"))):
+        if as_program and given is not None:
+            raise ExportError(
+                f"a program has fixed sizes, and computes what follows from the time: {name} is for form='segments'"
+            )
     traced = traces(model, policy, example_inputs, dynamic=dynamic, in_memory=as_program, **options)
     several, target = len(traced) > 1, Path(path)
     paths = {name: target.with_suffix(f".{name}.pt2") if several else target for name in traced}
@@ -96,7 +103,7 @@ def _compile(traced: "Traced", path: Path) -> None:
         for i, (name, entry) in enumerate(entries.items(), 1):
             with working(f"compiling entry {i} of {len(entries)}"):
                 files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name, entry.sizes)
-        archive.write(path, traced.about, traced.table, traced.tensors, files)
+        archive.write(path, traced.about, traced.table, traced.tensors, files, traced.known)
 
 
 def _compile_program(traced: "Traced", path: Path) -> None:
@@ -109,10 +116,18 @@ def _compile_program(traced: "Traced", path: Path) -> None:
 
 
 def traces(
-    model: Any, policy: Policy | str | None, example_inputs: Any, *, dynamic: Any = None, **options: Any
+    model: Any,
+    policy: Policy | str | None,
+    example_inputs: Any,
+    *,
+    dynamic: Any = None,
+    timesteps: Sequence[float] | None = None,
+    **options: Any,
 ) -> dict[str, "Traced"]:
     """What ``export`` writes, before it is compiled, by the names of a pipeline's transformers. ``in_memory``: as of
     ``lay_out``."""
+    if timesteps is not None and dynamic is not None:
+        raise ExportError("what follows from timesteps has one size: with dynamic it is computed when it is met")
 
     def traced(model: Any, policy: Policy | str | None, call: tuple[Any, Mapping[str, Any]]) -> Traced:
         if dynamic is None or not isinstance(model, nn.Module):
@@ -133,14 +148,25 @@ def traces(
         return ranges.fitted(several, span)
 
     if not is_pipeline(model):
-        return {"": traced(model, policy, arguments(example_inputs))}
+        one = traced(model, policy, arguments(example_inputs))
+        if timesteps is not None:
+            one.known = known_rows(one, [float(t) for t in timesteps])
+            if not one.known:
+                raise ExportError(
+                    "nothing can be computed of timesteps beforehand: the timestep of example_inputs must be one of "
+                    "them, as it is or in units of 1000, and hoist must be on"
+                )
+        return {"": one}
     if not isinstance(example_inputs, Mapping):
         raise ExportError("example_inputs of a pipeline must be a dictionary of the arguments of its call")
     made = {}
     for name, call in first_calls(model, example_inputs).items():
         own = handle_of(call.model)
         wanted = checked_policy(policy) if policy is not None else own._session.policy if own is not None else None
-        made[name] = traced(call.model, _fit(wanted, call), (call.args, call.kwargs))
+        made[name] = one = traced(call.model, _fit(wanted, call), (call.args, call.kwargs))
+        times = call.known.times if timesteps is None else [float(t) for t in timesteps]
+        if dynamic is None and times and (timesteps is not None or not one.table.labels):
+            one.known = known_rows(one, times)
     return made
 
 
@@ -185,6 +211,7 @@ class Traced:
         laid: the plan in the graph; its entries are what is to be compiled.
         inputs: what the graph was given.
         tensors: weights and constants, by name; those without a name in the model have one in brackets.
+        known: what follows from the time, as far as that is known (``known.py``).
     """
 
     about: About
@@ -192,6 +219,7 @@ class Traced:
     laid: LaidOut
     inputs: tuple[Any, ...]
     tensors: dict[str, Tensor]
+    known: dict[str, Any]
 
     def __init__(
         self,
@@ -228,7 +256,7 @@ class Traced:
         parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
         self.laid = recorder.laid_out(in_memory=in_memory)
-        self.inputs = recorder.inputs
+        self.inputs, self.known = recorder.inputs, {}
         self.table = table = self.laid.table
         self._name_inputs(table, recorder, plain, found)
         defaults = {n: p.default for n, p in given.items() if isinstance(p.default, _SCALARS)}

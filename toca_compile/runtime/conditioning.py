@@ -154,11 +154,11 @@ class Conditioning:
         """
         table = self._table(values, tables, full=full)
         clock = [values[i] for i in self._clock]
-        time = _time(clock)
+        time = time_of(clock)
         row = table.rows.get(time) if time is not None else None
         if row is None and time is not None and not table.rows and self._at_once:
             known = next((other.clocks for other in tables[1:] if time in other.clocks), {})
-            self._make_rows(table, known if len(known) > 1 else _ahead(clock, announced), values, parts)
+            self._make_rows(table, known if len(known) > 1 else ahead(clock, announced), values, parts)
             row = table.rows.get(time)
         if row is None or not wanted <= row.keys():
             row = self._make(values, parts, wanted, row or {})
@@ -227,7 +227,7 @@ class Conditioning:
                     return
 
 
-def _time(clock: Sequence[torch.Tensor]) -> Time | None:
+def time_of(clock: Sequence[torch.Tensor]) -> Time | None:
     """The time as it is looked up; None where it is too much to compare."""
     if sum(c.numel() for c in clock) > _LARGEST:
         return None
@@ -240,10 +240,10 @@ _GIVEN: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 )  # fmt: skip
 
 
-def _ahead(clock: Sequence[torch.Tensor], announced: Sequence[float]) -> Clocks:
+def ahead(clock: Sequence[torch.Tensor], announced: Sequence[float], *, before: bool = False) -> Clocks:
     """The inputs that will tell the times announced, from this one on, if one of them can be recognised in how this one
     is told, the earliest; nothing otherwise. What tells no timestep (a guidance scale) stays as it is. A wrong guess is
-    a row that nobody looks up."""
+    a row that nobody looks up. ``before``: also those before this one."""
     if not announced or not all(bool((c == c.reshape(-1)[:1]).all()) for c in clock):
         return {}
     ways: dict[int, Clocks] = {}
@@ -251,11 +251,11 @@ def _ahead(clock: Sequence[torch.Tensor], announced: Sequence[float]) -> Clocks:
         told = [given(torch.tensor(announced).to(dtype or c.dtype)).to(c.dtype) for c in clock]
         met = [(t == c.reshape(-1)[0]).nonzero() for t, c in zip(told, clock, strict=True)]
         if any(len(at) for at in met):
-            start = min(int(at[0]) for at in met if len(at))
+            start = 0 if before else min(int(at[0]) for at in met if len(at))
             columns = [
                 [torch.full_like(c, x) for x in t[start:].tolist()] if len(at) else [c.clone()] * (len(t) - start)
                 for t, at, c in zip(told, met, clock, strict=True)
             ]
             rows = zip(*columns, strict=True)
-            ways.setdefault(start, {}).update({time: row for row in rows if (time := _time(row)) is not None})
+            ways.setdefault(start, {}).update({time: row for row in rows if (time := time_of(row)) is not None})
     return ways[min(ways)] if ways else {}
