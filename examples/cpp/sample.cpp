@@ -20,12 +20,11 @@ class Model {
     caffe2::serialize::PyTorchStreamReader file(path);
     auto [json, size] = file.getRecord("extra/toca_compile.json");
     told_ = Json::parse(std::string(static_cast<char*>(json.get()), size));
-    if (told_["about"]["format"].integer() != 2 || told_["table"]["whole"].kind != Json::Null)
-      throw std::runtime_error("a file of another format, or one that holds a program");
+    const Json& table = told_["table"];
+    if (told_["about"]["format"].integer() != 2 || table["whole"].kind) throw std::runtime_error("a file of another form");
     auto [bytes, length] = file.getRecord("extra/toca_compile.weights");
     const char* start = static_cast<char*>(bytes.get());
     auto weights = torch::pickle_load(std::vector<char>(start, start + length)).toGenericDict();
-    const Json& table = told_["table"];
     values_.resize(table["places"].integer());
     for (const auto& [place, name] : table["weights"].object)
       values_[std::stol(place)] = weights.at(name.string).toTensor();
