@@ -17,6 +17,7 @@ from typing import Any
 from toca_compile.errors import TocaError
 from toca_compile.progress import plain_line, shown, working
 
+_WORKERS = "processes of Ray (the extra scale); 0: in this one"
 _POLICY = "a preset or a policy of the default table (toca-compile presets lists both), or a file of save_policy"
 _RECOMMENDED = "blocks, Newton o2 N=3"
 
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
                           "model alone)")  # fmt: skip
     evaluate.add_argument("--no-features", action="store_true", help="no feature distance and no KID, whose network is "
                           "a package of its own")  # fmt: skip
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help=_WORKERS)
     evaluate.set_defaults(run=_evaluate)
 
     tune = command("tune", "search a policy for a target", shared,
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
                       "judged on")  # fmt: skip
     tune.add_argument("--samples", type=int, default=8, metavar="N", help="pictures a seed")
     tune.add_argument("--lowering", default="eager", choices=("inductor", "eager"), help="what compiles all models")
+    tune.add_argument("--workers", type=int, default=0, metavar="N", help=_WORKERS)
     tune.set_defaults(run=_tune)
 
     plan = command("plan", "search the best steps to compute for exactly so many", shared,
@@ -149,8 +152,7 @@ def _parser() -> argparse.ArgumentParser:
                        "package.module:factory, a function that returns one")  # fmt: skip
     batch.add_argument("--policy", default="balanced", metavar="NAME|FILE", help=f"a level, {_POLICY}")
     batch.add_argument("--out", type=Path, default=Path("toca-batch"), metavar="FOLDER", help="for the samples")
-    batch.add_argument("--workers", type=int, default=0, metavar="N", help="processes of Ray (the extra scale); 0: "
-                       "in this one")  # fmt: skip
+    batch.add_argument("--workers", type=int, default=0, metavar="N", help=_WORKERS)
     batch.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, …")
     batch.add_argument("--lowering", default="inductor", choices=("inductor", "eager"), help="what compiles the model")
     batch.set_defaults(run=_batch)
@@ -230,6 +232,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     settings = EvaluationSettings(
         steps=given.steps, fewer=given.fewer, seeds=given.seeds, samples=given.samples, batch=given.batch,
         lowering=given.lowering, peak=sampling.peak, features=features, real=real, console=Console(), accuracy=accuracy,
+        workers=given.workers,
     )  # fmt: skip
     evaluate(sampling.model, sampling.sampler, policies, out=given.out, settings=settings)
 
@@ -246,7 +249,7 @@ def _tune(given: argparse.Namespace) -> None:
     sampling = load_sampling(given.model, given.device, given.prompt)
     settings = TuningSettings(
         steps=given.steps, seeds=given.seeds, samples=given.samples, lowering=given.lowering, seconds=given.seconds,
-        trials=given.trials, peak=sampling.peak, console=Console(),
+        trials=given.trials, peak=sampling.peak, console=Console(), workers=given.workers,
     )  # fmt: skip
     policy = tune(sampling.model, sampling.sampler, target=target, out=given.out, settings=settings)
     save_policy(policy, given.out / "policy.json")

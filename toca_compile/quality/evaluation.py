@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +27,10 @@ from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.labels import label as label_points
 from toca_compile.quality.metrics import feature_distance, kid, psnr
 from toca_compile.quality.settings import EvaluationSettings, overridden
+from toca_compile.serving.workers import Workers
 
 DEFAULTS = EvaluationSettings()
+_Batch = tuple[int, int, int]  # seed, number, and which method
 
 
 class Sampler(Protocol):
@@ -96,7 +98,8 @@ def evaluate(
         The rows; the first is the uncached model.
 
     Raises:
-        TocaError: ``out`` holds results of other settings, or a setting is unknown or holds what it may not.
+        TocaError: ``out`` holds results of other settings, a setting is unknown or holds what it may not, or there are
+            to be workers and Ray is not installed.
     """
     settings = overridden(settings, overrides)
     store = _Store(out, {
@@ -104,7 +107,7 @@ def evaluate(
         "lowering": settings.lowering, "model": fingerprint(model),
     })  # fmt: skip
     methods = _methods(model, policies, settings)
-    _sample_all(methods, sampler, store, settings)
+    _sample_all(methods, _Sampling(model, sampler, policies, settings), store)
     results = _results(methods, store, settings)
     _drop_kid(results, settings.fewer)
     write(results, out)
@@ -129,26 +132,57 @@ def _methods(model: nn.Module, policies: Mapping[str, Policy], settings: Evaluat
     return methods + [Method(name, make, steps, _flops) for name, make in (settings.others or {}).items()]
 
 
-def _sample_all(methods: Sequence[Method], sampler: Sampler, store: "_Store", settings: EvaluationSettings) -> None:
-    """Every missing batch, methods in turn, so that a slow minute of the machine falls on all of them."""
-    batches = range(settings.samples // settings.batch)
-    todo = [(seed, b, m) for seed in settings.seeds for b in batches for m in methods if not store.has(m, seed, b)]
-    models: dict[str, Any] = {}
-    with _progress(len(todo), settings.console) as advance:
-        for seed, b, method in todo:
-            fresh = method.name not in models
-            net = models.setdefault(method.name, method.model() if fresh else None)
+@dataclass(frozen=True)
+class _Sampling:
+    """What samples batches, here or in a worker: called, it makes what samples one, with models of its own."""
+
+    model: nn.Module
+    sampler: Sampler
+    policies: Mapping[str, Policy]
+    settings: EvaluationSettings
+
+    def __call__(self) -> Callable[[_Batch], dict[str, Any]]:
+        methods = _methods(self.model, self.policies, self.settings)
+        models: dict[int, Any] = {}
+
+        def sampled(asked: _Batch) -> dict[str, Any]:
+            seed, b, which = asked
+            method, fresh = methods[which], which not in models
+            net = models.setdefault(which, method.model() if fresh else None)
             reset = getattr(net, "reset", None)
             if callable(reset):
                 reset()  # a batch is a run of its own
             compiled = _compilations()
             start = time.perf_counter()
-            samples = sampler(net, method.steps, seed * 1000 + b, settings.batch)
+            samples = self.sampler(net, method.steps, seed * 1000 + b, self.settings.batch)
             seconds = time.perf_counter() - start
             timed = None if fresh or compiled != _compilations() else seconds
             facts = {"flops": method.flops(net), "cache_mb": getattr(net, "cache_bytes", 0) / 2**20, "seconds": timed}
-            store.put(method, seed, b, samples, facts)
-            advance(method.name)
+            return {"samples": samples.float().cpu(), **facts}
+
+        return sampled
+
+
+def _sample_all(methods: Sequence[Method], make: _Sampling, store: "_Store") -> None:
+    """Every missing batch, methods in turn, so that a slow minute of the machine falls on all of them."""
+    settings = make.settings
+    batches = range(settings.samples // settings.batch)
+    todo = [
+        (seed, b, which)
+        for seed in settings.seeds
+        for b in batches
+        for which, method in enumerate(methods)
+        if not store.has(method, seed, b)
+    ]
+    judged: dict[str, Any] = {"console": None, "features": None, "real": None, "accuracy": None}  # done here
+    sampling = replace(make, settings=replace(settings, **judged))
+    with (
+        Workers(sampling, settings.workers if todo else 0) as workers,
+        _progress(len(todo), settings.console) as advance,
+    ):
+        for (seed, b, which), batch in zip(todo, workers.map(todo), strict=True):
+            store.put(methods[which], seed, b, batch)
+            advance(methods[which].name)
 
 
 def _flops(model: Any) -> float:
@@ -184,10 +218,10 @@ class _Store:
         """Whether that batch is done."""
         return self._path(method, seed, b).exists()
 
-    def put(self, method: Method, seed: int, b: int, samples: Tensor, facts: Mapping[str, Any]) -> None:
+    def put(self, method: Method, seed: int, b: int, batch: Mapping[str, Any]) -> None:
         """Keep a batch; a run cut off while writing leaves none."""
         path = self._path(method, seed, b)
-        torch.save({"samples": samples.float().cpu(), **facts}, path.with_suffix(".part"))
+        torch.save(dict(batch), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
     def all(self, method: Method, seed: int) -> list[dict[str, Any]]:

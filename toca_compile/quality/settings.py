@@ -15,6 +15,7 @@ from toca_compile.ir.fields import Checked, Number, Seed, Steps, Threshold, Whol
 S = TypeVar("S", bound="Settings")
 Pictures = Annotated[int, Whole(1, 2**31 - 1)]
 Trials = Annotated[int, Whole(0, 2**31 - 1)]
+Workers = Annotated[int, Whole(0, 4096)]
 Seconds = Annotated[float, Number(0, math.inf)]
 
 
@@ -70,6 +71,9 @@ class EvaluationSettings(SamplingSettings):
         accuracy: share of a seed's ``samples`` that are what they should be.
         others: rows by name that no policy makes: a model to sample with, made when its turn comes. It may have a
             ``reset()``, called before each batch, and must state its ``flop_speedup``.
+        workers: processes on the machines of Ray (the extra ``scale``), which is started if it does not run, that
+            sample the batches; 0: this process does. Samples are the same; latencies are then those of a worker beside
+            the others.
 
     Raises:
         TocaError: a setting holds what it may not, or ``samples`` is no multiple of ``batch``.
@@ -81,6 +85,7 @@ class EvaluationSettings(SamplingSettings):
     real: Tensor | None = field(default=None, repr=False, compare=False)
     accuracy: Callable[[Tensor], float] | None = None
     others: Mapping[str, Callable[[], Any]] | None = None
+    workers: Workers = 0
 
     def check(self) -> None:
         super().check()
@@ -110,7 +115,19 @@ class SearchSettings(SamplingSettings):
 
 @dataclass(frozen=True)
 class TuningSettings(SearchSettings):
-    """How ``tune`` samples, and when it stops searching: as ``SearchSettings``."""
+    """How ``tune`` samples, and when it stops searching.
+
+    Args:
+        steps, seeds, samples, lowering, peak, console, seconds, trials: as in ``SearchSettings``.
+        workers: processes on the machines of Ray (the extra ``scale``) that sample as many trials at once; 0: this
+            process does, one after the other. With the same number of trials the same policy is found. None for a
+            latency target, whose trials are timed with nothing beside them.
+
+    Raises:
+        TocaError: a setting holds what it may not.
+    """
+
+    workers: Workers = 0
 
 
 @dataclass(frozen=True)

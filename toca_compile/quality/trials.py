@@ -6,8 +6,9 @@ that was cut off goes on where it stopped.
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from toca_compile.policies.composition import Composition
 from toca_compile.policies.storage import as_data, from_data
 from toca_compile.quality.evaluation import Sampler
 from toca_compile.quality.metrics import psnr
-from toca_compile.quality.settings import SearchSettings
+from toca_compile.quality.settings import SearchSettings, TuningSettings
+from toca_compile.serving.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Trials:
     """What was tried, and what may still be.
 
     Args:
-        model: the uncached model, or a pipeline; ``close`` gives a pipeline back as it was.
+        model: the uncached model, or a pipeline; ``close`` gives a pipeline back as it was, and ends workers.
         sampler: samples with it.
         settings: what is sampled, and when to stop.
         out: folder for ``trials.jsonl``; None: nothing is kept.
@@ -52,7 +54,8 @@ class Trials:
         reference: the uncached samples, one batch a seed.
 
     Raises:
-        TocaError: ``out`` holds trials of something else, or a pipeline is optimised already.
+        TocaError: ``out`` holds trials of something else, a pipeline is optimised already, or there are to be workers
+            and Ray is not installed.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class Trials:
     ) -> None:
         if is_optimized(model):
             raise TocaError("a search begins with the uncached model: restore it first")
+        self._count = settings.workers if isinstance(settings, TuningSettings) else 0
+        if self._count and timed:
+            raise TocaError("trials of a latency are timed with nothing beside them: leave workers out")
+        self._workers: Workers | None = None
+        self._ahead: dict[str, list[Tensor]] = {}  # what they have sampled, of trials whose turn has not come
         self.sampler, self.settings, self.timed = sampler, settings, timed
         self.end, self.left = time.monotonic() + settings.seconds, settings.trials
         self.known: dict[str, Trial] = {}
@@ -73,8 +81,11 @@ class Trials:
         if timed:
             self.seconds, _ = self.sampled(plain)  # compiled by now
         self._model = model
-        self.net: Any = optimize(model, start, lowering=settings.lowering)
         try:
+            if self._count:
+                make = _Sampling(model, sampler, start, replace(settings, console=None))
+                self._workers = Workers(make, self._count)
+            self.net: Any = optimize(model, start, lowering=settings.lowering)
             self.opt: Controls = controls(model) if piped else self.net
             self.sampled(self.net)  # traced, so that plans can be priced
             for line in self.log.read_text().splitlines() if self.log is not None and self.log.exists() else ():
@@ -86,14 +97,26 @@ class Trials:
             raise
 
     def close(self) -> None:
-        """Give a pipeline back as it was."""
-        if is_pipeline(self._model):
+        """Give a pipeline back as it was, and end the workers."""
+        if self._workers is not None:
+            self._workers.close()
+        if is_pipeline(self._model) and is_optimized(self._model):
             restore(self._model)
 
     def price(self, policy: Policy) -> float:
         """FLOP speed-up, without running anything."""
         self.opt.policy = policy
         return explain(self.net).flop_speedup()
+
+    def measured(self, policies: Iterable[Policy]) -> Iterator[Trial | None]:
+        """The trial of each, in order, as of ``measure``; workers sample as many at once as there are of them. What
+        they have sampled too early counts when its turn comes, so that there being workers changes no search."""
+        waiting = iter(policies)
+        while chunk := list(islice(waiting, max(self._count, 1))):
+            if self._workers is not None and not self.over():
+                new = {key: p for p in chunk if (key := _key(p)) not in self.known and key not in self._ahead}
+                self._ahead.update(zip(new, self._workers.map(new.values()), strict=True))
+            yield from map(self.measure, chunk)
 
     def measure(self, policy: Policy) -> Trial | None:
         """The trial of a policy; None where the search is over and it is not known."""
@@ -103,7 +126,7 @@ class Trials:
         if self.left is not None:
             self.left -= 1
         flops = self.price(policy)
-        seconds, found = self.sampled(self.net)
+        seconds, found = (0.0, self._ahead.pop(key)) if key in self._ahead else self.sampled(self.net)
         latency = float("nan")
         if self.timed:
             seconds, found = self.sampled(self.net)
@@ -120,11 +143,7 @@ class Trials:
     def sampled(self, net: Any) -> tuple[float, list[Tensor]]:
         """Seconds, and the samples of each seed."""
         start = time.perf_counter()
-        found = []
-        for seed in self.settings.seeds:
-            if is_optimized(net):
-                controls(net).reset()
-            found.append(self.sampler(net, self.settings.steps, seed, self.settings.samples))
+        found = _sampled(net, self.sampler, self.settings)
         return time.perf_counter() - start, found
 
     def over(self) -> bool:
@@ -135,6 +154,34 @@ class Trials:
         """On the console, if there is one."""
         if self.settings.console is not None:
             self.settings.console.print(f"[{max(self.end - time.monotonic(), 0):5.0f} s left] {text}", markup=False)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """What a worker makes: an optimised model of its own, and what samples with it by a policy."""
+
+    model: Any
+    sampler: Sampler
+    start: Policy
+    settings: SearchSettings
+
+    def __call__(self) -> Callable[[Policy], list[Tensor]]:
+        net = optimize(self.model, self.start, lowering=self.settings.lowering)
+
+        def sampled(policy: Policy) -> list[Tensor]:
+            controls(net).policy = policy
+            return _sampled(net, self.sampler, self.settings)
+
+        return sampled
+
+
+def _sampled(net: Any, sampler: Sampler, settings: SearchSettings) -> list[Tensor]:
+    found = []
+    for seed in settings.seeds:
+        if is_optimized(net):
+            controls(net).reset()
+        found.append(sampler(net, settings.steps, seed, settings.samples))
+    return found
 
 
 def _claim(out: Path, settings: SearchSettings, model: Any) -> None:

@@ -65,9 +65,14 @@ def tune(
         A policy that ``save_policy`` can keep.
 
     Raises:
-        TocaError: nothing that was tried reaches the target, or a setting is unknown or holds what it may not.
+        TocaError: nothing that was tried reaches the target, a setting is unknown or holds what it may not, or there
+            are to be workers and Ray is not installed.
     """
-    return _Search(model, sampler, target, out, overridden(settings, overrides)).run()
+    search = _Search(model, sampler, target, out, overridden(settings, overrides))
+    try:
+        return search.run()
+    finally:
+        search.on.close()
 
 
 class _Search:
@@ -81,13 +86,12 @@ class _Search:
     def run(self) -> Policy:
         """Schedules, forecasts, groups of sites, then single full steps, as long as time lasts."""
         for stage in (self._grid, self._series, self._groups):
-            for policy in self._in_reach(stage()):
-                self.on.measure(policy)
+            for _ in self.on.measured(self._in_reach(stage())):
+                pass
         improved = True
         while improved and not self.on.over():
             best, improved = self._best(), False
-            for policy in self._in_reach(self._moves(best)):
-                trial = self.on.measure(policy)
+            for trial in self.on.measured(self._in_reach(self._moves(best))):
                 if trial is not None and self._rank(trial) > self._rank(best):
                     improved = True  # go on from there
                     break

@@ -29,6 +29,7 @@ from toca_compile.ir.plan import Policy
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
+from toca_compile.serving.workers import gpus_each
 
 log = logging.getLogger(__name__)
 
@@ -257,9 +258,7 @@ def _on_ray(job: Job, requests: Sequence[Given], workers: int) -> Iterator[dict[
         return
     import ray
 
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+    gpus = gpus_each(workers)
     # A block for each request: what dies with a worker is one request, which another does.
     rows = ray.data.from_items([{"request": json.dumps(r)} for r in requests], override_num_blocks=len(requests))
     made = rows.map(
