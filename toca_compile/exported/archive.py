@@ -22,6 +22,9 @@ TABLE = "extra/toca_compile.json"
 WEIGHTS = "extra/toca_compile.weights"
 KNOWN = "extra/toca_compile.known"
 
+# Up to torch 2.12 the loader finds what it is told of the code by the name of the source.
+_NAMED_BY_SOURCE = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
+
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
@@ -52,7 +55,7 @@ def write(
             with PT2ArchiveWriter(str(whole)) as archive:
                 for entry, own in files.items():
                     for file in own:
-                        if not file.endswith(".cpp"):
+                        if not file.endswith(".cpp") or (_NAMED_BY_SOURCE and file.endswith(".wrapper.cpp")):
                             archive.write_file(f"{CODE}/{entry}/{Path(file).name}", file)
                 archive.write_string(TABLE, to_json(about, table))
                 for name, held in kept.items():
