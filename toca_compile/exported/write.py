@@ -164,12 +164,16 @@ class Traced:
     Attributes:
         laid: the plan in the graph; its entries are what is to be compiled.
         tensors: weights and constants, by name; those without a name in the model have one in brackets.
+        recorder: of the one graph.
+        policy: that it follows.
     """
 
     about: About
     table: Table
     laid: LaidOut
     tensors: dict[str, Tensor]
+    recorder: Recorder
+    policy: Policy
 
     def __init__(
         self,
@@ -205,6 +209,7 @@ class Traced:
         given = inspect.signature(plain.forward).parameters
         parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
+        self.recorder, self.policy = recorder, session.applied
         self.laid = recorder.laid_out(in_memory=in_memory)
         self.table = table = self.laid.table
         self._name_inputs(table, recorder, plain, found)
@@ -214,7 +219,7 @@ class Traced:
             model=type(plain).__name__,
             torch=torch.__version__,
             machine=archive.machine(device or torch.device("cpu")),
-            policy=_policy(session.applied),
+            policy=_policy(self.policy),
             parameters=parameters,
             defaults=defaults,
             given=fixed(found, defaults),
