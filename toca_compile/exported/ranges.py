@@ -151,8 +151,8 @@ def fitted(several: Sequence["Traced"], of: Range) -> "Traced":
     try:
         for told in ("returns", "given", "names"):
             fit.same([getattr(one.about, told) for one in several], f"the model's {told}")
-        table = fit.table([one.table for one in several])
         plans = Plans(several, fit)
+        table = fit.table([one.table for one in several])
         table = replace(table, steps=plans.steps, rows=plans.rows, sized=plans.sized)
         numbers = numbers_of(table)
         fit.same([list(one.tensors) for one in several], "which tensors the model has")
