@@ -8,7 +8,6 @@ read on the host, and is a symbol as in any other lowering (``ir/state.py``, ``s
 Buffers are changed in place.
 """
 
-import itertools
 import operator
 import warnings
 from collections.abc import Sequence
@@ -19,17 +18,14 @@ import sympy
 import torch
 from torch import fx
 from torch._inductor import aot_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toca_compile.errors import ExportError
 from toca_compile.ir.program import Variant
 from toca_compile.ir.state import sizes_of
 from toca_compile.ir.table import OpenSizes, at
+from toca_compile.lowerings.guards import hold
 from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, with_values
 
 aten = torch.ops.aten
-
-_Parts = list[sympy.Symbol]  # the sizes by which a host number is told
 
 
 def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes: OpenSizes | None = None) -> list[str]:
@@ -49,9 +45,10 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes
     """
     mode = symbolic_mode()
     size = symbol(mode, "toca_size", sizes.values[-1]) if sizes is not None else None
+    own = size.node.expr if size is not None else None  # now: later it is what the compiler takes for it
     device = next((e.device for e in examples if isinstance(e, torch.Tensor)), torch.device("cpu"))
     values: list[torch.Tensor] = []
-    numbers: list[_Parts] = []
+    numbers: list[list[sympy.Symbol]] = []
     for i, example in enumerate(examples):
         if isinstance(example, torch.Tensor):
             if sizes is not None:
@@ -80,58 +77,10 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes
         if trouble is None:
             raise
         raise trouble from error
-    if sizes is not None and size is not None:
-        _hold(mode, size.node.expr, numbers, sizes)
+    if sizes is not None and own is not None:
+        assert mode.shape_env is not None
+        hold(mode.shape_env, own, numbers, sizes)
     return [str(file) for file in files]
-
-
-def _hold(mode: FakeTensorMode, own: sympy.Symbol, numbers: Sequence[_Parts], sizes: OpenSizes) -> None:
-    """That what the compiler took for granted of the open size is true of each that it takes, with the host numbers
-    that the variant is called with there.
-
-    Args:
-        own: the size.
-        numbers: of each host number, the sizes that tell it.
-
-    Raises:
-        ExportError: it is not.
-    """
-    env = mode.shape_env
-    assert env is not None
-    taken = [guard.expr for guard in env.guards]
-    taken += [sympy.Eq(s, env.replace(s)) for s in (own, *itertools.chain(*numbers)) if env.replace(s) != s]
-    for expr in taken:
-        if own not in expr.free_symbols:
-            continue
-        asked = [i for i, parts in enumerate(numbers) if expr.free_symbols & set(parts)]
-        why = f"{own} is a size from {sizes.values[0]} to {sizes.values[-1]}"
-        known = expr.free_symbols <= {own, *itertools.chain(*numbers)}
-        for told in _told(sizes, asked) if known else ():
-            if told is None:
-                known = False
-                break
-            at = {own: told[0]}
-            for i, number in zip(asked, told[1:], strict=True):
-                at |= dict(zip(numbers[i], sizes_of(number)[1:], strict=True))
-            if expr.subs(at) != sympy.true:
-                known, why = False, f"{why}, which is false where " + ", ".join(f"{k} is {v}" for k, v in at.items())
-                break
-        if not known:
-            raise ExportError(
-                f"the code would not hold for every {sizes.name}: the compiler takes {expr} for granted, where {why}"
-            )
-
-
-def _told(sizes: OpenSizes, asked: Sequence[int]) -> dict[tuple[int, ...] | None, None]:
-    """The sizes that there are, each with what some host numbers are there; with None if only a run tells one."""
-    found: dict[tuple[int, ...] | None, None] = {}
-    for call in sizes.numbers:
-        columns = [call[i] for i in asked]
-        if any(column is None for column in columns):
-            found[None] = None
-            continue
-        found |= dict.fromkeys(zip(sizes.values, *columns, strict=True))
-    return found
 
 
 def by_sizes(graph: fx.Graph, numbers: Sequence[bool]) -> fx.Graph:
