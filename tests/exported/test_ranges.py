@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+import toca_compile
 from tests.in_memory import POLICIES, STEPS, loaded
 from tests.models import JointDiT, randomize
+from tests.pipelines import flux, run
+from tests.pipelines.builders import flux_pipe
 from tests.runs import optimized
 from tests.sampling import gaussian
 from toca_compile import Composition, ExportError, Fora, LoadedModel, PolicyError, ToCa
@@ -106,6 +108,26 @@ class Own:
         return Composition(4, Every(2), (partial,), how_many=Share(5.5 / n)).plan(sites)
 
 
+class Placed(JointDiT):
+    """With a table that says where each token lies."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + places.sum(-1, keepdim=True), t, text)
+
+
+def test_a_grid_that_a_policy_asks_for_is_named() -> None:
+    """Each size is a picture of its own, whose cells get a bonus."""
+    places = torch.cartesian_prod(torch.arange(2.0), torch.arange(4.0))
+    open = {"x": {1: PATCHES}, "places": {0: PATCHES}}
+    with pytest.raises(ExportError, match=r"the grid in which tokens lie.* \(bonus=0 does without\), follows from it"):
+        loaded(Placed(depth=1).eval(), POLICIES[2], (*inputs(), places), dynamic=open)
+
+
+def test_one_graph_of_all_steps_is_for_fixed_sizes(joint: nn.Module) -> None:
+    with pytest.raises(ExportError, match="leave dynamic out"):
+        toca_compile.program(joint, Fora(4, 2), inputs(), dynamic=OPEN)
+
+
 @pytest.mark.parametrize(
     ("policy", "why"),
     [
@@ -123,26 +145,20 @@ def test_policies_that_no_range_can_hold(joint: nn.Module, policy: Any, why: str
         loaded(joint, policy, inputs(), dynamic=OPEN)
 
 
-def test_a_table_of_positions_leaves_the_number_of_tokens_open() -> None:
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=0, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
-    ).eval()  # fmt: skip
-
-    def given(height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-        return {
-            "hidden_states": gaussian(1, height * width, 4, seed=seed), "encoder_hidden_states": gaussian(1, 5, 32),
-            "pooled_projections": gaussian(1, 32), "timestep": torch.ones(1), "img_ids": places.float(),
-            "txt_ids": torch.zeros(5, 3),
-        }  # fmt: skip
-
-    tokens = torch.export.Dim("tokens", min=8, max=64)
-    policy = ToCa(STEPS, interval=4, fresh_ratio=0.3, bonus=0.0)
-    own = loaded(model, policy, given(4, 4), dynamic={"hidden_states": {1: tokens}, "img_ids": {0: tokens}})
-    live = optimized(model, policy)
-    with torch.no_grad():
-        for seed in range(STEPS):
-            made, wanted = (model(**given(5, 6, seed)).sample for model in (own, live))
-            torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
+def test_a_pipeline_makes_pictures_of_other_sizes() -> None:
+    """One file in the unmodified pipeline; how the tokens lie is no matter to a policy without a bonus for cells."""
+    pipe, call = flux_pipe("FluxPipeline", flux(double=1, single=1))
+    policy, tokens = ToCa(6, interval=3, fresh_ratio=0.3, bonus=0.0), torch.export.Dim("tokens", min=12, max=48)
+    open = {"hidden_states": {1: tokens}, "img_ids": {0: tokens}}
+    own = loaded(pipe, policy, call | {"num_inference_steps": 6}, dynamic=open)
+    pictures = [call, call | {"height": 24}]
+    toca_compile.optimize(pipe, policy, lowering="eager")
+    wanted = [run(pipe, picture, 6) for picture in pictures]
+    toca_compile.restore(pipe)
+    assert not torch.allclose(run(pipe, pictures[1], 6), wanted[1], rtol=0, atol=1e-3)
+    pipe.transformer = own
+    for picture, made in zip(pictures, wanted, strict=True):
+        torch.testing.assert_close(run(pipe, picture, 6), made, rtol=0, atol=1e-5)
+    assert own.policy == policy
+    with pytest.raises(ExportError, match=r"hidden_states from 12 to 48.*\[1, 64, 16\]"):
+        run(pipe, call | {"height": 32, "width": 32}, 6)

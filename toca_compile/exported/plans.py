@@ -52,6 +52,7 @@ class Plans:
         programs = [one.recorder.program for one in several]
         fit.same([[(s.name, s.kind) for s in p.sites] for p in programs], "which sites there are")
         self.axes = [self._axis(sites) for sites in zip(*(p.sites for p in programs), strict=True)]
+        self._check_grid()
         made: dict[tuple[int, ...], _Planned] = {}
         self.all: list[_Planned] = []
         for n in fit.what.values:
@@ -76,6 +77,14 @@ class Plans:
         known = all(replace(axis, size=0, factors=()) == replace(own[-1], size=0, factors=()) for axis in own)
         # A grid is read off the inputs and follows no rule: a policy that asks for it is found out at the points.
         return (own[-1] if known else replace(own[-1], grid=None, offset=0, frames=1)), size
+
+    def _check_grid(self) -> None:
+        """That the policy does not ask for a grid that is another one at each size."""
+        plan, sites = self.last.recorder.schedule.plan, self.last.recorder.program.sites
+        own = [site for site in sites if plan.selects(site.index)]
+        without = [replace(site, axis=self.axes[site.index][0]) for site in own]
+        if set(plan.selector.doubts(without)) - set(plan.selector.doubts(own)):
+            raise Unlike("the grid in which tokens lie, which the policy asks for (bonus=0 does without),")
 
     def _planned(self, n: int, sizes: Sequence[int]) -> _Planned:
         last, what = self.last, self.fit.what

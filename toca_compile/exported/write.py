@@ -55,8 +55,10 @@ def export(
         path: of the file, ``*.pt2``. It is written whole, or not at all. Of several transformers the names stand before
             the suffix: ``video.pt2`` is then ``video.transformer.pt2`` and ``video.transformer_2.pt2``.
         dynamic: as ``dynamic_shapes`` of ``torch.export``: by argument (of the transformer), which dimensions may have
-            another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, in as many dimensions as
-            it stands, also as ``2 * batch``; its range begins at 2. None: all are fixed.
+            another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, the batch or how many
+            tokens there are, in as many dimensions as it stands, also as ``2 * batch``; its range begins at 2. The
+            policy is asked for its plan at each size; what sites do may not follow from it, but for on how many tokens.
+            None: all are fixed.
         options: ``grid`` and ``hoist``, as of ``optimize``.
 
     Returns:
