@@ -21,7 +21,7 @@ import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.runs import optimized
 from tests.sampling import noise, sample
-from toca_compile import BlockCache, Composition, ExportError, Fora, LoadedModel, ToCa
+from toca_compile import BlockCache, Composition, ExportError, LoadedModel, ToCa
 from toca_compile.demo import fashion_dit
 from toca_compile.policies import Anchors, Every, Hermite, Rule
 
@@ -95,18 +95,18 @@ def test_a_process_without_the_model_makes_the_same_pictures(exported: Exported,
 @pytest.mark.parametrize(
     "policy",
     [
-        Fora(STEPS, 3),
+        ToCa(STEPS, interval=3, fresh_ratio=0.3),
         Composition(STEPS, Every(3), (Rule(Anchors(Hermite(0.5), 3)),)),
         BlockCache(STEPS, first=0, interval=3, order=2, basis="newton"),
     ],
-    ids=["FORA", "anchors", "a forecast of the blocks"],
+    ids=["ToCa", "anchors", "a forecast of the blocks"],
 )
 def test_other_policies_in_compiled_files(policy: Any, tmp_path: Path) -> None:
     """Over a whole run, and over the next."""
     model = randomize(PlainDiT(depth=1))
     live = optimized(model, policy)
     batch = torch.export.Dim("batch", min=2, max=5)
-    open = {name: {0: batch} for name in "xty"} if isinstance(policy, Fora) else None  # of one: each costs a minute
+    open = {name: {0: batch} for name in "xty"} if isinstance(policy, ToCa) else None  # of one: each costs a minute
     inputs = noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2)
     toca_compile.export(model, policy, inputs, tmp_path / "m.pt2", dynamic=open)
     own = toca_compile.load(tmp_path / "m.pt2")
@@ -117,6 +117,14 @@ def test_other_policies_in_compiled_files(policy: Any, tmp_path: Path) -> None:
     for count in (3, 5) if open else ():
         wanted = sample(live, STEPS, noise(count))
         torch.testing.assert_close(sample(own, STEPS, noise(count)), wanted, rtol=1e-5, atol=1e-5)
+        assert [r.k for r in own.steps] == [r.k for r in live.steps]
+    if open:
+        other = randomize(PlainDiT(depth=1), seed=1)
+        own.update_weights(other.state_dict())
+        with torch.no_grad():
+            for count in (2, 3):
+                given = noise(count), torch.zeros(count, dtype=torch.int64), torch.arange(count)
+                torch.testing.assert_close(own(*given), other(*given), rtol=1e-5, atol=1e-5)
 
 
 def test_two_loaded_models_have_two_caches_and_other_weights_are_theirs(exported: Exported) -> None:

@@ -34,7 +34,7 @@ class Entry:
     sizes: OpenSizes | None = None
 
 
-_Asked = tuple[Site | Stream, Any, int]  # a host number: whose, which, and which of several
+Asked = tuple[Site | Stream, Any, int]  # a host number: whose, which, and which of several
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class LaidOut:
         entries: what its calls call, by name.
         titles: what these are, as reports call them.
         buffers: which buffer of which owner each of the table's is, and which of several.
+        asked: of each of its calls, the host numbers that it is given.
         owners: the names of sites, and of what leaves skipped blocks.
         constants: the tensors in the graph itself, by place.
         inputs: how many the graph has.
@@ -56,6 +57,7 @@ class LaidOut:
     entries: dict[str, Entry]
     titles: dict[str, str]
     buffers: tuple[tuple[State, int, int], ...]
+    asked: tuple[tuple[Asked, ...], ...]
     owners: tuple[str, ...]
     constants: dict[int, torch.Tensor]
     inputs: int
@@ -85,7 +87,7 @@ class _Laid:
         self.variants = of.variants.lowered(self._entry, dense=False, numbers=numbers)
         self.entries: dict[str, Entry] = {}
         self.names: dict[Any, str] = {}  # of entries, by what tells them
-        self.called: dict[SegmentCall, tuple[int, list[_Asked]]] = {}
+        self.called: dict[SegmentCall, tuple[int, list[Asked]]] = {}
         self.calls: list[Call] = []
         self.rows: dict[Any, int] = {}
         self.told: list[Row] = []
@@ -100,7 +102,15 @@ class _Laid:
         constants = {self.of._place[node]: value for node, value in self.of._constants}
         names = tuple(owner.name for owner in self.schedule.owners)
         return LaidOut(
-            table, self.entries, self.titles, tuple(self.buffers), names, constants, self.of._inputs, self.device
+            table=table,
+            entries=self.entries,
+            titles=self.titles,
+            buffers=tuple(self.buffers),
+            asked=tuple(tuple(asked) for _, asked in self.called.values()),
+            owners=names,
+            constants=constants,
+            inputs=self.of._inputs,
+            device=self.device,
         )
 
     def table(self) -> Table:
@@ -179,18 +189,18 @@ class _Laid:
         numbers = tuple(tuple(self._number(index, asked, moves) for asked in asks) for _, asks in made)
         return Step(self.rows[key], numbers)
 
-    def _number(self, step: int, asked: _Asked, moves: Numbers | None) -> Number:
+    def _number(self, step: int, asked: Asked, moves: Numbers | None) -> Number:
         of, kind, index = asked
         if isinstance(of, Site):
             return self.schedule.number(step, of, kind, index)
         return f"{kind.value} {index}" if moves is None else moves[kind, index]
 
-    def _call(self, call: SegmentCall) -> tuple[int, list[_Asked]]:
+    def _call(self, call: SegmentCall) -> tuple[int, list[Asked]]:
         """A call's number, and which host numbers it asks for."""
         if call not in self.called:
             of, segment = self.of, call.segment
             entry, used, slots = self.variants.compiled(segment, call.forms, self.schedule.plan)
-            asked: list[_Asked] = []
+            asked: list[Asked] = []
             places: list[int | None] = []
             for slot in slots:
                 whose = self.schedule.owners[segment.sites[slot.position]]

@@ -33,13 +33,13 @@ def write(
     about: About,
     table: Table,
     tensors: Mapping[str, Tensor],
-    files: Mapping[str, Sequence[str]],
+    files: Mapping[str, Mapping[str, bytes]],
     known: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a file, or nothing: it has another name until it is whole.
 
     Args:
-        files: AOTInductor's, by entry.
+        files: AOTInductor's, by entry and name.
         known: as of ``LoadedModel``.
 
     Raises:
@@ -54,14 +54,14 @@ def write(
             whole = Path(folder) / target.name
             with PT2ArchiveWriter(str(whole)) as archive:
                 for entry, own in files.items():
-                    for file in own:
+                    for file, data in own.items():
                         if not file.endswith(".cpp") or (_NAMED_BY_SOURCE and file.endswith(".wrapper.cpp")):
-                            archive.write_file(f"{CODE}/{entry}/{Path(file).name}", file)
+                            archive.write_bytes(f"{CODE}/{entry}/{file}", data)
                 archive.write_string(TABLE, to_json(about, table))
                 for name, held in kept.items():
-                    data = io.BytesIO()
-                    torch.save(held, data)
-                    archive.write_bytes(name, data.getvalue())
+                    saved = io.BytesIO()
+                    torch.save(held, saved)
+                    archive.write_bytes(name, saved.getvalue())
             whole.replace(target)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -57,7 +57,7 @@ def as_one(traced: "Traced") -> One:
     program = step_program(traced.laid)
     module, state = by_inputs(program)
     whole = Whole("step", traced.laid.inputs, program.plan, program.sizes, tuple(state))
-    return One(module, traced.inputs, state, replace(traced.table, whole=whole))
+    return One(module, traced.recorder.inputs, state, replace(traced.table, whole=whole))
 
 
 def check(one: One, run: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:

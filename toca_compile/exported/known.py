@@ -46,7 +46,7 @@ def known_rows(traced: "Traced", timesteps: Sequence[float]) -> dict[str, Any]:
     read = {place for part in parts for place in part.values}
     if not parts or not read <= {*made, *range(traced.laid.inputs)}:
         return {}
-    values = [*traced.inputs, *[None] * (table.places - len(traced.inputs))]
+    values = [*traced.recorder.inputs, *[None] * (table.places - len(traced.recorder.inputs))]
     conditioning, tables = Conditioning(table.clock, table.labels, (), at_once=False), list[Table]()
     wanted = frozenset(place for row in table.rows for place in row.timed)
     for clocks in ahead([values[i] for i in table.clock], timesteps, before=True).values():

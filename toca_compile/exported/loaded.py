@@ -13,7 +13,7 @@ from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
 from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import sizes_of
-from toca_compile.ir.table import Call, Number, Step, Table, at
+from toca_compile.ir.table import Call, Number, Row, Step, Table, at
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.controls import RunControls
@@ -49,6 +49,7 @@ class LoadedModel(RunControls, nn.Module):
         self._conditioning = Conditioning(table.clock, table.labels, (), at_once=False)
         self._sizes: dict[int, Tensor] = {}
         self._size = 0  # the open one, of the call that runs
+        self._by_size: dict[int, dict[str, int]] = {}  # numbers that follow from it, of sizes that were called
         self._values: list[Any] = [None] * table.places
         for place, name in table.weights.items():
             self._values[place] = self._tensors[name]
@@ -244,7 +245,7 @@ class LoadedModel(RunControls, nn.Module):
         """Note what a step does, and put there what does not change in a run, and what follows from the time."""
         table, control = self._table, self._control
         row = table.rows[step.row]
-        control.record(run).note(self._key, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
+        control.record(run).note(self._key, frozenset(StepKind(kind) for kind in row.kinds), self._tokens(row))
         if table.constant:
             watched = [values[i] for i in table.watched]
             kept = run.kept.get(self._key)
@@ -301,12 +302,28 @@ class LoadedModel(RunControls, nn.Module):
         return self._sizes[number]
 
     def _moves(self, past: Past, step: int) -> dict[str, int]:
-        """The host numbers that only a run tells, by name."""
-        test = self._table.test
+        """The host numbers that only a call tells, by name."""
+        test, sized = self._table.test, self._sized_numbers
         if test is None:
-            return {}
+            return sized
         memory = CacheSpec(test.order, None, test.basis)
-        return {f"{kind.value} {i}": n for (kind, i), n in memory.numbers(past, step, past.made).items()}
+        return sized | {f"{kind.value} {i}": n for (kind, i), n in memory.numbers(past, step, past.made).items()}
+
+    @property
+    def _sized_numbers(self) -> dict[str, int]:
+        """Those that the call's size tells."""
+        table, size = self._table, self._size
+        if table.open is None:
+            return {}
+        if size not in self._by_size:
+            which = table.open.values.index(size)
+            self._by_size[size] = {name: values[which] for name, values in table.sized.items()}
+        return self._by_size[size]
+
+    def _tokens(self, row: Row) -> dict[str, int]:
+        """How many tokens each site computes."""
+        sized = self._sized_numbers
+        return {site: sized[n] if isinstance(n, str) else n for site, n in row.tokens.items()}
 
     def _skips(self, past: Past, values: Sequence[Any], run: Run) -> bool:
         """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""

@@ -30,6 +30,8 @@ def program(model: Any, policy: Policy | str | None, example_inputs: Any, **opti
         ExportError: the model or the policy cannot be held by one graph; the message says why.
         TocaError: as of ``optimize`` and of a first call.
     """
+    if options.get("dynamic") is not None:
+        raise ExportError("one graph of all steps is for fixed sizes: leave dynamic out, or write a file (export)")
     if is_pipeline(model):
         raise ExportError("program takes a model: pass the pipeline's transformer, and what it is called with")
     return ProgramModel(traces(model, policy, example_inputs, in_memory=True, **options)[""])

@@ -78,6 +78,7 @@ def _table(given: dict[str, Any]) -> Table:
         own[name] = {int(place): value for place, value in given[name].items()}
     for name in ("clock", "labels", "watched", "constant", "timed"):
         own[name] = tuple(given[name])
+    own["sized"] = {name: tuple(values) for name, values in given["sized"].items()}
     own["results"] = tuple(None if r is None else (r[0], tuple(r[1])) for r in given["results"])
     own["test"] = None if given["test"] is None else Test(**given["test"])
     own["open"] = None if given["open"] is None else Open(**given["open"])

@@ -60,7 +60,7 @@ class WholeModel(LoadedModel):
             self._computed(run, past)
             step = step.computed or step
         row = table.rows[step.row]
-        control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), row.tokens)
+        control.record(run).note(KEY, frozenset(StepKind(kind) for kind in row.kinds), self._tokens(row))
         return [None if r is None else laid_as(next(made), [at(s, 0) for s in r[1]]) for r in table.results]
 
 

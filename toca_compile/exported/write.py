@@ -25,7 +25,7 @@ from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
-from toca_compile.lowerings.aot import compile_files, compile_step
+from toca_compile.lowerings.aot import compile_step, compile_variant
 from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
@@ -58,8 +58,10 @@ def export(
         path: of the file, ``*.pt2``. It is written whole, or not at all. Of several transformers the names stand before
             the suffix: ``video.pt2`` is then ``video.transformer.pt2`` and ``video.transformer_2.pt2``.
         dynamic: as ``dynamic_shapes`` of ``torch.export``: by argument (of the transformer), which dimensions may have
-            another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, in as many dimensions as
-            it stands, also as ``2 * batch``; its range begins at 2. None: all are fixed.
+            another size, ``{"x": {0: Dim("batch", min=2, max=8)}, …}``. One size can be open, the batch or how many
+            tokens there are, in as many dimensions as it stands, also as ``2 * batch``; its range begins at 2. The
+            policy is asked for its plan at each size; what sites do may not follow from it, but for on how many tokens.
+            None: all are fixed.
         options: ``grid`` and ``hoist``, as of ``optimize``; and ``form``: ``"segments"``, an entry for each segment and
             kind of step, between which the table chooses, and equal blocks share one; or ``"program"``, whole steps as
             one entry, which branches inside and holds everything for each block anew. The first is the faster to
@@ -97,21 +99,21 @@ def export(
 
 
 def _compile(traced: "Traced", path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        entries = traced.laid.entries
-        for i, (name, entry) in enumerate(entries.items(), 1):
-            with working(f"compiling entry {i} of {len(entries)}"):
-                files[name] = compile_files(entry.variant, entry.examples, Path(folder) / name, entry.sizes)
-        archive.write(path, traced.about, traced.table, traced.tensors, files, traced.known)
+    files = {}
+    entries = traced.laid.entries
+    for i, (name, entry) in enumerate(entries.items(), 1):
+        with working(f"compiling entry {i} of {len(entries)}"):
+            files[name] = compile_variant(entry.variant, entry.examples, entry.sizes)
+    archive.write(path, traced.about, traced.table, traced.tensors, files, traced.known)
 
 
 def _compile_program(traced: "Traced", path: Path) -> None:
     one = as_one(traced)
     with tempfile.TemporaryDirectory() as folder, working("compiling the program of a step"):
-        files = {one.whole.entry: compile_step(one.module, one.like, Path(folder) / one.whole.entry)}
-        archive.write(Path(folder) / path.name, traced.about, one.table, {}, files)
-        check(one, archive.entries(Path(folder) / path.name, one.table, traced.about)[one.whole.entry])
+        files = {one.whole.entry: compile_step(one.module, one.like)}
+        trial = Path(folder) / path.name
+        archive.write(trial, traced.about, one.table, {}, files)
+        check(one, archive.entries(trial, one.table, traced.about)[one.whole.entry])
         archive.write(path, traced.about, one.table, traced.tensors, files)
 
 
@@ -209,17 +211,19 @@ class Traced:
 
     Attributes:
         laid: the plan in the graph; its entries are what is to be compiled.
-        inputs: what the graph was given.
         tensors: weights and constants, by name; those without a name in the model have one in brackets.
         known: what follows from the time, as far as that is known (``known.py``).
+        recorder: of the one graph.
+        policy: that it follows.
     """
 
     about: About
     table: Table
     laid: LaidOut
-    inputs: tuple[Any, ...]
     tensors: dict[str, Tensor]
     known: dict[str, Any]
+    recorder: Recorder
+    policy: Policy
 
     def __init__(
         self,
@@ -255,8 +259,9 @@ class Traced:
         given = inspect.signature(plain.forward).parameters
         parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
+        self.recorder, self.policy = recorder, session.applied
         self.laid = recorder.laid_out(in_memory=in_memory)
-        self.inputs, self.known = recorder.inputs, {}
+        self.known = {}
         self.table = table = self.laid.table
         self._name_inputs(table, recorder, plain, found)
         defaults = {n: p.default for n, p in given.items() if isinstance(p.default, _SCALARS)}
@@ -265,7 +270,7 @@ class Traced:
             model=type(plain).__name__,
             torch=torch.__version__,
             machine=archive.machine(device or torch.device("cpu")),
-            policy=_policy(session.applied),
+            policy=_policy(self.policy),
             parameters=parameters,
             defaults=defaults,
             given=fixed(found, defaults),

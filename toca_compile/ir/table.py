@@ -3,11 +3,13 @@
 A step is a list of values by place: first the graph's inputs (weights and what the caller gives), then what calls make.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-Number = int | str  # of a host number: itself, or the name of one that is only known at run time
+Number = int | str  # of a host number: itself, or the name of one that a call's size tells, or only a run
 Size = int | tuple[int, int]  # of a dimension: itself, or of the open size which multiple, plus which number
+Told = tuple[tuple[int, ...] | None, ...]  # host numbers: of each its value by size; None where only a run tells it
 
 
 def at(size: Size, open: int) -> int:
@@ -23,6 +25,11 @@ class Open:
     least: int
     most: int
 
+    @property
+    def values(self) -> range:
+        """All of them."""
+        return range(self.least, self.most + 1)
+
 
 @dataclass(frozen=True)
 class OpenSizes:
@@ -32,12 +39,14 @@ class OpenSizes:
         shapes, strides: of each input; of a host number nothing.
         values: that the open size takes.
         name: as the user calls it.
+        numbers: which host numbers the variant is called with, of each call by those values.
     """
 
     shapes: tuple[tuple[Size, ...], ...]
     strides: tuple[tuple[Size, ...], ...]
     values: range
     name: str
+    numbers: tuple[Told, ...] = ((),)
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Row:
-    """What steps do that run the same calls. ``kinds``: of steps that its sites do; ``tokens``: how many each computes;
-    ``timed``: the places that the calls read of what follows from the denoising time."""
+    """What steps do that run the same calls. ``kinds``: of steps that its sites do; ``tokens``: how many each computes,
+    by its name; ``timed``: the places that the calls read of what follows from the denoising time."""
 
     kinds: tuple[str, ...]
-    tokens: dict[str, int]
+    tokens: Mapping[str, Number]
     calls: tuple[int, ...]
     timed: tuple[int, ...]
 
@@ -145,6 +154,7 @@ class Table:
         constant, timed: the calls that make these.
         results: the place of each of the graph's results, with its stride; None where it is none.
         open: the size that the run's first call tells; None where all are fixed.
+        sized: the numbers that follow from it, by name: one for each size, the least first.
         whole: one entry in the place of all that the steps call; None where each is an entry of its own.
     """
 
@@ -165,6 +175,7 @@ class Table:
     results: tuple[tuple[int, tuple[Size, ...]] | None, ...]
     test: Test | None = None
     open: Open | None = None
+    sized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     whole: Whole | None = None
 
     @property

@@ -9,7 +9,9 @@ Buffers are changed in place.
 """
 
 import operator
+import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,37 +19,53 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._inductor import aot_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._inductor import aot_compile, config
 
-from toca_compile.errors import ExportError
 from toca_compile.ir.program import Variant
 from toca_compile.ir.state import sizes_of
 from toca_compile.ir.table import OpenSizes, at
-from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, with_values
+from toca_compile.lowerings.guards import hold
+from toca_compile.lowerings.inductor import fake, machine_trouble, settings, symbol, symbolic_mode, told, with_values
 
 aten = torch.ops.aten
 
 
-def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes: OpenSizes | None = None) -> list[str]:
+Files = dict[str, bytes]  # by name, as ``torch.export.pt2_archive`` takes them
+
+_KEPT = 256 << 20
+"""Bytes of code that are held for equal variants of later exports, such as those of a pipeline's other transformer."""
+_made: OrderedDict[Any, Files] = OrderedDict()
+
+
+def compile_variant(variant: Variant, examples: Sequence[Any], sizes: OpenSizes | None = None) -> Files:
     """Compile a variant.
 
     Args:
         examples: a fake tensor or a plausible host number for each of the variant's inputs.
-        folder: where the files go; no other variant's may.
         sizes: those of the examples that may be others.
-
-    Returns:
-        The files, as ``torch.export.pt2_archive`` takes them.
 
     Raises:
         LoweringError: the machine cannot compile.
         ExportError: the code would not hold for all sizes.
     """
+    if sizes is not None:
+        return _compile(variant, examples, sizes)
+    key = (*told(variant.module.graph, examples), repr(config.save_config_portable()))
+    if key not in _made:
+        _made[key] = _compile(variant, examples, None)
+        while len(_made) > 1 and sum(len(data) for files in _made.values() for data in files.values()) > _KEPT:
+            _made.popitem(last=False)
+    _made.move_to_end(key)
+    return _made[key]
+
+
+def _compile(variant: Variant, examples: Sequence[Any], sizes: OpenSizes | None) -> Files:
     mode = symbolic_mode()
     size = symbol(mode, "toca_size", sizes.values[-1]) if sizes is not None else None
+    own = size.node.expr if size is not None else None  # now: later it is what the compiler takes for it
     device = next((e.device for e in examples if isinstance(e, torch.Tensor)), torch.device("cpu"))
     values: list[torch.Tensor] = []
+    numbers: list[list[sympy.Symbol]] = []
     for i, example in enumerate(examples):
         if isinstance(example, torch.Tensor):
             if sizes is not None:
@@ -59,26 +77,24 @@ def compile_files(variant: Variant, examples: Sequence[Any], folder: Path, sizes
         else:
             none, *parts = sizes_of(example)
             told = [symbol(mode, f"toca_number_{i}_{j}", part) for j, part in enumerate(parts)]
+            numbers.append([one.node.expr for one in told])
             with mode:
                 values.append(torch.empty((none, *told), dtype=torch.int8, device=device))
-    numbers = [not isinstance(e, torch.Tensor) for e in examples]
-    graph = with_values(by_sizes(variant.module.graph, numbers), values)
+    are_numbers = [not isinstance(e, torch.Tensor) for e in examples]
+    graph = with_values(by_sizes(variant.module.graph, are_numbers), values)
     module = fx.GraphModule(variant.module, graph)
-    files = _files(module, values, folder)
-    if sizes is not None and size is not None:
-        _hold(mode, size, sizes)
+    files = _files(module, values)
+    if sizes is not None and own is not None:
+        assert mode.shape_env is not None
+        hold(mode.shape_env, own, numbers, sizes)
     return files
 
 
-def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int], folder: Path) -> list[str]:
+def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int]) -> Files:
     """Compile a program of whole steps (``compiler/emit_step.py``, ``by_inputs``).
 
     Args:
         inputs: a tensor like each of its inputs; of one that tells a number of tokens, its second dimension.
-        folder: as of ``compile_files``.
-
-    Returns:
-        As ``compile_files``.
 
     Raises:
         LoweringError: the machine cannot compile.
@@ -93,47 +109,33 @@ def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int], f
             size = symbol(mode, f"toca_number_{i}", example)
             with mode:
                 values.append(torch.empty((0, size), dtype=torch.int8, device=device))
-    return _files(fx.GraphModule(module, with_values(module.graph, values)), values, folder)
+    return _files(fx.GraphModule(module, with_values(module.graph, values)), values)
 
 
-def _files(module: fx.GraphModule, values: Sequence[torch.Tensor], folder: Path) -> list[str]:
+def _files(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> Files:
     """Compile a graph of tensors alone.
 
     Raises:
         LoweringError: the machine cannot compile.
     """
-    options = {"aot_inductor.package": True, "aot_inductor.output_path": str(folder)}
     try:
         # Outside inference mode, as every variant is compiled.
-        with torch.inference_mode(False), torch.no_grad(), settings(), warnings.catch_warnings():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            settings(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own
+            options = {"aot_inductor.package": True, "aot_inductor.output_path": f"{folder}/code"}
             files: Any = aot_compile(module, tuple(values), options=options)
+            return {Path(file).name: Path(file).read_bytes() for file in map(str, files)}
     except Exception as error:
         trouble = machine_trouble(error)
         if trouble is None:
             raise
         raise trouble from error
-    return [str(file) for file in files]
-
-
-def _hold(mode: FakeTensorMode, size: torch.SymInt, sizes: OpenSizes) -> None:
-    """That what the compiler took for granted of the open size is true of each that it takes.
-
-    Raises:
-        ExportError: it is not.
-    """
-    env, own = mode.shape_env, size.node.expr
-    assert env is not None
-    taken = [guard.expr for guard in env.guards if own in guard.expr.free_symbols]
-    if env.replace(own) != own:
-        taken.append(sympy.Eq(own, env.replace(own)))
-    for expr in taken:
-        false = [value for value in sizes.values if expr.subs(own, value) == sympy.false]
-        if false or expr.free_symbols != {own}:
-            raise ExportError(
-                f"the code would not hold for every {sizes.name}: the compiler takes {expr} for granted, where {own} "
-                f"is a size from {sizes.values[0]} to {sizes.values[-1]}"
-            )
 
 
 def by_sizes(graph: fx.Graph, numbers: Sequence[bool]) -> fx.Graph:
