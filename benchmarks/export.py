@@ -3,6 +3,7 @@
     python benchmarks/export.py                     # about 15 minutes on 2 cores
     python benchmarks/export.py --policy toca
     python benchmarks/export.py --form program      # whole steps as one graph in the file
+    python benchmarks/export.py --forms FOLDER      # both forms in turns; files that are in the folder are taken
     python benchmarks/export.py --shared            # says that the machine had other work meanwhile
 
 Size, time to export, and in processes of their own the time from the start to the first picture: a file that is loaded,
@@ -109,11 +110,35 @@ def host(folder: Path, repeats: int, form: str) -> dict[str, float]:
     return {f"host of a step, {name} µs": 1e6 * seconds for name, seconds in median.items()}
 
 
+def forms(policy: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """What each form of a file costs, beside the live model."""
+    rows, calls = [], dict[str, Callable[[], Any]]()
+    for form in FORMS:
+        path = folder / f"{policy}.{form}.pt2"
+        row: dict[str, Any] = {"what": form}
+        if not path.exists():
+            row["export s"] = export(POLICIES[policy], path, form)
+        row["file MB"] = path.stat().st_size / 1e6
+        row["load s"], row["first step s"] = first_step(path)
+        rows.append(row)
+        calls[form] = bind(pictures, toca_compile.load(path))
+    live = toca_compile.optimize(fashion_dit.load(fashion_dit.default_model())[0], POLICIES[policy])
+    wanted = pictures(live)
+    for row in rows:
+        row["difference"] = (calls[row["what"]]() - wanted).abs().max().item()
+    median = interleaved({**calls, "live": bind(pictures, live)}, repeats)
+    rows.append({"what": "live"})
+    for row in rows:
+        row["run s"], row["run / live"] = median[row["what"]], median[row["what"]] / median["live"]
+    return rows
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=POLICIES, default="blocks")
     parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="what the file holds, as of export")
+    parser.add_argument("--forms", type=Path, metavar="FOLDER", help="compare the forms, nothing else")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared", action="store_true", help="the machine is not ours alone: say so in the results")
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -121,6 +146,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.way:
         first_picture(given.way, given.policy, given.path)
+        return
+    if given.forms:
+        rows = forms(given.policy, given.forms, given.repeats)
+        save("export", "cpu", {f"{given.policy}, by form" + SHARED * given.shared: rows})
         return
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder) / "dit.pt2", str(Path(folder) / "cache")
