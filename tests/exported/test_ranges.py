@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.in_memory import POLICIES, STEPS, loaded
-from tests.models import JointDiT, randomize
+from tests.models import JointDiT, PlainDiT, randomize, timestep_features
 from tests.pipelines import flux, run
 from tests.pipelines.builders import flux_pipe
 from tests.runs import optimized
-from tests.sampling import gaussian
+from tests.sampling import gaussian, noise
 from toca_compile import Composition, ExportError, Fora, LoadedModel, PolicyError, ToCa
 from toca_compile.ir.actions import Partial
 from toca_compile.ir.plan import Plan
@@ -103,9 +103,13 @@ class Own:
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         if self.kind == "a size" and sites[0].axis.size == 17:
             raise PolicyError("17 is no number")
-        n = sites[0].output.meta["val"].shape[1]  # of the graph that was traced
+        if self.kind == "the grid":
+            assert sites[0].axis.grid is not None
+            share = sites[0].axis.grid[1] / 12
+        else:
+            share = 5.5 / sites[0].output.meta["val"].shape[1]  # of the graph that was traced
         partial = Rule(Partial(), kinds=("mlp",))
-        return Composition(4, Every(2), (partial,), how_many=Share(5.5 / n)).plan(sites)
+        return Composition(4, Every(2), (partial,), how_many=Share(share)).plan(sites)
 
 
 class Placed(JointDiT):
@@ -116,11 +120,42 @@ class Placed(JointDiT):
 
 
 def test_a_grid_that_a_policy_asks_for_is_named() -> None:
-    """Each size is a picture of its own, whose cells get a bonus."""
+    """Cells of the picture get a bonus, and each size is another picture: that of the example at none but its own."""
     places = torch.cartesian_prod(torch.arange(2.0), torch.arange(4.0))
-    open = {"x": {1: PATCHES}, "places": {0: PATCHES}}
+    few = torch.export.Dim("patches", min=8, max=11)  # of which each begins as the example does
+    open = {"x": {1: few}, "places": {0: few}}
     with pytest.raises(ExportError, match=r"the grid in which tokens lie.* \(bonus=0 does without\), follows from it"):
         loaded(Placed(depth=1).eval(), POLICIES[2], (*inputs(), places), dynamic=open)
+
+
+class Wide(PlainDiT):
+    """The tokens of a picture of any width, whose positions are none of the model's."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        c = self.time(timestep_features(t, 16)) + self.labels(y)
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self.head(self.norm(tokens))
+
+
+def test_a_grid_that_follows_from_the_size() -> None:
+    """As the graph shows it, for a policy of the user's that asks for it."""
+    model, policy = randomize(Wide(depth=1)), Own("the grid")
+    columns = torch.export.Dim("columns", min=3, max=9)
+    inputs = noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    own, live = loaded(model, policy, inputs, dynamic={"x": {3: 2 * columns}}), optimized(model, policy)
+    seen = set()
+    with torch.no_grad():
+        for width in (6, 14):
+            for i in range(4):
+                given = noise(size=(8, width), seed=i), torch.full((2,), 900 - 100 * i), torch.arange(2)
+                torch.testing.assert_close(own(*given), live(*given), rtol=0, atol=1e-6)
+            assert [r.k for r in own.steps] == [r.k for r in live.steps]
+            seen.add(own.steps[1].k["blocks.0.mlp"])
+        assert seen == {3, 16}  # columns² / 3
+        with pytest.raises(ExportError, match="columns from 3 to 9"):
+            own(noise(size=(8, 15)), *inputs[1:])
 
 
 def test_one_graph_of_all_steps_is_for_fixed_sizes(joint: nn.Module) -> None:

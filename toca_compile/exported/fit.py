@@ -132,7 +132,11 @@ class Fit:
                 raise Unlike(f"a number at {source_line(node)} in a graph that is given nothing of this size")
             i, dim, by_base = where
             if size not in made:
-                slope, offset = by_base(size)  # type: ignore[misc]
+                try:
+                    slope, offset = by_base(size)  # type: ignore[misc]
+                except Unlike:
+                    what = f"an argument of {node.target} at {source_line(node)}"
+                    raise Unlike(f"{what}, a fraction of the sizes that its graph is given,") from None
                 told = new.call_function(torch.ops.aten.sym_size.int, (env[inputs[i]], dim))
                 told = new.call_function(operator.mul, (told, slope)) if slope != 1 else told
                 made[size] = new.call_function(operator.add, (told, offset)) if offset else told

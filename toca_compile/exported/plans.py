@@ -3,6 +3,7 @@ asked for each size with the sites as they are there, and no model is traced for
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from toca_compile.compiler.check_plan import check_plan
@@ -32,6 +33,21 @@ class _Planned:
         return (action if skips or not action.by_blocks else Compute()).computed(self.sites[site])
 
 
+@dataclass(frozen=True)
+class _Axis:
+    """An axis where its size is open. ``rest``: height, width, offset and frames, where they follow from the size."""
+
+    like: TokenAxis
+    size: Size
+    rest: tuple[Size, ...] = ()
+
+    def at(self, n: int) -> TokenAxis:
+        """At one size. A policy that asks for a grid that is not known is found out at the points."""
+        height, width, offset, frames = (at(one, n) for one in self.rest) if self.rest else (0, 0, 0, 1)
+        grid = (height, width) if self.rest else None
+        return replace(self.like, size=at(self.size, n), grid=grid, offset=offset, frames=frames)
+
+
 class Plans:
     """The steps of a table for every size of a range.
 
@@ -48,18 +64,20 @@ class Plans:
     """
 
     def __init__(self, several: Sequence["Traced"], fit: Fit) -> None:
-        self.fit, self.last = fit, several[-1]
+        self.fit, self.several, self.last = fit, several, several[-1]
         programs = [one.recorder.program for one in several]
         fit.same([[(s.name, s.kind) for s in p.sites] for p in programs], "which sites there are")
-        self.axes = [self._axis(sites) for sites in zip(*(p.sites for p in programs), strict=True)]
+        self.axes = [
+            self._axis([site.axis for site in sites]) for sites in zip(*(p.sites for p in programs), strict=True)
+        ]
         self._check_grid()
-        made: dict[tuple[int, ...], _Planned] = {}
+        made: dict[tuple[TokenAxis, ...], _Planned] = {}
         self.all: list[_Planned] = []
         for n in fit.what.values:
-            sizes = tuple(at(size, n) for _, size in self.axes)
-            if sizes not in made:
-                made[sizes] = self._planned(n, sizes)
-            self.all.append(made[sizes])
+            axes = tuple(axis.at(n) for axis in self.axes)
+            if axes not in made:
+                made[axes] = self._planned(n, axes)
+            self.all.append(made[axes])
         self.sized: dict[str, tuple[int, ...]] = {}
         self._names: dict[tuple[int, ...], str] = {}
         self._rows: dict[tuple[object, ...], int] = {}
@@ -70,27 +88,31 @@ class Plans:
         self.steps = tuple(self._step(i, own, tables) for i, own in enumerate(alike))
         self.rows = tuple(self._told)
 
-    def _axis(self, sites: Sequence[Site]) -> tuple[TokenAxis, Size]:
-        """An axis, and what size it has."""
-        own = [site.axis for site in sites]
-        size = self.fit.size([axis.size for axis in own], f"how many tokens {sites[-1].name} has")
-        known = all(replace(axis, size=0, factors=()) == replace(own[-1], size=0, factors=()) for axis in own)
-        # A grid is read off the inputs and follows no rule: a policy that asks for it is found out at the points.
-        return (own[-1] if known else replace(own[-1], grid=None, offset=0, frames=1)), size
+    def _axis(self, several: Sequence[TokenAxis]) -> "_Axis":
+        size, last = self.fit.size([axis.size for axis in several], "how many tokens a site has"), several[-1]
+        tables = [one.tables for one in self.several]
+        # Tables of positions were repeated and cut off: at another size they are the picture that the caller has there.
+        told = any(t.grid == (x.height, x.width) for t, x in product(several, tables[-1])) and len(set(tables)) > 1
+        if last.grid is None or told or any(axis.grid is None for axis in several):
+            return _Axis(last, size)
+        try:
+            columns = zip(*((*(axis.grid or ()), axis.offset, axis.frames) for axis in several), strict=True)
+            return _Axis(last, size, tuple(self.fit.size(column, "a grid") for column in columns))
+        except Unlike:
+            return _Axis(last, size)
 
     def _check_grid(self) -> None:
-        """That the policy does not ask for a grid that is another one at each size."""
-        plan, sites = self.last.recorder.schedule.plan, self.last.recorder.program.sites
-        own = [site for site in sites if plan.selects(site.index)]
-        without = [replace(site, axis=self.axes[site.index][0]) for site in own]
-        if set(plan.selector.doubts(without)) - set(plan.selector.doubts(own)):
-            raise Unlike("the grid in which tokens lie, which the policy asks for (bonus=0 does without),")
+        """That the policy does not ask for a grid that no size tells."""
+        plan = self.last.recorder.schedule.plan
+        for site, axis in zip(self.last.recorder.program.sites, self.axes, strict=True):
+            doubts = [plan.selector.doubts([replace(site, axis=a)]) for a in (axis.at(self.fit.what.most), site.axis)]
+            if plan.selects(site.index) and set(doubts[0]) - set(doubts[1]):
+                raise Unlike("the grid in which tokens lie, which the policy asks for (bonus=0 does without),")
 
-    def _planned(self, n: int, sizes: Sequence[int]) -> _Planned:
+    def _planned(self, n: int, axes: Sequence[TokenAxis]) -> _Planned:
         last, what = self.last, self.fit.what
         program = last.recorder.program
-        both = zip(program.sites, self.axes, sizes, strict=True)
-        sites = tuple(replace(site, axis=replace(axis, size=size)) for site, (axis, _), size in both)
+        sites = tuple(replace(site, axis=axis) for site, axis in zip(program.sites, axes, strict=True))
         try:
             plan = check_plan(last.policy, replace(program, sites=sites), lambda told: None).plan
         except PolicyError as error:

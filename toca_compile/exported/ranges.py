@@ -1,8 +1,9 @@
-"""Ranges: a model exported for every size of one dimension of its arguments, such as the batch.
+"""Ranges: a model exported for every size of one dimension of its arguments, such as the batch or the tokens.
 
 ``torch.export`` checks of the model that its Python takes the same way for every size. It is traced and laid out at the
 least size, at the largest, and at one between; of the same steps and the same graphs only sizes may differ, and each
-must be a multiple of the open size plus a number. These take the place of the numbers in the graphs.
+must be a multiple of the open size plus a number. These take the place of the numbers in the graphs (``fit.py``). How
+many tokens a step computes is no such multiple: the policy is asked for it at every size (``plans.py``).
 """
 
 from collections.abc import Mapping, Sequence

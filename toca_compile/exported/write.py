@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toca_compile.compiler.lay_out import LaidOut
+from toca_compile.compiler.layouts import layouts_of
 from toca_compile.diffusers import FirstCall, first_calls, for_run, is_pipeline
 from toca_compile.errors import ExportError, PolicyError, TocaError
 from toca_compile.exported import archive, ranges
@@ -25,6 +26,7 @@ from toca_compile.in_place import handle_of
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
+from toca_compile.ir.types import Layout
 from toca_compile.lowerings.aot import compile_step, compile_variant
 from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
@@ -215,6 +217,7 @@ class Traced:
         known: what follows from the time, as far as that is known (``known.py``).
         recorder: of the one graph.
         policy: that it follows.
+        tables: of positions among the arguments, as layouts.
     """
 
     about: About
@@ -224,6 +227,7 @@ class Traced:
     known: dict[str, Any]
     recorder: Recorder
     policy: Policy
+    tables: tuple[Layout, ...]
 
     def __init__(
         self,
@@ -260,6 +264,7 @@ class Traced:
         parameters = _parameters(plain)
         found = leaves(parameters, args, kwargs)
         self.recorder, self.policy = recorder, session.applied
+        self.tables = layouts_of(found.values(), None)
         self.laid = recorder.laid_out(in_memory=in_memory)
         self.known = {}
         self.table = table = self.laid.table
