@@ -2,12 +2,14 @@
 
     python benchmarks/tried.py series spread blocks queries published     # any of these; all take about 40 minutes
     python benchmarks/tried.py predictors gates scores storage --models fashion_dit emoji_flux
+    python benchmarks/tried.py gates --rows 'EasyCache|SpeCa'                 # those whose name holds one of these
 
 Ten samples of one calibration seed that no result is reported on. Latency is not measured here. ``results/tried.md``
 has the rows.
 """
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,6 +31,9 @@ from toca_compile.policies import (
     TeaCache,
 )
 from toca_compile.policies.anchors import Anchors, Chebyshev, Dmd, Foca, Hermite, Polynomial, Taylor
+from toca_compile.policies.schedules import end_aligned_steps
+from toca_compile.quality.calibration import channel_rules
+from toca_compile.quality.evaluation import Sampler
 from toca_compile.quality.metrics import psnr
 
 Row = tuple[str, Any]
@@ -104,6 +109,8 @@ def predictors(steps: int) -> Iterator[Row]:
         for cutoff in (0.125, 0.25, 0.5):
             rule = Rule(SkipBlocks(do=Bands(Hermite(), 3, cutoff)))
             yield f"FreqCa {cutoff:g}, N={n}", Composition(steps, EndAligned(n, 2), (rule,))
+        groups = channel_rules(*_trained(steps), end_aligned_steps(steps, n, 2), steps=steps, seeds=(100,), samples=4)
+        yield f"HyCa, N={n}", Composition(steps, EndAligned(n, 2), (Rule(SkipBlocks(do=Anchors(groups, 3))),))
 
 
 def gates(steps: int) -> Iterator[Row]:
@@ -120,8 +127,7 @@ def gates(steps: int) -> Iterator[Row]:
         yield f"DiCache {threshold}", DiCache(steps, threshold, retention=0.1)
         for order in (1, 2):
             yield f"SpeCa {threshold}, taylor o{order}", SpeCa(steps, threshold, order=order, limit=None)
-    model, sampler = next(t for t in TRAINED.values() if t.steps == steps).load()
-    ratios = toca_compile.magnitudes(model, sampler, steps=steps, seeds=(100,), samples=4)
+    ratios = toca_compile.magnitudes(*_trained(steps), steps=steps, seeds=(100,), samples=4)
     for threshold, limit in ((0.03, 2), (0.06, 3), (0.12, 4), (0.24, 5)):
         for order in (0, 1):
             what = "forecast by a line" if order else "reused"
@@ -149,6 +155,10 @@ def storage(steps: int) -> Iterator[Row]:
             yield f"{name}, in {dtype or 'float32'}", replace(policy, cache_dtype=dtype)
 
 
+def _trained(steps: int) -> tuple[Any, Sampler]:
+    return next(t for t in TRAINED.values() if t.steps == steps).load()
+
+
 GROUPS = {f.__name__: f for f in (series, spread, blocks, queries, published, predictors, gates, scores, storage)}
 
 
@@ -157,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", choices=list(GROUPS))
     parser.add_argument("--models", choices=list(TRAINED), nargs="+", default=["fashion_dit"])
+    parser.add_argument("--rows", default="", help="a pattern that a row's name must hold")
     given = parser.parse_args()
     for trained in (TRAINED[name] for name in given.models):
         model, sampler = trained.load()
@@ -167,6 +178,8 @@ def main() -> None:
             print(f"\n## {name}: {trained.title}, {steps} steps\n")
             print("| policy | FLOPs × | PSNR dB | caches MB |\n| --- | --- | --- | --- |")
             for row, policy in GROUPS[name](steps):
+                if not re.search(given.rows, row):
+                    continue
                 opt.policy = policy
                 samples = sampler(opt, steps, 100, 10)
                 report = toca_compile.explain(opt)

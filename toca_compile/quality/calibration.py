@@ -179,7 +179,8 @@ def _added(model: Any, sampler: Sampler, first: int, settings: SearchSettings) -
 
     net = optimize(model, _Keeping(settings.steps, first), lowering=settings.lowering)
     session = controls(net)._session
-    hook = parts[0].register_forward_hook(look)
+    # Else Dynamo compiles it anew at each step, for what it has seen so far.
+    hook = parts[0].register_forward_hook(torch.compiler.disable(look))
     try:
         sampler(net, settings.steps, settings.seeds[0], settings.samples)
         values = next(iter(seen.values()), [])
