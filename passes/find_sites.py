@@ -23,7 +23,7 @@ from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, fill_dims, row_factors, token_dims
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, mixes, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -49,9 +49,10 @@ def find_sites(
     token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
     found = _residuals(graph, types, token_factors)
-    if not found and (fragment or attentions):  # or what the queries run over is padded, and in no stream
-        token_factors = row_factors(graph, types)
-        found = _residuals(graph, types, token_factors)
+    if not found:
+        rows = row_factors(graph, types)
+        if fragment or attentions or mixes(types, rows):  # what queries run over may be padded, and in no stream
+            token_factors, found = rows, _residuals(graph, types, rows)
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
     for residual in _choose(found, attentions):

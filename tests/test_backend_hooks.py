@@ -21,6 +21,9 @@ from toca_compile.backend import (
     dynamo_limits,
     remove_from_cache,
     skip_code,
+    uninlined,
+    why_not_asked,
+    why_recompiled,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +99,45 @@ def test_skip_code() -> None:
     torch._dynamo.optimize(record, dynamic=False)(outer)(torch.ones(2))
     (graph,) = seen
     assert [n.target.__name__ for n in graph.graph.nodes if n.op == "call_function"] == ["mul"]
+
+
+def test_guard_failures() -> None:
+    """Of a function that is compiled anew, by its code: the check that failed."""
+    factors = [2]
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * factors[0]
+
+    compiled = torch._dynamo.optimize(record, dynamic=False)(scaled)
+    compiled(torch.ones(2))
+    assert why_recompiled(scaled.__code__) == ""
+    factors[0] = 3
+    compiled(torch.ones(2))
+    assert len(seen) == 2
+    assert "== 2" in why_recompiled(scaled.__code__)
+
+
+def test_uninlined() -> None:
+    """What such a function compiles is asked of its own backend, where what calls it is compiled by another."""
+    compiled = torch._dynamo.optimize(record, dynamic=False)(lambda x: x * 2)
+    inner = uninlined(lambda x: compiled(x))
+    outer = torch.compile(lambda x: inner(x + 1) - 1, backend="eager")
+    assert torch.equal(outer(torch.ones(2)), torch.full((2,), 3.0))
+    assert len(seen) == 1
+
+
+def test_peek_interpreter_stack() -> None:
+    """There is one within a transform of torch.func alone."""
+    said: list[str] = []
+
+    def look(x: Tensor) -> Tensor:
+        said.append(why_not_asked())
+        return x
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2))
+    assert not said[0]
+    assert "torch.func" in said[1]
 
 
 def test_code_objects_have_caches_of_their_own() -> None:

@@ -183,3 +183,77 @@ def test_another_lowering_traces_nothing_anew() -> None:
     opt.lowering = "eager"
     assert torch.equal(steps(opt, noise(), TIMES), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced
+
+
+class _Counting(PlainDiT):
+    """It counts its calls, as forwards do that are put into a model to skip some."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.calls = 0
+
+    def forward(self, *args: Any) -> Tensor:
+        self.calls += 1
+        return super().forward(*args) * (1 if self.calls % 1000 else 2)
+
+
+class _Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.model(*args)
+
+
+def test_a_model_that_is_traced_at_each_call_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    opt = optimized(randomize(_Counting()), Fora(8, 4))
+    steps(opt, noise(), TIMES[:5])
+    assert kinds(opt) == "f" * 5
+    (said,) = [r.getMessage() for r in caplog.records if "at each of the last calls" in r.getMessage()]
+    assert "self.calls == 0" in said
+    assert "torch.compiler.disable" in said
+
+
+def test_torch_compile_around_an_optimised_model_changes_nothing() -> None:
+    """Nor does code that is compiled and calls it; and torch.compile's wrapper is known for what it holds."""
+    model = randomize(PlainDiT(depth=1))
+    opt = optimized(model, Fora(8, 4))
+    expected = steps(opt, noise(), TIMES)
+    around: Any = torch.compile(opt, backend="eager")
+    assert torch.equal(steps(around, noise(), TIMES), expected)
+    assert kinds(around) == kinds(opt) == "frrrfrrr"
+    assert toca_compile.is_optimized(around)
+    assert str(toca_compile.explain(around)) == str(toca_compile.explain(opt))
+    assert toca_compile.restore(around) is model
+
+    toca_compile.enable_cache(model, Fora(8, 4), lowering="eager")
+    around = torch.compile(model, backend="eager")
+    loop = torch.compile(lambda x, t, y: model(x, t, y) * 1.0, backend="eager")
+    for net in (around, loop):
+        assert torch.equal(steps(net, noise(), TIMES), expected)
+        assert kinds(toca_compile.controls(model)) == "frrrfrrr"
+    assert toca_compile.restore(around) is around
+    assert not toca_compile.is_optimized(model)
+    steps(around, noise(), TIMES[:1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_what_keeps_dynamo_from_the_model_is_named() -> None:
+    model = randomize(PlainDiT(depth=1))
+    opt = optimized(model, Fora(8, 4))
+    x, t, y = noise(), torch.full((2,), 900), torch.arange(2)
+    with torch.no_grad():
+        with pytest.raises(TocaError, match=r"within a transform of torch\.func"):
+            torch.func.vmap(lambda x: opt(x, t, y))(x[None])
+        toca_compile.enable_cache(model, Fora(8, 4), lowering="eager")
+        with pytest.raises(TocaError, match=r"being exported.*toca_compile\.export"):
+            torch.export.export(_Around(model), (x, t, y), strict=False)
+    toca_compile.restore(model)
+
+
+def test_compile_as_torch_has_it_is_refused() -> None:
+    opt = optimized(PlainDiT(depth=1), Fora(8, 4))
+    for asked in ({}, {"backend": "eager"}, {"mode": "reduce-overhead", "fullgraph": True}):
+        with pytest.raises(TocaError, match="is compiled already, with caching"):
+            opt.compile(**asked)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import guard_failures
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile.errors import (
@@ -32,6 +33,8 @@ from toca_compile.ir.graph import TORCH
 from toca_compile.ir.signature import called, fingerprint
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Options, Session
+
+Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 def toca(
@@ -217,6 +220,34 @@ def compiled_code(code: types.CodeType) -> types.CodeType | None:
     return made[0].code if len(made) == 1 else None
 
 
+def why_recompiled(code: types.CodeType) -> str:
+    """What Dynamo compiled a code object anew for, the last time: the check that failed; empty where none did."""
+    reasons = guard_failures.get(code, [])
+    first = str(reasons[-1]).splitlines()[0] if reasons else ""
+    return first.partition(": ")[2].partition("  #")[0].strip()
+
+
+def uninlined(function: Called) -> Called:
+    """A function that runs as it is where what calls it is traced: what it compiles would there be inlined, and our
+    backend never asked."""
+    return cast(Called, torch.compiler.disable(function, reason="toca_compile compiles the model that is called here"))
+
+
+def why_not_asked() -> str:
+    """Why Dynamo compiles nothing here, as far as it can be told; empty where nothing speaks against it."""
+    if torch.compiler.is_exporting():
+        return (
+            "it is being exported, and caches are no part of what torch.export makes of a model: a file with them is "
+            "made by toca_compile.export(model, policy, inputs, path), and restore(model) gives back the model without"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return (
+            "it was called within a transform of torch.func (vmap, grad, …), in which torch.compile traces nothing: "
+            "call it with the whole batch, or transform restore(model)"
+        )
+    return ""
+
+
 def _is_nested() -> bool:
     """Whether the frame being compiled was called by user code that runs uncompiled: then it is a fragment of the
     model, not the model. Between torch.compile's wrapper and Dynamo there are otherwise torch's own frames only."""
@@ -262,4 +293,7 @@ __all__ = [
     "session_of",
     "skip_code",
     "toca",
+    "uninlined",
+    "why_not_asked",
+    "why_recompiled",
 ]

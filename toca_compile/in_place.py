@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from toca_compile.backend import skip_code
+from toca_compile.backend import OptimizedModule, skip_code, uninlined
 from toca_compile.errors import TocaError
 from toca_compile.model import Calls, Handle, OptimizedModel, unwrapped
 from toca_compile.session import Session
@@ -49,13 +49,21 @@ class _InPlace(Handle):
         return _revived, (self._toca, self._own, type(self._model))
 
 
+@uninlined
+def _cached(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return vars(model)["_toca"].of(model)(*args, **kwargs)
+
+
 def _revived(calls: Calls, own: Sequence[str], cls: type) -> _InPlace:
     _prepare(cls, own)
     return _InPlace(calls, own)
 
 
 def handle_of(model: Any) -> Handle | None:
-    """What an optimised model is called and controlled by; None where it is not optimised."""
+    """What an optimised model is called and controlled by, also where torch.compile was put around it; None where it is
+    not optimised."""
+    while isinstance(model, OptimizedModule) and not isinstance(model, OptimizedModel):
+        model = model._orig_mod
     if isinstance(model, OptimizedModel):
         return model
     found = vars(model).get("_toca") if isinstance(model, nn.Module) else None
@@ -79,9 +87,13 @@ def convert(model: nn.Module, session: Session) -> Handle:
 
 
 def revert(model: Any) -> Any:
-    """What a model was before it was optimised: the same object, or the one in the wrapper."""
+    """What a model was before it was optimised: the same object, or the one in the wrapper. What torch.compile was put
+    around after that stays around it."""
     if isinstance(model, OptimizedModel):
         return model._model
+    if isinstance(model, OptimizedModule):
+        plain = revert(model._orig_mod)
+        return model if plain is model._orig_mod else plain
     if handle_of(model) is not None:
         vars(model).pop("_toca")._toca.close()
     return model
@@ -129,7 +141,7 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
     def called(before: Any) -> Any:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             if type(self) is cls and "_toca" in self.__dict__:
-                return self.__dict__["_toca"].of(self)(*args, **kwargs)
+                return _cached(self, *args, **kwargs)
             return before(self, *args, **kwargs)
 
         # Dynamo is to begin with the model, also where another object of the class is compiled.

@@ -23,6 +23,9 @@ from toca_compile.backend import (
     dynamo_context,
     dynamo_limits,
     remove_from_cache,
+    uninlined,
+    why_not_asked,
+    why_recompiled,
 )
 from toca_compile.errors import (
     GRAD_ENABLED,
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 _RECOMPILE_LIMIT = 256  # Dynamo's default, 8, would turn the ninth policy of a graph into silent eager execution.
 _DISTINCT = 4  # values in as many calls: no two pictures, whose sizes take turns
 _SIGNATURES = 32
+_RETRACED = 3  # calls in succession: not the first steps of as many samplings
 
 
 # What a pipeline puts around each call of one of its models, in this thread or task; it is given what the call's inputs
@@ -70,6 +74,7 @@ class _Entry:
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
     graphs: int = 0  # that Dynamo made of it
+    retraced: int = 0  # calls in succession that were traced, though one like them had been
     names: dict[str, Any] | None = None  # the globals of the function that Dynamo compiled
     direct: Callable[..., Any] | None = None  # what it made of it
 
@@ -214,6 +219,9 @@ class Calls:
             if session.seen != before:
                 entry.executors += session.executors[known:]
                 entry.graphs += session.seen - before
+            entry.retraced = entry.retraced + 1 if session.seen != before and not new else 0
+            if entry.retraced == _RETRACED:
+                self._warn_of_retracing(entry)
             session.graphs = entry.graphs
             if not new:
                 self._last = self._direct(entry, signature)
@@ -293,6 +301,16 @@ class Calls:
                         "the model again for each value and no cache is ever reused: pass it as a tensor"
                     )
 
+    def _warn_of_retracing(self, entry: _Entry) -> None:
+        """Something that the traced code reads is another at each call."""
+        why = why_recompiled(entry.code)
+        self.session.warn_once(
+            "torch.compile traced the model again at each of the last calls, though their inputs are alike, so no "
+            "cache is ever reused: what it reads changes from call to call"
+            f"{f' (no longer true: {why})' if why else ''}. A hook that appends to a list, or a counter that the model "
+            "keeps, is such a thing: take it away, or put it into a function under torch.compiler.disable"
+        )
+
     def _uncached(self, model: nn.Module) -> None:
         """No graph with sites ran in a call: say why, and once."""
         session = self.session
@@ -310,11 +328,13 @@ class Calls:
         elif why is not None:
             return  # as was said when it was traced
         else:
-            error = TocaError(
-                f"{name} ran uncached, because torch.compile handed over no graph. It may be switched off (look for "
-                "TORCHDYNAMO_DISABLE, torch.compiler.disable, an active TorchDispatchMode), or have given up after "
-                f"{_RECOMPILE_LIMIT} graphs of one signature (strict=False allows it)"
+            known = why_not_asked()
+            guess = (
+                "torch.compile handed over no graph. It may be switched off (look for TORCHDYNAMO_DISABLE, "
+                "torch.compiler.disable, an active TorchDispatchMode), or have given up after "
+                f"{_RECOMPILE_LIMIT} graphs of one signature"
             )
+            error = TocaError(f"{name} ran uncached, because {known or guess} (strict=False allows it)")
         if session.strict:
             raise error
         session.warn_once(str(error))
@@ -448,7 +468,7 @@ class Handle(Controls):
         Raises:
             TocaError: there are no inputs, or as a call would raise.
         """
-        if not _leaves(args, kwargs):
+        if not args and kwargs.keys() <= _OF_TORCH:
             raise TocaError(
                 "the model is compiled already, with caching: compile(*example_inputs) takes what the model is called "
                 "with, and makes all variants of the plan before the first step"
@@ -475,6 +495,11 @@ class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile
         calls = Calls(session, homes)
         object.__setattr__(self, "_toca", calls)
         OptimizedModule.__init__(self, model, calls.context)
+
+    @uninlined
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Handle.__call__``."""
+        return super().__call__(*args, **kwargs)
 
     def _initialize(self) -> None:
         self.forward = super()._step
@@ -614,4 +639,5 @@ class _Unfused:
 
 
 _UNFUSED = _Unfused()
+_OF_TORCH = frozenset(("fullgraph", "dynamic", "backend", "mode", "options", "disable"))
 _LIMITS = {"recompile_limit": _RECOMPILE_LIMIT, "accumulated_recompile_limit": 4 * _RECOMPILE_LIMIT}

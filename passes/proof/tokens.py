@@ -1,7 +1,8 @@
 """Tokens: where a branch's tokens may lie, and what is known of their axis (its grid).
 
 They are the index space of an attention's queries. A fragment of a model that torch.compile split within its attention
-holds none that would tell: there they are the rows of its linear layers.
+holds none that would tell, nor does a model that mixes its tokens by convolutions or running sums alone: there they are
+the rows of its linear layers.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from toca_compile.rules.registry import RULES, Work, work_of
 
 
 def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
-    """What the rows of layers with weights run over beside samples, which lie in the first dimension."""
+    """What the rows of layers with weights run over beside samples, which lie in the first dimension, and what no layer
+    takes for features: those are what its weight is told by, too. Places that a convolution looks around are not."""
     rows: set[int] = set()
     others: set[int] = set()
     for node in graph.nodes:
@@ -23,13 +25,24 @@ def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
             continue
         weight = operand_nodes(node)[1]
         if RULES[node.target].trailing or weight.op in ("placeholder", "get_attr"):
-            dims = types.type_of(operand_nodes(node)[0])
-            for dim, labels in zip(dims[1:], spec.operands[0][1:], strict=True):
-                carried = {f for x in labels if x in spec.carried for f in types.label(node, x)}
-                rows |= carried
-                others |= set(dim) - carried
-            others |= set(dims[0])
+            weighed = {x for dim in spec.operands[1] for x in dim}
+            for x in (x for labels in spec.operands[0][1:] for x in labels):
+                if x in spec.carried:
+                    rows |= set(types.label(node, x))
+                elif x in weighed:
+                    others |= set(types.label(node, x))
+            others |= set(types.type_of(operand_nodes(node)[0])[0])
     return rows - others
+
+
+def mixes(types: AxisTypes, rows: set[int]) -> bool:
+    """Whether an op puts something together from several rows for each row: what mere samples are not for."""
+    for node, spec in types.specs.items():
+        before = {f for operand in operand_nodes(node)[:1] for dim in types.type_of(operand) for f in dim}
+        kept = {f for x in spec.carried for f in types.label(node, x)}
+        if rows & before & {f for dim in types.type_of(node) for f in dim} - kept:
+            return True
+    return False
 
 
 def token_dims(

@@ -611,6 +611,51 @@ def test_attention_without_a_softmax_over_tokens(style: type[nn.Module]) -> None
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
 
 
+class Looking(LinearWithOnes):
+    """The MLP looks at the neighbours of each token (Sana's, without its text)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        hidden = self.around(self.up(x).mT.unflatten(2, (4, 4)))
+        return self.down(F.gelu(hidden.flatten(2).mT))
+
+
+def test_places_that_a_convolution_looks_around_are_no_features() -> None:
+    attention, mixer = check(Looking(), [FRESH, UPDATE])
+    assert [(s.kind, s.tokens) for s in (attention, mixer)] == [("self_attention", TOKENS), ("mixer", TOKENS)]
+    assert ("queries" in attention.actions, "partial" in mixer.actions) == (True, False)
+
+
+class Convolved(Block):
+    """No attention: tokens are told by what looks around each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.out(self.around(x.mT.unflatten(2, (4, 4))).flatten(2).mT)
+
+
+class Running(Block):
+    """Each token reads those before it by a running sum of keys times values."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part).exp() for part in self.qkv(x).chunk(3, -1))
+        read = torch.einsum("bhnd,bhnde->bhne", q, (k[..., None] * v[..., None, :]).cumsum(2))
+        return self.out((read / (q * k.cumsum(2)).sum(-1, keepdim=True)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("style", [Convolved, Running])
+def test_without_an_attention_tokens_are_rows_that_something_mixes(style: type[nn.Module]) -> None:
+    mixer, mlp = check(style(), [PARTIAL])
+    assert [(s.kind, s.tokens) for s in (mixer, mlp)] == [("mixer", TOKENS), ("mlp", TOKENS)]
+    assert ("partial" in mixer.actions, "partial" in mlp.actions) == (False, True)
+
+
 class Sunk(Block):
     """A weight that is learned stands beside those of the keys in the softmax, and is left out after it."""
 

@@ -49,13 +49,18 @@ def test_compiled_before(how: Callable[[Any], None], caplog: pytest.LogCaptureFi
     assert torch.equal(run(pipe, call, 4), plain)
 
 
-def test_blocks_compiled_after() -> None:
+def test_compiled_after() -> None:
+    """What torch.compile is put around goes on being told of the pipeline's runs."""
     pipe, call = made("FLUX")
     toca_compile.optimize(pipe, Fora(50, 3), lowering="eager")
     first = run(pipe, call, 4)
-    blocks(pipe)
-    assert torch.equal(run(pipe, call, 4), first)
-    assert kinds(pipe) == [["frrf"]]
+    for how in (blocks, wrapper):
+        how(pipe)
+        assert torch.equal(run(pipe, call, 4), first)
+        assert kinds(pipe) == [["frrf"]]
+    assert toca_compile.summary(pipe).transformers["transformer"].steps["reuse"].calls == 2
+    toca_compile.restore(pipe)
+    assert not toca_compile.is_optimized(pipe)
 
 
 TOCA = {"backend": "toca", "options": {"policy": Fora(4, 3), "lowering": "eager"}}

@@ -567,7 +567,8 @@ class StepControl:
         if stream.restarts == _RESTARTS:
             self._warn(
                 f"context {stream.name!r}: every call counts as the first of a new sampling, so nothing is reused: "
-                f"{stream.watch.why}. If they are steps of one, tell cache_context(name, step_index=…)"
+                f"{stream.watch.why}. If they are steps of one, tell cache_context(name, step_index=…); if "
+                "of several in turns, give each a cache_context(name) of its own"
             )
 
     def _begin_records(self, owner: Any, context: str) -> None:
