@@ -1,20 +1,22 @@
-"""One process, many compilations: each test starts with an empty Dynamo."""
+"""One process, many compilations: each test starts with an empty Dynamo, but for the models that tests share."""
 
 import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+from torch._dynamo import convert_frame
 
 import toca_compile
 from tests.programs import printed_stages
-from toca_compile import FullCompute
+from tests.shared import Traced
 
+settings.register_profile("suite", deadline=None)  # an example takes longer beside other work
+settings.load_profile("suite")
 torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 # pytest listens to every logger that does not propagate, and torch would print all that it traces to be heard.
 logging.getLogger("torch.__trace").propagate = True
@@ -41,26 +43,39 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def empty_dynamo() -> None:
+    """``torch._dynamo.reset``, after which optimised models that are alive stay traced: what Dynamo keeps of each hangs on
+    a code object of its own, and goes with it."""
+    kept = []
+    for tracker in (convert_frame.input_codes, convert_frame.output_codes):
+        codes = [code for code in (weak() for weak in tracker.seen) if code is not None]
+        own = [code for code in codes if code.co_filename == toca_compile.model.__file__]
+        kept += [(tracker, code) for code in own]
+        tracker.seen[:] = [weak for weak in tracker.seen if weak() not in own]
+    torch._dynamo.reset()
+    for tracker, code in kept:
+        tracker.add(code)
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    empty_dynamo()
     torch._dynamo.utils.counters.clear()
     yield
-    torch._dynamo.reset()
+    empty_dynamo()
     leave_imports_alone()
 
 
+@pytest.fixture(scope="module")
+def _shared() -> Traced:
+    return Traced()
+
+
 @pytest.fixture
-def traced() -> Callable[..., tuple[Any, Any]]:
-    """Gives a model by its class and settings, and it optimised: traced once for all policies and weights of a test."""
-
-    @cache
-    def make(kind: Callable[..., torch.nn.Module], *, lowering: str = "eager", **settings: Any) -> tuple[Any, Any]:
-        model = kind(**settings).eval()
-        return model, toca_compile.optimize(model, FullCompute(), lowering=lowering)
-
-    return make
+def traced(_shared: Traced) -> Traced:
+    """The models that the tests of a file share: ``traced(PlainDiT, depth=2)`` is one and it optimised, traced once."""
+    return _shared
 
 
 @pytest.fixture(scope="session")

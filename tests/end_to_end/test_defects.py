@@ -7,7 +7,8 @@ updates lost, 15 conditions in video, 16 samplers, 17 no uncached path, 18 optio
 passes, 21 uncounted work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,26 +22,36 @@ from tests.models import FusedFlux, PlainDiT, diffusers_dit, randomize
 from tests.oracles.flux import FluxOracle
 from tests.pipelines import flux, pixart
 from tests.sampling import gaussian, noise, sample, sample_flux, sample_pixart
+from tests.shared import Traced
 from toca_compile import Fora, FullCompute, ToCa, preset
+from toca_compile.ir.plan import Plan
 from toca_compile.ir.scores import SCORES
 from toca_compile.ir.state import State
-from toca_compile.ir.types import StepKind
+from toca_compile.ir.types import Site, StepKind
 from toca_compile.ops import scores
 from toca_compile.runtime.executor import Executor
 
 pytest.importorskip("diffusers")
 
 
-def optimized_pixart(policy: Any, steps: int = 8, depth: int = 2) -> Any:
-    opt = toca_compile.optimize(pixart(depth=depth), policy, lowering="eager")
+def after_pixart(traced: Traced, policy: Any, steps: int = 8, depth: int = 2) -> Any:
+    """A PixArt after some steps under a policy."""
+    _, opt = traced(pixart, depth=depth)
+    opt.policy = policy
     sample_pixart(opt, steps, 1, (8, 8), False)
     return opt
 
 
-def optimized_flux(policy: Any, steps: int = 8, model: Any = None, pictures: int = 1) -> Any:
-    opt = toca_compile.optimize(model or flux(), policy, lowering="eager")
-    sample_flux(opt, steps, pictures, (6, 6))
+def after_flux(traced: Traced, policy: Any, steps: int = 8, double: int = 2, single: int = 2, make: Any = flux) -> Any:
+    """A FLUX after some steps under a policy."""
+    _, opt = traced(make, double=double, single=single)
+    opt.policy = policy
+    sample_flux(opt, steps, 1, (6, 6))
     return opt
+
+
+def fused_flux(double: int, single: int) -> FusedFlux:
+    return FusedFlux(flux(double, single)).eval()
 
 
 def video(depth: int = 1) -> STDiT3:
@@ -50,10 +61,10 @@ def video(depth: int = 1) -> STDiT3:
 
 
 @pytest.mark.parametrize("name", ["dit-xl-2/ddim-50", "dit-xl-2/ddpm-250", "pixart-alpha/dpm-20", "flux-dev/50-n5"])
-def test_1_every_layer_is_of_one_mind(name: str) -> None:
+def test_1_every_layer_is_of_one_mind(traced: Traced, name: str) -> None:
     """At the steps where the published interval changes under way (DDIM 45 and 32) no layer is full alone."""
-    policy = preset(name)
-    opt = toca_compile.optimize(randomize(PlainDiT(depth=4)), policy, lowering="eager")
+    _, opt = traced(PlainDiT, depth=4)
+    opt.policy = preset(name)
     sample(opt, 1, noise())
     plan = toca_compile.explain(opt).plan
     for step in plan.steps:
@@ -61,15 +72,19 @@ def test_1_every_layer_is_of_one_mind(name: str) -> None:
         assert len(set(attention)) == 1
 
 
-def test_2_depth_is_the_models_own() -> None:
+def test_2_depth_is_the_models_own(traced: Traced) -> None:
     """At the last of 50 layers FLUX's factor is ½ of the middle's, not negative."""
-    opt = optimized_flux(preset("flux-dev/50-n4", num_steps=5, fresh_ratio=0.5), 1, flux(1, 50))
-    step = toca_compile.explain(opt).plan.steps[3]
-    ks = [
-        s.computed(site)
-        for s, site in zip(step.sites, toca_compile.explain(opt).program.sites, strict=True)
-        if site.kind == "parallel"
-    ]
+    policy = preset("flux-dev/50-n4", num_steps=5, fresh_ratio=0.5)
+    report = toca_compile.explain(after_flux(traced, policy, 1))
+
+    def tokens(plan: Plan, sites: Sequence[Site]) -> list[int]:
+        return [a.computed(s) for a, s in zip(plan.steps[3].sites, sites, strict=True) if s.kind == "parallel"]
+
+    singles = [site for site in report.program.sites if site.kind == "parallel"]
+    assert [(site.depth, site.depths) for site in singles] == [(0, 2), (1, 2)]
+    assert tokens(report.plan, report.program.sites) == [42, 16]
+    deep = tuple(replace(singles[0], index=i, block=i, depth=i, depths=50) for i in range(50))
+    ks = tokens(policy.plan(deep), deep)
     assert (ks[0], ks[-1]) == (42, 16)  # 0.5·1.6·(1.5, 0.5) of 42 tokens: more than all, and 0.4
     assert min(ks) > 0
 
@@ -80,7 +95,7 @@ def test_3_any_grid() -> None:
     assert toca_compile.explain(opt).program.sites[1].axis.grid == (3, 7)
 
 
-def test_4_no_map_is_made_or_kept() -> None:
+def test_4_no_map_is_made_or_kept(traced: Traced) -> None:
     """While the rows' entropies are measured no value of n × text elements a head is alive, and none is cached."""
 
     class Largest(TorchDispatchMode):
@@ -98,7 +113,7 @@ def test_4_no_map_is_made_or_kept() -> None:
     assert seen.size <= 4096 * 300 // 16
     wide = toca_compile.optimize(pixart(), preset("pixart-alpha/dpm-20"), lowering="eager")
     sample_pixart(wide, 8, 1, (8, 12), False)
-    for opt, n in ((wide, 24), (optimized_flux(preset("flux-dev/50-n4"), 8), 42)):
+    for opt, n in ((wide, 24), (after_flux(traced, preset("flux-dev/50-n4")), 42)):
         buffers = toca_compile.explain(opt).buffers
         assert buffers
         for name, buffer in buffers.items():
@@ -116,16 +131,16 @@ def test_5_text_is_not_packed_over_the_batch() -> None:
     assert flops[2] == 4 * flops[0]
 
 
-def test_6_only_what_is_read_is_scored() -> None:
-    opt = optimized_pixart(preset("pixart-alpha/dpm-20"))
+def test_6_only_what_is_read_is_scored(traced: Traced) -> None:
+    opt = after_pixart(traced, preset("pixart-alpha/dpm-20"))
     scored = {name[-2] for name in toca_compile.explain(opt).buffers if name[-3] is State.SCORE}
     kinds = {toca_compile.explain(opt).program.sites[i].kind for i in scored}
     assert kinds == {"cross_attention"}
 
 
-def test_7_no_dead_cache() -> None:
+def test_7_no_dead_cache(traced: Traced) -> None:
     """One output a site, and of single blocks the attention, only where a partial step reads it."""
-    opt = optimized_flux(FullCompute(), 1)
+    opt = after_flux(traced, FullCompute(), 1)
     for policy, held in ((preset("flux-dev/50-n4"), 2), (Fora(50, 3), 0)):
         opt.policy = policy
         sample_flux(opt, 8, 1, (6, 6))
@@ -135,20 +150,20 @@ def test_7_no_dead_cache() -> None:
         assert (kinds.count(State.OUTPUT), kinds.count(State.STALE_INPUT)) == (2 * 4 + 2, held)
 
 
-def test_8_weights_are_the_models_own() -> None:
+def test_8_weights_are_the_models_own(traced: Traced) -> None:
     """Single blocks of the fused layout slice the weight they have: no parameter is made, nothing is traced again."""
-    model = FusedFlux(flux()).eval()
+    model, _ = traced(fused_flux, double=2, single=2)
     before = {id(p) for p in model.parameters()}
-    opt = optimized_flux(preset("flux-dev/50-n4"), 8, model)
+    opt = after_flux(traced, preset("flux-dev/50-n4"), make=fused_flux)
     assert {id(p) for p in model.parameters()} == before
     assert len(toca_compile.explain(opt).plans) == 1
     text = "\n".join(toca_compile.explain(opt).graphs().values())
     assert "slice.Tensor(in" in text
 
 
-def test_9_fora_keeps_the_attention_of_flux() -> None:
-    model = flux()
-    opt = toca_compile.optimize(model, preset("flux-dev/50-n4", fresh_ratio=0.0), lowering="eager")
+def test_9_fora_keeps_the_attention_of_flux(traced: Traced) -> None:
+    model, opt = traced(flux, double=2, single=2)
+    opt.policy = preset("flux-dev/50-n4", fresh_ratio=0.0)
     actual = sample_flux(opt, 9, 1, (6, 6))
 
     class ForaOracle(FluxOracle):
@@ -177,17 +192,15 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def systems() -> Iterator[tuple[str, Any, Any]]:
-    yield "pixart", pixart(), lambda m: sample_pixart(m, 8, 1, (8, 8), False)
-    yield "flux", flux(), lambda m: sample_flux(m, 8, 1, (6, 6))
-    yield "fused flux", FusedFlux(flux()).eval(), lambda m: sample_flux(m, 8, 1, (6, 6))
-    yield (
-        "opensora",
-        video(),
-        lambda m: sample_video(m, gaussian(1, 2, 3, 4, 4), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=8),
-    )
-
-
+# What makes each system, by which settings, and a sampling of it.
+SYSTEMS: dict[str, tuple[Callable[..., Any], dict[str, int], Callable[[Any], torch.Tensor]]] = {
+    "pixart": (pixart, {"depth": 2}, lambda m: sample_pixart(m, 8, 1, (8, 8), False)),
+    "flux": (flux, {"double": 2, "single": 2}, lambda m: sample_flux(m, 8, 1, (6, 6))),
+    "fused flux": (fused_flux, {"double": 2, "single": 2}, lambda m: sample_flux(m, 8, 1, (6, 6))),
+    "opensora": (
+        video, {}, lambda m: sample_video(m, gaussian(1, 2, 3, 4, 4), gaussian(1, 5, 8), gaussian(1, 5, 8), steps=8)
+    ),
+}  # fmt: skip
 POLICIES = {
     "pixart": "pixart-alpha/dpm-20", "flux": "flux-dev/50-n4", "fused flux": "flux-dev/50-n4",
     "opensora": "opensora-1.2/rflow-30",
@@ -197,7 +210,8 @@ POLICIES = {
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_10_one_graph_and_no_read_in_the_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fullgraph, one trace for a run, and no value is read to decide anything."""
-    model, run = next((m, r) for n, m, r in systems() if n == name)
+    make, given, run = SYSTEMS[name]
+    model = make(**given)
     options = {"policy": preset(POLICIES[name], num_steps=8), "lowering": "eager"}
     compiled = torch.compile(model, backend="toca", options=options, fullgraph=True)
     run(compiled)
@@ -233,13 +247,16 @@ def test_11_nothing_is_done_for_no_token() -> None:
 
 
 def test_11_selection_is_a_function_of_its_inputs() -> None:
-    first, second = (optimized_flux(preset("flux-dev/50-n4"), 8, flux(1, 1)).fresh_tokens() for _ in range(2))
+    opts = [toca_compile.optimize(flux(1, 1), preset("flux-dev/50-n4"), lowering="eager") for _ in range(2)]
+    for opt in opts:
+        sample_flux(opt, 8, 1, (6, 6))
+    first, second = (opt.fresh_tokens() for opt in opts)
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_12_all_tokens_are_computed_densely() -> None:
+def test_12_all_tokens_are_computed_densely(traced: Traced) -> None:
     """PixArt's early layers clamp to every token: no gather, no scatter."""
-    opt = optimized_pixart(preset("pixart-alpha/dpm-20"), 20, depth=3)
+    opt = after_pixart(traced, preset("pixart-alpha/dpm-20"), 20, depth=3)
     program, plan = toca_compile.explain(opt).program, toca_compile.explain(opt).plan
     mlp = next(s.index for s in program.sites if s.kind == "mlp")
     assert plan.steps[1].sites[mlp].dense
@@ -252,27 +269,22 @@ def test_12_all_tokens_are_computed_densely() -> None:
         )
 
 
-def test_13_samples_of_a_batch_do_not_touch() -> None:
+def test_13_samples_of_a_batch_do_not_touch(traced: Traced) -> None:
     """Two FLUX pictures in one batch are as each alone."""
-    model = flux(1, 1)
-    policy = preset("flux-dev/50-n4", num_steps=8)
-    together = sample_flux(toca_compile.optimize(model, policy, lowering="eager"), 8, 2, (6, 6))
-    torch._dynamo.reset()
+    _, opt = traced(flux, double=1, single=1)
+    opt.policy = preset("flux-dev/50-n4", num_steps=8)
+    together = sample_flux(opt, 8, 2, (6, 6))
 
-    class Alone:
-        def __init__(self) -> None:
-            self.opt = toca_compile.optimize(model, policy, lowering="eager")
+    def alone(**call: Any) -> Any:
+        batched = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+        parts = []
+        for i in range(2):
+            with opt.cache_context(f"picture {i}"):
+                own = {k: v[i : i + 1].contiguous() if k in batched else v for k, v in call.items()}
+                parts.append(opt(**own).sample)
+        return torch.cat(parts)
 
-        def __call__(self, **call: Any) -> Any:
-            batched = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
-            parts = []
-            for i in range(2):
-                with self.opt.cache_context(f"picture {i}"):
-                    own = {k: v[i : i + 1].contiguous() if k in batched else v for k, v in call.items()}
-                    parts.append(self.opt(**own).sample)
-            return torch.cat(parts)
-
-    torch.testing.assert_close(together, sample_flux(Alone(), 8, 2, (6, 6)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, sample_flux(alone, 8, 2, (6, 6)), rtol=1e-4, atol=1e-5)
 
 
 def test_16_any_sampler_and_no_guidance() -> None:
@@ -291,19 +303,16 @@ def test_16_any_sampler_and_no_guidance() -> None:
         assert [r.kind.value[0] for r in opt.steps] == list("fppppp")
 
 
-def test_17_there_is_an_uncached_path() -> None:
-    model = flux()
-    assert torch.equal(
-        sample_flux(toca_compile.optimize(model, FullCompute(), lowering="eager"), 3, 1, (6, 6)),
-        sample_flux(model, 3, 1, (6, 6)),
-    )
+def test_17_there_is_an_uncached_path(traced: Traced) -> None:
+    model, opt = traced(flux, double=2, single=2)
+    assert torch.equal(sample_flux(opt, 3, 1, (6, 6)), sample_flux(model, 3, 1, (6, 6)))
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_18_every_option_works(name: str) -> None:
+def test_18_every_option_works(traced: Traced, name: str) -> None:
     """Every score on every system; the defaults are among what works."""
-    model, run = next((m, r) for n, m, r in systems() if n == name)
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    make, given, run = SYSTEMS[name]
+    _, opt = traced(make, **given)
     for score in SCORES:
         opt.policy = ToCa(num_steps=8, interval=3, fresh_ratio=0.3, schedule="constant", score=score)
         assert run(opt).isfinite().all(), score
@@ -319,34 +328,27 @@ def test_19_another_shape_is_another_run() -> None:
     assert torch.equal(sample_flux(opt, 8, 1, (4, 8)), sample_flux(other, 8, 1, (4, 8)))
 
 
-def test_20_guidance_passes_have_caches_of_their_own() -> None:
+def test_20_guidance_passes_have_caches_of_their_own(traced: Traced) -> None:
     """Two passes a step, interleaved, are as each alone."""
-    model, policy = flux(1, 1), preset("flux-dev/50-n4", num_steps=8)
+    _, opt = traced(flux, double=1, single=1)
+    opt.policy = preset("flux-dev/50-n4", num_steps=8)
+    alone = sample_flux(opt, 8, 1, (6, 6))
 
-    class Interleaved:
-        def __init__(self) -> None:
-            self.opt = toca_compile.optimize(model, policy, lowering="eager")
+    def interleaved(**call: Any) -> Any:
+        with opt.cache_context("cond"):
+            out = opt(**call).sample
+        with opt.cache_context("uncond"):
+            opt(**call | {"encoder_hidden_states": -call["encoder_hidden_states"]})
+        return out
 
-        def __call__(self, **call: Any) -> Any:
-            with self.opt.cache_context("cond"):
-                out = self.opt(**call).sample
-            with self.opt.cache_context("uncond"):
-                self.opt(**call | {"encoder_hidden_states": -call["encoder_hidden_states"]})
-            return out
-
-    alone = sample_flux(toca_compile.optimize(model, policy, lowering="eager"), 8, 1, (6, 6))
-    assert torch.equal(sample_flux(Interleaved(), 8, 1, (6, 6)), alone)
+    assert torch.equal(sample_flux(interleaved, 8, 1, (6, 6)), alone)
 
 
-def test_21_scoring_is_counted() -> None:
+def test_21_scoring_is_counted(traced: Traced) -> None:
     """The speed-up by torch's counting is of all products that run, those of the scores among them."""
-    model = diffusers_dit()
-    runs = []
+    runs, (_, opt) = [], traced(diffusers_dit)
     for score in ("attention", "none"):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(
-            model, ToCa(num_steps=7, fresh_ratio=0.3, schedule="constant", score=score), lowering="eager"
-        )
+        opt.policy = ToCa(num_steps=7, fresh_ratio=0.3, schedule="constant", score=score)
         with torch.no_grad():
             opt(noise(), timestep=torch.full((2,), 500), class_labels=torch.arange(2))
         runs.append(toca_compile.explain(opt).run_flops("torch"))

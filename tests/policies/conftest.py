@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 
-import toca_compile
-from tests.models import PlainDiT, randomize
-from toca_compile import FullCompute
+from tests.models import PlainDiT
+from tests.shared import Traced
 
 
 @pytest.fixture(scope="session")
-def dit() -> tuple[Any, Any]:
+def _of_all_files() -> Traced:
+    return Traced()
+
+
+@pytest.fixture
+def dit(_of_all_files: Traced) -> tuple[Any, Any]:
     """A model of four blocks and 15 tokens, and it optimised: traced once for all policies."""
-    model = randomize(PlainDiT((6, 10), depth=4))
-    return model, toca_compile.optimize(model, FullCompute(), lowering="eager")
+    return _of_all_files(PlainDiT, size=(6, 10), depth=4)

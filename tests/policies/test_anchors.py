@@ -14,7 +14,8 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.oracles import anchors as literal
 from tests.sampling import noise, sample
-from toca_compile import Composition, FullCompute, PolicyError, TaylorSeer
+from tests.shared import Traced
+from toca_compile import Composition, PolicyError, TaylorSeer
 from toca_compile.ir.anchors import AHEAD, Ring, Weights
 from toca_compile.ir.history import Past
 from toca_compile.ir.state import Number
@@ -79,16 +80,16 @@ def composition(full: Sequence[int], do: Any, steps: int = 14, **fields: Any) ->
     return Composition(steps, Listed(tuple(full)), (Rule(do),), **fields)
 
 
-def small() -> tuple[Any, Any]:
+@pytest.fixture
+def small(traced: Traced) -> tuple[Any, Any]:
     """A model, and it optimised: traced once, under any policy."""
-    model = randomize(PlainDiT((4, 4), width=8, depth=2))
-    return model, toca_compile.optimize(model, FullCompute(), lowering="eager")
+    return traced(PlainDiT, size=(4, 4), width=8, depth=2)
 
 
 @pytest.mark.parametrize(("by", "predict"), PREDICTORS, ids=lambda p: repr(p) if isinstance(p, Weights) else "")
-def test_equal_to_its_literal_form(by: Weights, predict: Any) -> None:
+def test_equal_to_its_literal_form(small: tuple[Any, Any], by: Weights, predict: Any) -> None:
     """Of single sites and of the stack of blocks, at uneven gaps."""
-    model, opt = small()
+    model, opt = small
     for kept, blocks in product((1, 3, 4), (False, True)):
         do = Anchors(by, kept)
         opt.policy = composition(UNEVEN, SkipBlocks(do=do) if blocks else do)
@@ -112,8 +113,8 @@ EVEN = (0, 3, 6, 9)
 
 
 @pytest.mark.parametrize("full", [EVEN, UNEVEN], ids=["even", "uneven"])
-def test_measured_weights_equal_their_literal_form(full: tuple[int, ...]) -> None:
-    model, opt = small()
+def test_measured_weights_equal_their_literal_form(small: tuple[Any, Any], full: tuple[int, ...]) -> None:
+    model, opt = small
     for kept, blocks in product((2, 3, 4), (False, True)):
         do, ridge = Anchors(Dmd(1e-4), kept), 1e-4
         opt.policy = composition(full, SkipBlocks(do=do) if blocks else do)
@@ -257,23 +258,20 @@ def test_weights_of_a_constant_sum_to_one(gaps: list[int], ahead: int, by: Weigh
         assert sum(weights) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_newton_and_taylor_are_what_differences_make_of_them() -> None:
-    model, x = randomize(PlainDiT((4, 4), width=8, depth=2)), noise(2, (4, 4))
+def test_newton_and_taylor_are_what_differences_make_of_them(small: tuple[Any, Any]) -> None:
+    (_, opt), x = small, noise(2, (4, 4))
     for basis, by in (("newton", Polynomial()), ("taylor", Taylor())):
         results = []
         for policy in (TaylorSeer(14, order=2, full=UNEVEN, basis=basis), composition(UNEVEN, Anchors(by, 3))):
-            torch._dynamo.reset()
-            results.append(sample(toca_compile.optimize(model, policy, lowering="eager"), 14, x))
+            opt.policy = policy
+            results.append(sample(opt, 14, x))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_kept_is_the_last_values() -> None:
-    sizes = []
+def test_what_is_kept_is_the_last_values(traced: Traced) -> None:
+    sizes, (_, opt) = [], traced(PlainDiT)
     for kept in (1, 3):
-        torch._dynamo.reset()
-        opt = toca_compile.optimize(
-            randomize(PlainDiT()), composition((0, 4), Anchors(Polynomial(), kept), 8), lowering="eager"
-        )
+        opt.policy = composition((0, 4), Anchors(Polynomial(), kept), 8)
         sample(opt, 7, noise())
         sizes.append(opt.cache_bytes)
         assert toca_compile.explain(opt).cache_bytes == opt.cache_bytes

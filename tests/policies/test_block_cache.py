@@ -1,6 +1,5 @@
 """Skipped blocks: DuCa, and block caches with and without a test at run time, against their literal forms."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +12,9 @@ from tests.models import PlainDiT, randomize
 from tests.oracles.blocks import BlockOracle
 from tests.oracles.dit import DuCaOracle
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import BlockCache, Composition, DuCa, PolicyError, ToCa
 from toca_compile.policies import Adaptive, Partial, Rule, SkipBlocks
-
-Traced = Callable[..., tuple[Any, Any]]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -81,9 +79,9 @@ def test_decisions_equal_the_oracles(
         assert [r.kind.value for r in opt.steps] == oracle.kinds
 
 
-def test_decisions_differ_from_run_to_run_and_are_reported() -> None:
-    model = randomize(PlainDiT((6, 10), depth=4))
-    opt = toca_compile.optimize(model, BlockCache(20, threshold=0.5), lowering="eager")
+def test_decisions_differ_from_run_to_run_and_are_reported(dit: tuple[Any, Any]) -> None:
+    opt = dit[1]
+    opt.policy = BlockCache(20, threshold=0.5)
     sample(opt, 20, noise(2, (6, 10)))
     report = toca_compile.explain(opt)
     skipped = sum(r.kind == "skip" for r in opt.steps)
@@ -95,10 +93,12 @@ def test_decisions_differ_from_run_to_run_and_are_reported() -> None:
     assert opt.cache_bytes == report.cache_bytes
 
 
-def test_one_read_a_step_with_a_threshold_and_none_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_a_step_with_a_threshold_and_none_without(
+    dit: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(1) or self.item() != 0)  # type: ignore[func-returns-value]
-    opt = toca_compile.optimize(randomize(PlainDiT((6, 10), depth=4)), BlockCache(12), lowering="eager")
+    opt = dit[1]
     for policy, wanted in (
         (BlockCache(12, threshold=0.5, warmup=2), 10),
         (BlockCache(12, interval=3), 0),
@@ -112,10 +112,10 @@ def test_one_read_a_step_with_a_threshold_and_none_without(monkeypatch: pytest.M
         assert len(reads) == wanted
 
 
-def test_flops_of_skipped_blocks() -> None:
+def test_flops_of_skipped_blocks(dit: tuple[Any, Any]) -> None:
     """A skipped block costs nothing, and the first ones what they cost."""
-    model = randomize(PlainDiT((6, 10), depth=4))
-    opt = toca_compile.optimize(model, BlockCache(8, first=1, interval=4), lowering="eager")
+    opt = dit[1]
+    opt.policy = BlockCache(8, first=1, interval=4)
     sample(opt, 8, noise(2, (6, 10)))
     report = toca_compile.explain(opt)
     assert report.schedule == "FSSSFSSS"
@@ -179,9 +179,9 @@ def test_as_diffusers_first_block_cache() -> None:
     close(ours, theirs)
 
 
-def test_a_policy_with_skips_is_followed_by_one_without() -> None:
-    model = randomize(PlainDiT((6, 10), depth=3))
-    opt = toca_compile.optimize(model, BlockCache(9, interval=3), lowering="eager")
+def test_a_policy_with_skips_is_followed_by_one_without(traced: Traced) -> None:
+    model, opt = traced(PlainDiT, size=(6, 10), depth=3)
+    opt.policy = BlockCache(9, interval=3)
     x = noise(2, (6, 10))
     sample(opt, 9, x)
     opt.policy = ToCa(9, 3, 0.3)

@@ -14,7 +14,8 @@ from tests.programs import program_of
 from tests.recording import counting_products
 from tests.runs import both_ways
 from tests.sampling import gaussian, noise, sample
-from toca_compile import ClusCa, Composition, FullCompute, PolicyError
+from tests.shared import Traced
+from toca_compile import ClusCa, Composition, PolicyError
 from toca_compile.compiler.check_plan import check_plan
 from toca_compile.ir.plan import Plan, StepPlan, step_kind
 from toca_compile.lowerings import inductor
@@ -37,9 +38,9 @@ def joint(model: Any) -> torch.Tensor:
     return x
 
 
-MODELS: dict[str, tuple[Callable[[], Any], type[Any], Call]] = {
-    "plain": (lambda: randomize(PlainDiT(depth=2)), PlainOracle, plain),
-    "joint": (lambda: randomize(JointDiT()), JointOracle, joint),
+MODELS: dict[str, tuple[Callable[[Traced], tuple[Any, Any]], type[Any], Call]] = {
+    "plain": (lambda traced: traced(PlainDiT, depth=2), PlainOracle, plain),
+    "joint": (lambda traced: traced(JointDiT), JointOracle, joint),
 }
 
 
@@ -57,11 +58,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_to_its_literal_form(name: str) -> None:
+def test_equal_to_its_literal_form(traced: Traced, name: str) -> None:
     """The same tokens in every step, and the same picture."""
     make, oracle, call = MODELS[name]
-    model = make()
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    model, opt = make(traced)
     for settings in SETTINGS:
         opt.policy = ClusCa(STEPS, 4, 4, **{"gamma": 0.2, **settings})
         equal_to_its_literal_form(opt, oracle, model, call)
@@ -89,10 +89,8 @@ def equal_to_its_literal_form(opt: Any, oracle: type[Any], model: Any, call: Cal
     assert partial >= 4
 
 
-def test_gamma_and_clusters_matter() -> None:
-    model = randomize(PlainDiT(depth=2))
-    runs = []
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+def test_gamma_and_clusters_matter(traced: Traced) -> None:
+    runs, (_, opt) = [], traced(PlainDiT, depth=2)
     for policy in (ClusCa(STEPS, 4, 4), ClusCa(STEPS, 4, 4, 0.5), ClusCa(STEPS, 4, 8)):
         opt.policy = policy
         runs.append(plain(opt))
@@ -111,11 +109,11 @@ BY_ROWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_are_their_dense_meaning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_their_dense_meaning(traced: Traced, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a run, and each variant on random values."""
     monkeypatch.setenv("TOCA_VERIFY", "all")
     make, _, call = MODELS[name]
-    opt = toca_compile.optimize(make(), FullCompute(), lowering="eager")
+    _, opt = make(traced)
     for what, policy in BY_ROWS.items():
         opt.policy = policy
         runs = both_ways(opt, call)
@@ -124,10 +122,10 @@ def test_rows_are_their_dense_meaning(name: str, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-3, msg=lambda text, what=what: f"{what}: {text}")
 
 
-def test_without_a_share_nothing_changes_where_nothing_changes() -> None:
+def test_without_a_share_nothing_changes_where_nothing_changes(traced: Traced) -> None:
     """At inputs that stay, what is kept is what would be computed."""
-    model = randomize(PlainDiT(depth=2))
-    opt = toca_compile.optimize(model, ClusCa(4, 4, 4, 0.0, warmup=1), lowering="eager")
+    model, opt = traced(PlainDiT, depth=2)
+    opt.policy = ClusCa(4, 4, 4, 0.0, warmup=1)
     x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
     with torch.no_grad():
         expected = model(x, t, y)
@@ -136,16 +134,14 @@ def test_without_a_share_nothing_changes_where_nothing_changes() -> None:
     assert [r.kind for r in opt.steps] == ["full", "partial", "partial", "partial"]
 
 
-def test_its_products_are_counted_as_torch_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_products_are_counted_as_torch_counts_them(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the clusters too, on the graphs of a whole run as they run. (Fused attention is not, on a CPU.)"""
     counted = counting_products(monkeypatch)
-    model = randomize(PlainDiT(depth=2))
-    x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
-    counts = []
+    (_, opt), x, t, y = traced(PlainDiT, depth=2), noise(), torch.full((2,), 500), torch.arange(2)
+    opt.lowering, counts = "counting", []
     for policy in (ClusCa(4, 2, 4, warmup=1), Composition(4, Every(2))):
-        torch._dynamo.reset()
         counted.clear()
-        opt = toca_compile.optimize(model, policy, lowering="counting")
+        opt.policy = policy
         with torch.no_grad():
             for i in range(4):
                 opt(x, t - 100 * i, y)
@@ -156,9 +152,10 @@ def test_its_products_are_counted_as_torch_counts_them(monkeypatch: pytest.Monke
     assert Clusters(4).products(toca_compile.explain(opt).program.sites[1]) == 2 * (2 * 16 * 16) * 4 * 9
 
 
-def test_short_axes_are_computed_and_others_in_part() -> None:
+def test_short_axes_are_computed_and_others_in_part(traced: Traced) -> None:
     """Six words are no more than six clusters: between full steps they are all computed."""
-    opt = toca_compile.optimize(randomize(JointDiT()), ClusCa(STEPS, 4, 6), lowering="eager")
+    _, opt = traced(JointDiT)
+    opt.policy = ClusCa(STEPS, 4, 6)
     joint(opt)
     assert opt.steps[3].kind == "partial"
     assert opt.steps[3].k["blocks.0.mlps.0"] == 6

@@ -1,7 +1,6 @@
 """Forecasts: equal to TaylorSeer's literal form, exact where they must be, as large as reported."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import toca_compile
 from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.oracles.taylor import TaylorOracle
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import PolicyError, TaylorSeer
 from toca_compile.ir.history import CacheSpec
 from toca_compile.ops import series
@@ -23,7 +23,7 @@ from toca_compile.ops import series
     depth=st.integers(1, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_equal_to_taylorseer(
-    traced: Callable[..., tuple[Any, Any]], interval: int, order: int, warmup: int, steps: int, depth: int, seed: int
+    traced: Traced, interval: int, order: int, warmup: int, steps: int, depth: int, seed: int
 ) -> None:
     model, opt = traced(PlainDiT, size=(6, 10), depth=depth)
     randomize(model, seed)

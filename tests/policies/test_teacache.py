@@ -11,8 +11,9 @@ from torch import Tensor
 import toca_compile
 from tests import pipelines
 from tests.models import PlainDiT, randomize
-from tests.policies.test_block_cache import Traced, close
+from tests.policies.test_block_cache import close
 from tests.sampling import noise, sample, sample_flux
+from tests.shared import Traced
 from toca_compile import BlockCache, FullCompute, PolicyError, TocaError, load_policy, save_policy
 from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SkipBlocks, TeaCache
 

@@ -1,6 +1,5 @@
 """The optimised model equals ToCa's Algorithm 1 over whole runs: outputs, step kinds and selected indices."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from tests.models import PlainDiT, randomize
 from tests.oracles.dit import Oracle
 from tests.recording import Recording, same_selections
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile.lowerings import LOWERINGS
 
 CASES = st.fixed_dictionaries(
@@ -36,7 +36,7 @@ def _recording(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
-def test_equal_to_algorithm_1(traced: Callable[..., tuple[Any, Any]], case: dict[str, Any]) -> None:
+def test_equal_to_algorithm_1(traced: Traced, case: dict[str, Any]) -> None:
     size, depth, batch = case["model"]
     steps, n, ratio = case["steps"], case["interval"], case["ratio"]
     model, opt = traced(PlainDiT, lowering="recording", size=size, depth=depth)
