@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 
 from toca_compile.compiler.lay_out import Entry, LaidOut
 from toca_compile.errors import VerifyError
-from toca_compile.ir.history import CacheSpec
+from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import Number
-from toca_compile.ir.table import Step, at
+from toca_compile.ir.table import Step, Test, at
 from toca_compile.ir.verify import written_slots
+from toca_compile.runtime.step_state import begun
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ class StepProgram:
 
     def reset(self) -> None:
         """The next step of the module's own buffers is the first of a run."""
-        for name in ("step", "past", *self.caches):
+        for name in ("step", "past", "drift", *self.caches):
             if hasattr(self.module, name):
                 getattr(self.module, name).zero_()
 
@@ -119,7 +120,7 @@ def verify(program: StepProgram) -> None:
         for number, slot in zip(call.slots, variant.slots, strict=True)
         if number is not None and slot in written_slots(variant)
     }
-    owed |= {"past"} if program.laid.table.test is not None else set()
+    owed |= set(_decided(program.laid.table.test))
     _require(sorted(copied) == sorted(owed), f"a step writes {sorted(owed)}, and {sorted(copied)} are copied")
     results = {
         len(m.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -229,18 +230,21 @@ class _Emitter:
             if call.slots[i] is not None
         }
         self.written = [f"cache{i}" for i in sorted(w for w in written if w is not None)]
-        self.written += ["past"] if self.table.test is not None else []
+        self.written += _decided(self.table.test)
         self.results = [f"x{r[0]}" for r in self.table.results if r is not None]
 
     # -- numbers --------------------------------------------------------------------------------------------------
 
-    def _asked(self, step: Step) -> list[tuple[Any, bool]]:
+    def _asked(self, index: int) -> list[tuple[Any, bool]]:
         """The host numbers of a step in the order of its calls, and whether each is a K."""
+        step = self.table.steps[index]
         both = [step] if step.computed is None else [step, step.computed]
         asked: list[tuple[Any, bool]] = []
         for one in both:
             for number, numbers in zip(self.table.rows[one.row].calls, one.numbers, strict=True):
                 asked += zip(numbers, self._is_k(number), strict=True)
+        if step.computed is not None and self.table.test is not None:
+            asked += [(number, False) for number in self.table.test.numbers[index]]
         return asked
 
     def _is_k(self, call: int) -> list[bool]:
@@ -258,7 +262,7 @@ class _Emitter:
         sizes: list[list[int]] = [[] for _ in table.steps]
         places: dict[_Kind, list[Any]] = {}
         for kind, own in steps.items():
-            asked = [self._asked(table.steps[i]) for i in own]
+            asked = [self._asked(i) for i in own]
             known: dict[Any, Any] = {}
             for values in zip(*asked, strict=True):
                 told, is_k = tuple(value for value, _ in values), values[0][1]
@@ -329,8 +333,7 @@ class _Emitter:
         with torch.inference_mode(False):
             step = torch.zeros(1, dtype=torch.int64, device=self.laid.device)
             state = {"step": step, "plan": step.new_tensor(self.plan)}
-            if self.table.test is not None:
-                state["past"] = step.new_zeros(2 + self.table.test.order)
+            state |= begun([], 0, Past(), self.table.test, self.laid.device)
             for i, kept in enumerate(self.table.buffers):
                 state[f"cache{i}"] = torch.zeros(
                     [at(size, 0) for size in kept.shape], dtype=getattr(torch, kept.dtype), device=kept.device
@@ -391,7 +394,7 @@ class _Emitter:
             for number in calls:
                 self._call(body, number, places)
             if test is not None:
-                _computed(body, test.order)
+                _computed(body, test)
             return body.close(self._returned(body))
         before = test.at - len(table.constant) - len(table.timed)
         skips, computes = _Body(), _Body()
@@ -403,9 +406,9 @@ class _Emitter:
             self._call(skips, number, iter(own))
         for number, own in given[len(calls) + before :]:
             self._call(computes, number, iter(own))
-        _computed(computes, test.order)
-        (change,) = self._call(body, test.call, iter(()))
-        pred = _must_compute(body, change, test.threshold, test.limit)
+        _computed(computes, test)
+        (change,) = self._call(body, test.call, places)
+        pred = _must_compute(body, change, test)
         sides = [(f"branch{self.kinds[kind]}_{name}", side.close(self._returned(side))) for name, side in (
             ("computed", computes), ("skipped", skips))]  # fmt: skip
         return body.close(self._branch(body, pred, *sides))
@@ -478,23 +481,45 @@ def _now(body: _Body) -> fx.Node:
     return body.once("now", aten.select.int, body.read("step"), 0, 0)
 
 
-def _must_compute(body: _Body, change: fx.Node, threshold: float, limit: int | None) -> fx.Node:
+def _decided(test: Test | None) -> list[str]:
+    """The buffers of what decides."""
+    return [] if test is None else ["past", "drift"] if test.adds else ["past"]
+
+
+def _must_compute(body: _Body, change: fx.Node, test: Test) -> fx.Node:
     """Whether a step computes the blocks that it may skip."""
     first = body.call(aten.eq.Scalar, _times(body), 0)
-    moved = body.call(aten.reshape.default, body.call(aten.gt.Scalar, change, threshold), [])
-    must = body.call(aten.logical_or.default, first, moved)
-    if limit is not None:
+    if test.adds:
+        moved = body.call(
+            aten.logical_not.default, body.call(aten.lt.Scalar, _added_up(body, change, test.adds), test.threshold)
+        )
+    else:
+        moved = body.call(aten.gt.Scalar, change, test.threshold)
+    must = body.call(aten.logical_or.default, first, body.call(aten.reshape.default, moved, []))
+    if test.limit is not None:
         since = body.call(aten.sub.Tensor, _now(body), _last(body))
-        must = body.call(aten.logical_or.default, must, body.call(aten.gt.Scalar, since, limit))
+        must = body.call(aten.logical_or.default, must, body.call(aten.gt.Scalar, since, test.limit))
     return must
 
 
-def _computed(body: _Body, order: int) -> None:
+def _added_up(body: _Body, change: fx.Node, polynomial: Sequence[float]) -> fx.Node:
+    """What adds up with this change, as the host would add it: in double precision."""
+    x = body.call(aten._to_copy.default, body.call(aten.reshape.default, change, [1]), dtype=torch.float64)
+    total = body.call(aten.full_like.default, x, polynomial[0])
+    for c in polynomial[1:]:
+        total = body.call(aten.add.Scalar, body.call(aten.mul.Tensor, total, x), c)
+    body.named["drift"] = body.call(aten.add.Tensor, body.read("drift"), total)
+    return body.named["drift"]
+
+
+def _computed(body: _Body, test: Test) -> None:
     """The step is one of those that were computed."""
     past = body.read("past")
     times = body.call(aten.add.Tensor, body.call(aten.slice.Tensor, past, 0, 0, 1), 1)
-    later = body.call(aten.slice.Tensor, past, 0, 2, 2 + order)
+    later = body.call(aten.slice.Tensor, past, 0, 2, 2 + test.order)
     body.named["past"] = body.call(aten.cat.default, [times, later, body.read("step")], 0)
+    if test.adds:
+        body.named["drift"] = body.call(aten.zeros_like.default, body.read("drift"))
 
 
 def _told_by_past(body: _Body, spec: CacheSpec, kind: Number, order: int) -> fx.Node:

@@ -119,7 +119,7 @@ class _Laid:
         memory = plan.skip.memory
         if plan.endless and schedule.range is not None and memory.depth and not plan.adaptive:
             raise PolicyError("a plan without an end that forecasts skipped blocks has numbers of its own at each step")
-        if plan.adaptive and plan.skip.gate.adds_up:
+        if plan.adaptive and plan.skip.gate.adds_up and plan.skip.gate.polynomial is None:
             raise PolicyError(f"what {type(plan.skip.gate).__name__} adds up cannot be told at run time")
         if plan.adaptive and plan.skip.gate.behind:
             raise PolicyError(f"{type(plan.skip.gate).__name__} may begin a step again, which a table cannot tell")
@@ -141,8 +141,14 @@ class _Laid:
             skip = plan.skip
             assert skip.threshold is not None
             assert isinstance(memory, CacheSpec)
-            at, call = schedule.probe.at, self._call(schedule.probe)[0]
-            test = Test(call, at, skip.threshold, skip.limit, memory.order, memory.basis)
+            at, (call, asked) = schedule.probe.at, self._call(schedule.probe)
+            gate = skip.gate
+            if asked and plan.endless:
+                raise PolicyError(f"a plan without an end has no last step by which {type(gate).__name__} measures")
+            told = [self._measured(step) for step in range(len(schedule.rows))]
+            measured = tuple(tuple(own[kind, i] for _, kind, i in asked) for own in told)
+            adds = gate.polynomial if gate.adds_up and gate.polynomial is not None else ()
+            test = Test(call, at, skip.threshold, skip.limit, memory.order, memory.basis, adds, measured)
         timed = {place for call in front[of._constant :] for place in self.calls[call].results}
         rows = [self._with_timed(row, timed, test) for row in self.told]
         return Table(
@@ -193,7 +199,15 @@ class _Laid:
         of, kind, index = asked
         if isinstance(of, Site):
             return self.schedule.number(step, of, kind, index)
+        measured = self._measured(step)
+        if (kind, index) in measured:
+            return measured[kind, index]
         return f"{kind.value} {index}" if moves is None else moves[kind, index]
+
+    def _measured(self, step: int) -> Numbers:
+        """The numbers that measuring needs in a step."""
+        schedule = self.schedule
+        return schedule.plan.skip.gate.numbers(step, len(schedule.rows)) if schedule.probe is not None else {}
 
     def _call(self, call: SegmentCall) -> tuple[int, list[Asked]]:
         """A call's number, and which host numbers it asks for."""

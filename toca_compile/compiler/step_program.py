@@ -72,8 +72,7 @@ class Runnable:
 
     def begin(self, caches: Sequence[Tensor], step: int, past: Past) -> StepState:
         """The buffers of a run that is about to do a step."""
-        test = self.program.laid.table.test
-        return begun(caches, step, past, None if test is None else test.order, self.program.laid.device)
+        return begun(caches, step, past, self.program.laid.table.test, self.program.laid.device)
 
     def __call__(self, state: StepState, inputs: Sequence[Any], index: int) -> Sequence[Any]:
         """The results of a step. ``index``: of the step among the plan's."""

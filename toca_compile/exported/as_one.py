@@ -94,7 +94,7 @@ def _before(one: One, step: int) -> StepState:
         if name.startswith("cache") and value.is_floating_point() and value.element_size() > 1:
             value = torch.randn(value.shape, generator=generator).to(value)
         state[name] = value.clone()
-    told = begun([], step, past, None if test is None else test.order, one.state["step"].device)
+    told = begun([], step, past, test, one.state["step"].device)
     return state | {name: value for name, value in told.items() if name in state}
 
 

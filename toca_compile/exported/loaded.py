@@ -11,6 +11,7 @@ from toca_compile.errors import ExportError
 from toca_compile.exported.known import Part, as_table
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
+from toca_compile.ir.gates import value_at
 from toca_compile.ir.history import CacheSpec, Past
 from toca_compile.ir.state import sizes_of
 from toca_compile.ir.table import Call, Number, Row, Step, Table, at
@@ -239,6 +240,7 @@ class LoadedModel(RunControls, nn.Module):
         test = self._table.test
         if test is not None:
             kept = (*past.full, run.step)[-(test.order + 1) :]
+            run.drift[self._key] = 0.0
             run.computed[self._key] = Past(kept, past.times + 1, min(past.times, test.order))
 
     def _begin(self, step: Step, values: list[Any], run: Run) -> None:
@@ -332,8 +334,13 @@ class LoadedModel(RunControls, nn.Module):
         if not past.times or (test.limit is not None and run.step - past.since > test.limit):
             return False
         call = self._table.calls[test.call]
-        (change,) = self._entries[call.entry](self._arguments(call, (), {}, values, run))
-        return not bool(change > test.threshold)
+        numbers = test.numbers[min(run.step, len(self._table.steps) - 1)]
+        (change,) = self._entries[call.entry](self._arguments(call, numbers, {}, values, run))
+        if not test.adds:
+            return not bool(change > test.threshold)
+        key = self._key
+        run.drift[key] = run.drift.get(key, 0.0) + value_at(test.adds, float(change))
+        return run.drift[key] < test.threshold
 
 
 def laid_as(value: Tensor, stride: Sequence[int]) -> Tensor:

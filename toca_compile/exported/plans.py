@@ -197,4 +197,7 @@ def numbers_of(table: Table) -> dict[str, tuple[Told, ...]]:
     for step in steps:
         for call, numbers in zip(table.rows[step.row].calls, step.numbers, strict=True):
             found.setdefault(table.calls[call].entry, {})[tuple(map(value, numbers))] = None
+    if table.test is not None:
+        entry = table.calls[table.test.call].entry
+        found.setdefault(entry, {}).update(dict.fromkeys(tuple(map(value, own)) for own in table.test.numbers))
     return {entry: tuple(ways) for entry, ways in found.items()}

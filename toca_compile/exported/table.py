@@ -80,10 +80,14 @@ def _table(given: dict[str, Any]) -> Table:
         own[name] = tuple(given[name])
     own["sized"] = {name: tuple(values) for name, values in given["sized"].items()}
     own["results"] = tuple(None if r is None else (r[0], tuple(r[1])) for r in given["results"])
-    own["test"] = None if given["test"] is None else Test(**given["test"])
+    own["test"] = None if given["test"] is None else _test(given["test"])
     own["open"] = None if given["open"] is None else Open(**given["open"])
     own["whole"] = None if given["whole"] is None else _whole(given["whole"])
     return Table(**own)
+
+
+def _test(given: dict[str, Any]) -> Test:
+    return Test(**given | {"adds": tuple(given["adds"]), "numbers": tuple(map(tuple, given["numbers"]))})
 
 
 def _whole(given: dict[str, Any]) -> Whole:

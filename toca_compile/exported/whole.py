@@ -83,14 +83,14 @@ class CompiledSteps:
     ) -> None:
         assert table.whole is not None
         self._run, self._whole, self._device = run, table.whole, device
-        self._order = None if table.test is None else table.test.order
+        self._test = table.test
         constants = {f"x{place}": tensors[name] for place, name in table.weights.items() if name in tensors}
         self._fixed = {"plan": torch.tensor(self._whole.plan, device=device), **constants}
         told = sorted({size for sizes in self._whole.sizes for size in sizes})
         self._rows = {size: torch.empty((0, size), dtype=torch.int8, device=device) for size in told}
 
     def begin(self, caches: Sequence[Tensor], step: int, past: Past) -> StepState:
-        return begun(caches, step, past, self._order, self._device)
+        return begun(caches, step, past, self._test, self._device)
 
     def __call__(self, state: StepState, inputs: Sequence[Any], index: int) -> Sequence[Any]:
         rows = [self._rows[size] for size in self._whole.sizes[index]]

@@ -15,6 +15,11 @@ from toca_compile.ir.state import Number as HostNumber
 T = TypeVar("T")
 
 
+def value_at(polynomial: Sequence[float], x: float) -> float:
+    """Of a polynomial by its coefficients, from the highest power to the constant."""
+    return reduce(lambda total, c: total * x + c, polynomial, 0.0)
+
+
 @dataclass(frozen=True)
 class Gate(Family):
     """One measure. A value of the graph is held against what was kept of it: mean |difference| / mean |kept|, one
@@ -34,9 +39,15 @@ class Gate(Family):
     adds_up: ClassVar[bool] = False
     asks: ClassVar[int] = 1
 
+    @property
+    def polynomial(self) -> tuple[float, ...] | None:
+        """The coefficients, from the highest power to the constant, of what a distance counts; None where it counts as
+        it is, or there is more to what adds up."""
+        return None
+
     def rescaled(self, distance: float) -> float:
         """What a distance counts."""
-        return distance
+        return distance if self.polynomial is None else value_at(self.polynomial, distance)
 
     def bound(self, threshold: float, step: int, steps: int) -> float:
         """What a step's distance is held against."""
@@ -92,8 +103,9 @@ class FirstInput(Gate):
         if not self.rescale:
             raise PolicyError("rescale must have a coefficient at least, as (1.0, 0.0), which changes nothing")
 
-    def rescaled(self, distance: float) -> float:
-        return reduce(lambda total, c: total * distance + c, self.rescale, 0.0)
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        return self.rescale
 
 
 @register

@@ -107,6 +107,9 @@ class Test:
         at: how many of a step's calls come before it.
         threshold, limit: as ``Skip`` has them.
         order, basis: of what is kept of the blocks.
+        adds: the coefficients of the polynomial by which a change counts, where changes add up since the last computed
+            step; none where each is held against the threshold.
+        numbers: of each step, the host numbers of the call.
     """
 
     __test__ = False  # no class of tests
@@ -117,6 +120,8 @@ class Test:
     limit: int | None
     order: int
     basis: str
+    adds: tuple[float, ...] = ()
+    numbers: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
