@@ -86,7 +86,7 @@ def judge(
     fitted = least_squares(*TRAINED[name].load(), even, kept=found.kept, settings=settings)
     rows["even, L2P's weights by least squares"] = composed(even, fitted)
     for level in LEVELS:
-        own = Level(level, steps)
+        own = Level(level, steps, TRAINED[name].flow)
         if len(own.full_steps()) in (budget, budget + 1):
             rows[f'"{level}" ({len(own.full_steps())} full)'] = own
 

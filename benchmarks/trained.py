@@ -17,12 +17,14 @@ class Trained:
         sampling: its sampler and guidance, in words.
         steps: that it is usually sampled in.
         load: the model and its sampler. ``first``: which class or prompt a batch begins with.
+        flow: whether it predicts the velocity of flow matching.
     """
 
     title: str
     sampling: str
     steps: int
     load: Callable[..., tuple[Any, Sampler]]
+    flow: bool = False
 
 
 TRAINED = {
@@ -30,6 +32,6 @@ TRAINED = {
         "The DiT of Fashion-MNIST", f"DDIM, guidance {fashion_dit.GUIDANCE}", 50, fashion_dit.model_and_sampler
     ),
     "emoji_flux": Trained(
-        "The FLUX of emoji", f"Euler, guidance {emoji_flux.GUIDANCE}", 28, emoji_flux.model_and_sampler
+        "The FLUX of emoji", f"Euler, guidance {emoji_flux.GUIDANCE}", 28, emoji_flux.model_and_sampler, flow=True
     ),
 }

@@ -22,7 +22,7 @@ from toca_compile.errors import ExportError, PolicyError
 from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.signature import Signature
+from toca_compile.ir.signature import FLOW, Signature
 from toca_compile.model import AROUND_CALL, Controls, Handle
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,16 @@ def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signatur
         sampler=type(scheduler).__name__,
         times=tuple(torch.as_tensor(scheduler.timesteps).tolist()[-steps:]),
         guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
+        prediction=_prediction(scheduler),
     )
+
+
+def _prediction(scheduler: Any) -> str | None:
+    """What a scheduler takes its model to predict. Those that know flow matching alone do not say it."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return FLOW
+    told = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    return told if isinstance(told, str) else None
 
 
 def _guided(arguments: Mapping[str, Any]) -> bool:

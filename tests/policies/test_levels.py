@@ -4,6 +4,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 
 import toca_compile
 from tests.models import PlainDiT, randomize
+from tests.pair import Pair
 from tests.sampling import noise, sample
-from toca_compile.policies import LEVELS, Composition, EndAligned, Level, Rule, load_policy, save_policy
-from toca_compile.policies.anchors import Anchors, Foca
+from toca_compile.diffusers import optimized_components
+from toca_compile.ir.anchors import Weights
+from toca_compile.ir.signature import FLOW, Signature
+from toca_compile.policies import LEVELS, Composition, EndAligned, Level, Rule, SkipBlocks, load_policy, save_policy
+from toca_compile.policies.anchors import Anchors, Foca, Hermite
 
 STEPS = (1, 2, 3, 4, 8, 20, 28, 50)
 
@@ -57,6 +62,54 @@ def test_no_policy_is_balanced_and_says_once_what_it_means(caplog: pytest.LogCap
     (said,) = [r.message for r in caplog.records if "level" in r.message]
     assert "'balanced'" in said
     assert "5 are computed" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rule"),
+    [("quality", 28, Foca()), ("fast", 28, Foca()), ("balanced", 20, Hermite()), ("max", 28, Hermite()),
+     ("max", 50, Foca()), ("quality", 8, Hermite())],
+)  # fmt: skip
+def test_a_rule_for_flow_matching(name: str, steps: int, rule: Weights) -> None:
+    level = Level(name, steps)
+    for told in (Signature(), Signature(prediction="epsilon", sampler="DDIMScheduler")):
+        assert level.for_call(told) == level
+    flow = level.for_call(Signature(prediction=FLOW))
+    assert flow.for_run(steps, True) == flow == Level(name, steps, flow=True)
+    assert flow.full_steps() == level.full_steps()
+    assert [choice.rules[0].do for choice in flow.choices] == [SkipBlocks(do=Anchors(rule, 3)), Anchors(rule, 3)]
+
+
+class FlowMatchEuler:
+    """A scheduler whose name says what it knows, as diffusers have it."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.set_timesteps = own, own.set_timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Of the run."""
+        found: Tensor = self.own.timesteps
+        return found
+
+    def step(self, noise: Tensor, x: Tensor) -> Tensor:
+        """One Euler step."""
+        moved: Tensor = self.own.step(noise, x)
+        return moved
+
+
+def test_a_pipeline_says_whether_it_is_flow_matching() -> None:
+    pipe: Any = toca_compile.optimize(Pair(), Level("fast"), lowering="eager")
+
+    def sampled(policy: Level) -> Tensor:
+        for part in optimized_components(pipe).values():
+            part.policy = policy
+        made: Tensor = pipe(16, generator=torch.Generator().manual_seed(0))[0]
+        return made
+
+    noise, flow = sampled(Level("fast")), sampled(Level("fast", flow=True))
+    assert not torch.equal(noise, flow)
+    pipe.scheduler = FlowMatchEuler(pipe.scheduler)
+    torch.testing.assert_close(sampled(Level("fast")), flow, rtol=0, atol=0)
 
 
 def test_a_name_stands_for_its_policy() -> None:

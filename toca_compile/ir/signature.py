@@ -13,6 +13,8 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Checked, Count, Number, told
 
 Time = Annotated[float, Number(-1e9, 1e9)]
+FLOW = "flow_prediction"
+"""As ``Signature.prediction``: the velocity of flow matching."""
 _NEAR = 1e-3  # by which two times may differ, relative to the first of a run
 
 
@@ -27,6 +29,7 @@ class Signature(Checked):
         size: of one sample, as the model is given it.
         guidance: its scale.
         dtype: of what the model is given.
+        prediction: what it predicts, as diffusers' schedulers have it: ``"epsilon"``, ``"flow_prediction"``, ….
     """
 
     model: str | None = None
@@ -35,9 +38,10 @@ class Signature(Checked):
     size: tuple[Count, ...] | None = None
     guidance: Annotated[float, Number(-1e6, 1e6)] | None = None
     dtype: str | None = None
+    prediction: str | None = None
 
     def check(self) -> None:
-        for name in ("model", "sampler", "dtype"):
+        for name in ("model", "sampler", "dtype", "prediction"):
             if not isinstance(getattr(self, name), str | None):
                 raise PolicyError(f"{name} must be a text or None, not {told(getattr(self, name))}")
 

@@ -6,8 +6,9 @@ from typing import Annotated
 from toca_compile.ir.fields import OneOf, Steps
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.registry import register
+from toca_compile.ir.signature import FLOW, Signature
 from toca_compile.ir.types import Site
-from toca_compile.policies.anchors import Anchors, Foca, Polynomial
+from toca_compile.policies.anchors import Anchors, Foca, Hermite, Polynomial
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.composition import Composition, Rule, SkipBlocks
 from toca_compile.policies.when import EndAligned
@@ -30,6 +31,9 @@ _WARMUP, _WIDE = 2, 6
 # Chosen by the worse of two trained models: FoCa's rule, and Newton's polynomial where full steps are so far apart that
 # FoCa's recursion drifts (benchmarks/results/levels.md).
 _NEAR, _FAR, _DRIFTS = Anchors(Foca(), 3), Anchors(Polynomial(), 3), 5
+# What flow matching predicts goes almost straight, and a polynomial overshoots where one gap is more than a seventh of
+# the run: Hermite's damped ones do not. Where noise is predicted they lag behind by 15 dB and more.
+_FLOW, _LONG = Anchors(Hermite(), 3), 1 / 7
 _LAST = 16  # from so many steps on, "quality" computes the last too
 
 
@@ -39,7 +43,8 @@ class Level(CachingPolicy):
     """A policy by name that fits the number of steps: the first two steps are computed (the first alone, where one of
     six is), and one of several counted back from the last but one; on the others what all blocks add to the stream is
     forecast from the last three computed steps by FoCa's rule, or Newton's polynomial where one of five or more is
-    computed (each site's output, where the blocks cannot be skipped as a whole). From 16 steps on ``"quality"``
+    computed (each site's output, where the blocks cannot be skipped as a whole). With flow matching it is HiCache's
+    rule where these lie more than a seventh of the run apart, and FoCa's elsewhere. From 16 steps on ``"quality"``
     computes the last step too. Of how many steps one is computed:
 
     =========  =========  ==========  ======  =====
@@ -55,10 +60,15 @@ class Level(CachingPolicy):
     Args:
         name: of the level.
         num_steps: model calls of one run. In a pipeline its own number of steps takes its place.
+        flow: whether the model predicts the velocity of flow matching. A pipeline's scheduler says it.
+
+    Raises:
+        PolicyError: there is no such level.
     """
 
     name: Annotated[str, OneOf(LEVELS)] = "balanced"
     num_steps: Steps = 50
+    flow: bool = False
 
     @property
     def when(self) -> EndAligned:
@@ -71,7 +81,11 @@ class Level(CachingPolicy):
     @property
     def choices(self) -> tuple[Composition, ...]:
         """What it may mean for a graph; the first that the graph can follow is meant."""
-        forecast = _NEAR if self.when.interval < _DRIFTS else _FAR
+        interval = self.when.interval
+        if self.flow:
+            forecast = _FLOW if interval > _LONG * self.num_steps else _NEAR
+        else:
+            forecast = _NEAR if interval < _DRIFTS else _FAR
         return tuple(Composition(self.num_steps, self.when, (Rule(do),)) for do in (SkipBlocks(do=forecast), forecast))
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
@@ -80,6 +94,10 @@ class Level(CachingPolicy):
 
     def for_run(self, num_steps: int, guided: bool) -> "Level":
         return replace(self, num_steps=num_steps)
+
+    def for_call(self, call: Signature) -> "Level":
+        """The same for a call of which this is known."""
+        return replace(self, flow=True) if call.prediction == FLOW else self
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
         return self.choices[0].plan(sites)

@@ -19,7 +19,7 @@ from toca_compile.policies.when import Listed
 
 _WORDS = {
     "model": "weights", "sampler": "sampler", "size": "size of a sample", "guidance": "guidance scale",
-    "dtype": "dtype",
+    "dtype": "dtype", "prediction": "kind of prediction",
 }  # fmt: skip
 
 
