@@ -117,7 +117,7 @@ def forms(policy: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
         path = folder / f"{policy}.{form}.pt2"
         row: dict[str, Any] = {"what": form}
         if not path.exists():
-            row["export s"] = export(POLICIES[policy], path, form)
+            export(POLICIES[policy], path, form)
         row["file MB"] = path.stat().st_size / 1e6
         row["load s"], row["first step s"] = first_step(path)
         rows.append(row)
@@ -127,7 +127,7 @@ def forms(policy: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
     for row in rows:
         row["difference"] = (calls[row["what"]]() - wanted).abs().max().item()
     median = interleaved({**calls, "live": bind(pictures, live)}, repeats)
-    rows.append({"what": "live"})
+    rows.append(dict.fromkeys(rows[0], "") | {"what": "live"})
     for row in rows:
         row["run s"], row["run / live"] = median[row["what"]], median[row["what"]] / median["live"]
     return rows
