@@ -9,11 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-from torch._dynamo import convert_frame
 
-import toca_compile
 from tests.programs import printed_stages
-from tests.shared import Traced
+from tests.shared import Traced, empty_dynamo
 
 settings.register_profile("suite", deadline=None)  # an example takes longer beside other work
 settings.load_profile("suite")
@@ -41,20 +39,6 @@ def leave_imports_alone() -> None:
 def pytest_unconfigure() -> None:
     """Triton's bindings name, at the process's end, each object of theirs that nobody collected."""
     gc.unfreeze()
-
-
-def empty_dynamo() -> None:
-    """``torch._dynamo.reset``, after which optimised models that are alive stay traced: what Dynamo keeps of each hangs on
-    a code object of its own, and goes with it."""
-    kept = []
-    for tracker in (convert_frame.input_codes, convert_frame.output_codes):
-        codes = [code for code in (weak() for weak in tracker.seen) if code is not None]
-        own = [code for code in codes if code.co_filename == toca_compile.model.__file__]
-        kept += [(tracker, code) for code in own]
-        tracker.seen[:] = [weak for weak in tracker.seen if weak() not in own]
-    torch._dynamo.reset()
-    for tracker, code in kept:
-        tracker.add(code)
 
 
 @pytest.fixture(autouse=True)

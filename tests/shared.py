@@ -5,12 +5,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import convert_frame
 
 import toca_compile
 from tests.models import randomize
 from toca_compile import FullCompute
+from toca_compile.model import _entry
 
 FULL = FullCompute()
+
+
+def empty_dynamo() -> None:
+    """``torch._dynamo.reset``, after which optimised models that are alive stay traced: what Dynamo keeps of each hangs on
+    code objects of its own, and goes with them."""
+
+    def is_own(code: Any) -> bool:
+        return code is not None and (code.co_filename, code.co_name) == (_entry.__code__.co_filename, _entry.__name__)
+
+    kept = []
+    for tracker in (convert_frame.input_codes, convert_frame.output_codes):
+        kept += [(tracker, code) for code in (weak() for weak in tracker.seen) if is_own(code)]
+        tracker.seen[:] = [weak for weak in tracker.seen if not is_own(weak())]
+    torch._dynamo.reset()
+    for tracker, code in kept:
+        tracker.add(code)
 
 
 class Traced:

@@ -9,6 +9,7 @@ import torch
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import BlockCache, Fora, TaylorSeer, ToCa, TocaError
 from toca_compile.compiler import numeric_check
 from toca_compile.compiler.variants import ProgramVariants
@@ -29,9 +30,8 @@ POLICIES = [ToCa(8, 4, 0.3, "constant"), TaylorSeer(8, 4, 2), BlockCache(8, inte
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
-def test_no_step_compiles_after_it(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = sample(optimized(policy), 8, inputs()[0])
-    torch._dynamo.reset()
+def test_no_step_compiles_after_it(traced: Traced, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sample(traced(PlainDiT, policy, size=(6, 10), depth=2)[1], 8, inputs()[0])
     opt = optimized(policy)
     assert opt.compile(*inputs()) > 0
     assert (opt.steps, opt.cache_bytes) == ([], 0)  # no run began by it
@@ -42,7 +42,7 @@ def test_no_step_compiles_after_it(policy: Any, monkeypatch: pytest.MonkeyPatch)
     assert opt.compile(*inputs()) == 0
 
 
-def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_selector_builds_what_selects_and_no_more(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimized(ToCa(8, 4, 0.3, "constant"))
     opt.compile(*inputs())
     built: list[tuple[int, ...]] = []
@@ -58,8 +58,8 @@ def test_another_selector_builds_what_selects_and_no_more(monkeypatch: pytest.Mo
     assert built
     assert all(built)  # nothing of what stands between the blocks
     expected = sample(opt, 8, inputs()[0])
-    torch._dynamo.reset()
-    assert torch.equal(sample(optimized(opt.policy), 8, inputs()[0]), expected)
+    _, other = traced(PlainDiT, opt.policy, size=(6, 10), depth=2)
+    assert torch.equal(sample(other, 8, inputs()[0]), expected)
 
 
 def test_another_lowering_builds_what_means_something_else_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,8 @@ def test_variants_that_rank_otherwise_are_verified_each(monkeypatch: pytest.Monk
     assert 0 < counts[0] < counts[1] == counts[2]
 
 
-def test_a_run_that_is_under_way_goes_on() -> None:
-    expected = sample(optimized(Fora(8, 4)), 8, inputs()[0])
-    torch._dynamo.reset()
+def test_a_run_that_is_under_way_goes_on(traced: Traced) -> None:
+    expected = sample(traced(PlainDiT, Fora(8, 4), size=(6, 10), depth=2)[1], 8, inputs()[0])
     opt = optimized(Fora(8, 4))
     half = sample(opt, 3, inputs()[0])
     opt.compile(*inputs())

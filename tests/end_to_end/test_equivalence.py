@@ -13,9 +13,15 @@ import toca_compile
 from tests.models import PlainBlock, PlainDiT, Positional, RegisterDiT, diffusers_dit, randomize, zoo
 from tests.runs import both_ways
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import Fora, FullCompute, PolicyError, ToCa
 
-MODELS = ["plain", "register", "diffusers"]
+
+def positional() -> nn.Module:
+    return Positional(diffusers_dit())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"plain": PlainDiT, "register": RegisterDiT, "diffusers": positional}
 POLICIES = [
     ToCa(num_steps=12, interval=4, fresh_ratio=0.3),
     ToCa(num_steps=12, interval=3, fresh_ratio=0.4, schedule="constant"),
@@ -27,14 +33,10 @@ POLICIES = [
 ]
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return zoo()[request.param]
-
-
-def test_identities_of_one_trace(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_identities_of_one_trace(traced: Traced, name: str) -> None:
     """Bit for bit the model where nothing is cached; where every step is full; and the other identities of a policy."""
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    model, opt = traced(MODELS[name])
     full_compute_is_the_model_bit_for_bit(opt, model)
     full_steps_are_the_model(opt, model)
     every_token_selected_is_the_dense_path(opt)
@@ -78,19 +80,19 @@ def reuse_repeats_the_full_step_and_leaves_caches_alone(opt: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
-def test_gather_scatter_is_dense_and_blend(model: nn.Module) -> None:
-    x = noise()
-    opt = toca_compile.optimize(model, POLICIES[0], lowering="eager")
+@pytest.mark.parametrize("name", MODELS)
+def test_gather_scatter_is_dense_and_blend(traced: Traced, name: str) -> None:
+    x, (_, opt) = noise(), traced(MODELS[name])
     for policy in POLICIES:
         opt.policy = policy
         runs = both_ways(opt, lambda opt: sample(opt, 12, x))
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5, msg=lambda m, p=policy: f"{p}: {m}")
 
 
-def test_k_norm_needs_a_fused_attention() -> None:
+def test_k_norm_needs_a_fused_attention(traced: Traced) -> None:
     x, policy = noise(), ToCa(num_steps=6, fresh_ratio=0.4, schedule="constant", score="k_norm")
-    model = zoo()["plain"]
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+    _, opt = traced(PlainDiT)
+    opt.policy = policy
     torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 6, x)), rtol=1e-5, atol=1e-5)
     written_out = toca_compile.optimize(zoo()["register"], policy, lowering="eager")
     with pytest.raises(PolicyError, match=r"k_norm.*models\.py"):
@@ -130,7 +132,7 @@ def test_scores_do_not_depend_on_how_attention_is_written(score: str) -> None:
     score=st.sampled_from(["attention", "random", "v_norm", "none"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_policy_on_the_foreign_model(
-    traced: Callable[..., tuple[Any, Any]], shape: tuple[tuple[int, int], int], ratio: float, interval: int, score: str,
+    traced: Traced, shape: tuple[tuple[int, int], int], ratio: float, interval: int, score: str,
     seed: int,
 ) -> None:  # fmt: skip
     size, depth = shape
@@ -141,9 +143,10 @@ def test_any_policy_on_the_foreign_model(
     torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 8, x)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_does_not_depend_on_its_batch_mates(name: str) -> None:
     policy = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
-    opt = toca_compile.optimize(model, policy, lowering="eager")
+    opt = toca_compile.optimize(zoo()[name], policy, lowering="eager")
     for score in ("attention", "random"):
         opt.policy = ToCa(**{**policy.__dict__, "score": score})
         x, y = noise(3), torch.arange(3)
@@ -153,9 +156,9 @@ def test_a_sample_does_not_depend_on_its_batch_mates(model: nn.Module) -> None:
         torch.testing.assert_close(sample(opt, 8, mates, y)[:1], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_found_in_each_style() -> None:
-    for name, model in zoo().items():
-        opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+def test_what_is_found_in_each_style(traced: Traced) -> None:
+    for name, make in MODELS.items():
+        _, opt = traced(make)
         sample(opt, 1, noise())
         report = toca_compile.explain(opt)
         assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 3, name

@@ -1,6 +1,5 @@
 """Partial attention and tokens with a history of their own, against the literal form."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ from tests.models import PlainDiT, diffusers_dit, randomize, zoo
 from tests.oracles.token_series import TokenSeriesOracle
 from tests.runs import both_ways
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import Composition, FullCompute, TaylorToCa, VerifyError
 from toca_compile.ir.state import State
 from toca_compile.lowerings import LOWERINGS
@@ -55,7 +55,7 @@ KEYS = ["fresh", "update", "keep"]
     weight=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_equal_to_the_literal_form(
-    traced: Callable[..., tuple[Any, Any]], interval: int, order: int, ratio: float, keys: str | None, mlp: bool,
+    traced: Traced, interval: int, order: int, ratio: float, keys: str | None, mlp: bool,
     update: bool, warmup: int, steps: int, weight: float, seed: int,
 ) -> None:  # fmt: skip
     model, opt = traced(PlainDiT, size=(6, 10), depth=2)
@@ -71,13 +71,12 @@ def test_equal_to_the_literal_form(
 
 
 @pytest.mark.parametrize("keys", ["update", "keep"])
-def test_keys_with_a_refresh_of_their_own(keys: str) -> None:
-    model = randomize(PlainDiT((6, 10), depth=3))
-    policy = Composition(
+def test_keys_with_a_refresh_of_their_own(traced: Traced, keys: str) -> None:
+    model, opt = traced(PlainDiT, size=(6, 10), depth=3)
+    opt.policy = Composition(
         14, Every(6), (Rule(Queries(keys, refresh=2, order=1), kinds=("self_attention",)), Rule(Queries(order=1))),
         which=Selector("error"), how_many=Share(0.4),
     )  # fmt: skip
-    opt = toca_compile.optimize(model, policy, lowering="eager")
     oracle = TokenSeriesOracle(model, 6, 1, 0.4, keys, mlp=False, refresh=2)
     x = noise(2, (6, 10))
     torch.testing.assert_close(sample(opt, 14, x), sample(oracle, 14, x), rtol=1e-4, atol=1e-4)
@@ -118,11 +117,10 @@ def test_selected_rows_are_the_full_models() -> None:
 
 
 @pytest.mark.parametrize("keys", KEYS)
-def test_flops_are_torchs_count(keys: str) -> None:
+def test_flops_are_torchs_count(traced: Traced, keys: str) -> None:
     """The second, identical partial step, counted by torch with its fused attention written out."""
-    model = diffusers_dit(depth=2)
-    policy = TaylorToCa(4, 4, 1, 0.4, score="random", keys=keys)
-    opt = toca_compile.optimize(model, policy, lowering="counted")
+    _, opt = traced(diffusers_dit, depth=2, lowering="counted")
+    opt.policy = TaylorToCa(4, 4, 1, 0.4, score="random", keys=keys)
     with torch.no_grad():
         for t in (900, 800, 700):
             WrittenOut.flops = 0

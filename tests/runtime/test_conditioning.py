@@ -14,6 +14,7 @@ from tests.models import PlainDiT, randomize
 from tests.recording import counting_products
 from tests.runs import TIMES, optimized, steps
 from tests.sampling import noise
+from tests.shared import Traced
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer
 from toca_compile.runtime import conditioning
 from toca_compile.runtime.conditioning import Conditioning
@@ -45,8 +46,8 @@ def made() -> Iterator[list[str]]:
         yield found
 
 
-def test_a_second_sampling_makes_nothing_anew(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_a_second_sampling_makes_nothing_anew(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     with made() as first:
         a = steps(opt, noise(), TIMES, LABELS)
     with made() as second:
@@ -56,15 +57,15 @@ def test_a_second_sampling_makes_nothing_anew(model: nn.Module) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_full_step_is_the_model_to_the_last_bit(model: nn.Module) -> None:
-    opt = optimized(model, FullCompute())
+def test_a_full_step_is_the_model_to_the_last_bit(traced: Traced) -> None:
+    model, opt = traced(PlainDiT)
     assert torch.equal(steps(opt, noise(), TIMES, LABELS), steps(model, noise(), TIMES, LABELS))
     assert torch.equal(steps(opt, noise(seed=9), TIMES, LABELS), steps(model, noise(seed=9), TIMES, LABELS))
 
 
 @pytest.mark.parametrize("policy", [FullCompute(), POLICY, TaylorSeer(8, 3, 1), BlockCache(8, 0, interval=3)], ids=str)
-def test_other_labels_make_all_rows_at_once(model: nn.Module, policy: Any) -> None:
-    opt, fresh = optimized(model, policy), optimized(model, policy)
+def test_other_labels_make_all_rows_at_once(traced: Traced, policy: Any) -> None:
+    opt, fresh = (traced(PlainDiT, policy, which=i)[1] for i in range(2))
     steps(opt, noise(), TIMES, LABELS)
     with made() as found:
         out = steps(opt, noise(), TIMES, OTHERS)
@@ -72,8 +73,8 @@ def test_other_labels_make_all_rows_at_once(model: nn.Module, policy: Any) -> No
     torch.testing.assert_close(out, steps(fresh, noise(), TIMES, OTHERS), rtol=1e-6, atol=1e-6)
 
 
-def test_other_times_are_rows_of_their_own(model: nn.Module) -> None:
-    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+def test_other_times_are_rows_of_their_own(traced: Traced) -> None:
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     steps(opt, noise(), TIMES, LABELS)
     times = [t + 3 for t in TIMES]
     with made() as found:
@@ -82,8 +83,8 @@ def test_other_times_are_rows_of_their_own(model: nn.Module) -> None:
     assert torch.equal(out, steps(fresh, noise(), times, LABELS))
 
 
-def test_labels_in_turns_keep_their_rows(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_labels_in_turns_keep_their_rows(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     for labels in (LABELS, OTHERS):
         steps(opt, noise(), TIMES, labels)
     with made() as found:
@@ -144,8 +145,8 @@ def test_rows_beyond_the_limit_are_made_at_each_step(model: nn.Module, monkeypat
 
 
 @pytest.mark.parametrize("given", [list, torch.tensor, iter, lambda t: [1000, *t]])
-def test_announced_times_make_all_rows_at_once(model: nn.Module, given: Callable[[list[int]], Any]) -> None:
-    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+def test_announced_times_make_all_rows_at_once(traced: Traced, given: Callable[[list[int]], Any]) -> None:
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     opt.begin(given(TIMES))
     with made() as found:
         out = steps(opt, noise(), TIMES, LABELS)
@@ -158,9 +159,9 @@ def test_announced_times_make_all_rows_at_once(model: nn.Module, given: Callable
     [(lambda t: t / 1000, 1), (lambda t: 1 - t / 1000, 1), (lambda t: (t / 1000).to(torch.bfloat16), 1), (torch.sqrt, 0)],
 )  # fmt: skip
 def test_the_form_in_which_a_model_is_told_the_time_is_recognised(
-    model: nn.Module, told: Callable[[Tensor], Tensor], rows: int
+    traced: Traced, told: Callable[[Tensor], Tensor], rows: int
 ) -> None:
-    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
 
     def sampled(opt: Any) -> Tensor:
         x = noise()
@@ -177,8 +178,8 @@ def test_the_form_in_which_a_model_is_told_the_time_is_recognised(
     torch.testing.assert_close(out, sampled(fresh), rtol=1e-6, atol=1e-6)
 
 
-def test_times_that_do_not_come_are_made_as_they_come(model: nn.Module) -> None:
-    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+def test_times_that_do_not_come_are_made_as_they_come(traced: Traced) -> None:
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     opt.begin([TIMES[0], *(t + 1 for t in TIMES[1:])])
     with made() as found:
         out = steps(opt, noise(), TIMES, LABELS)
@@ -186,8 +187,8 @@ def test_times_that_do_not_come_are_made_as_they_come(model: nn.Module) -> None:
     torch.testing.assert_close(out, steps(fresh, noise(), TIMES, LABELS), rtol=1e-6, atol=1e-6)
 
 
-def test_begin_begins_a_sampling_and_wants_numbers(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_begin_begins_a_sampling_and_wants_numbers(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     steps(opt, noise(), TIMES[:3], LABELS)
     opt.begin(TIMES[2:])
     steps(opt, noise(), TIMES[2:4], LABELS)
@@ -196,9 +197,9 @@ def test_begin_begins_a_sampling_and_wants_numbers(model: nn.Module) -> None:
         opt.begin(["first", "second"])
 
 
-def test_more_times_than_are_made_at_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_times_than_are_made_at_once(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditioning, "_AT_ONCE", 3)
-    opt, fresh = optimized(model, POLICY), optimized(model, POLICY)
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     opt.begin(TIMES)
     with made() as found:
         out = steps(opt, noise(), TIMES, LABELS)
@@ -215,8 +216,8 @@ def test_what_cannot_be_made_for_several_times_is_made_one_by_one(model: nn.Modu
     assert torch.equal(out, steps(fresh, noise(), TIMES, OTHERS))
 
 
-def test_reset_forgets_the_rows(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_reset_forgets_the_rows(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     steps(opt, noise(), TIMES, LABELS)
     opt.reset()
     with made() as found:
@@ -224,8 +225,8 @@ def test_reset_forgets_the_rows(model: nn.Module) -> None:
     assert found == ["row"] * 8
 
 
-def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_who_writes_to_the_inputs_does_not_write_to_the_rows(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     x, t, y = noise(), torch.full((2,), 500), LABELS.clone()
     with torch.no_grad():
         first = opt(x, t, y)
@@ -236,8 +237,8 @@ def test_who_writes_to_the_inputs_does_not_write_to_the_rows(model: nn.Module) -
         torch.testing.assert_close(opt(x, torch.full((2,), 500), LABELS), first, rtol=0, atol=0)
 
 
-def test_samplings_in_inference_mode_share_rows_too(model: nn.Module) -> None:
-    opt = optimized(model, POLICY)
+def test_samplings_in_inference_mode_share_rows_too(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     with torch.inference_mode(), made() as found:
         for _ in range(2):
             steps(opt, noise(), TIMES, torch.tensor([1, 2]))

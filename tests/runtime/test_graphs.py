@@ -17,6 +17,7 @@ from tests.recorder import GraphError, Recorder
 from tests.runs import TIMES, kinds, optimized, steps
 from tests.runtime.test_carry_over import CACHING, Cast, called, given
 from tests.sampling import gaussian, noise, sample
+from tests.shared import Traced
 from toca_compile import BlockCache, ClusCa, Composition, DuCa, Fora, TaylorSeer, TaylorToCa, ToCa, backend
 from toca_compile.compiler.buckets import BUCKETS, GRAPHS, bucketed
 from toca_compile.ir.plan import Plan
@@ -97,9 +98,9 @@ POLICIES: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("quiet")
-def test_runs_are_the_same(recorders: list[Recorder]) -> None:
+def test_runs_are_the_same(traced: Traced, recorders: list[Recorder]) -> None:
     model = randomize(PlainDiT(depth=2))
-    plain, opt = optimized(model), optimized(model, **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, depth=2), optimized(model, **GRAPHED)
     for name, policy in POLICIES.items():
         same_runs(plain, opt, policy, recorders, name)
 
@@ -155,9 +156,9 @@ def test_text_is_copied_where_it_is_read(recorders: list[Recorder]) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_contexts_have_graphs_of_their_own(recorders: list[Recorder]) -> None:
+def test_contexts_have_graphs_of_their_own(traced: Traced, recorders: list[Recorder]) -> None:
     model = randomize(PlainDiT(depth=2))
-    plain, opt = optimized(model, POLICIES["series"]), optimized(model, POLICIES["series"], **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, POLICIES["series"], depth=2), optimized(model, POLICIES["series"], **GRAPHED)
 
     def sampled(way: Any, seed: int) -> list[Tensor]:
         xs = {"cond": noise(seed=seed), "uncond": noise(seed=seed + 9)}
@@ -180,11 +181,11 @@ def test_contexts_have_graphs_of_their_own(recorders: list[Recorder]) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_guided_and_unguided_runs_in_turn(recorders: list[Recorder]) -> None:
+def test_guided_and_unguided_runs_in_turn(traced: Traced, recorders: list[Recorder]) -> None:
     """Batches of two sizes are two graphs of the model, which keep what was recorded."""
     model = randomize(PlainDiT(depth=2))
     policy = POLICIES["some tokens, by attention"]
-    plain, opt = optimized(model, policy), optimized(model, policy, **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, policy, depth=2), optimized(model, policy, **GRAPHED)
     counts = []
     for seed in range(3):
         for batch in (2, 1):
@@ -195,9 +196,9 @@ def test_guided_and_unguided_runs_in_turn(recorders: list[Recorder]) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_what_reset_and_another_policy_void(recorders: list[Recorder]) -> None:
+def test_what_reset_and_another_policy_void(traced: Traced, recorders: list[Recorder]) -> None:
     model = randomize(PlainDiT(depth=2))
-    plain, opt = optimized(model, Fora(4, 2)), optimized(model, Fora(4, 2), **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, Fora(4, 2), depth=2), optimized(model, Fora(4, 2), **GRAPHED)
     policies: list[Any] = [Fora(4, 2), TaylorSeer(6, 3, 1, cache_dtype="bfloat16"), TaylorSeer(6, 3, 1)]
     for policy in policies:
         plain.policy = opt.policy = policy
@@ -216,10 +217,10 @@ def test_what_reset_and_another_policy_void(recorders: list[Recorder]) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_an_abandoned_run_leaves_nothing(recorders: list[Recorder]) -> None:
+def test_an_abandoned_run_leaves_nothing(traced: Traced, recorders: list[Recorder]) -> None:
     """The next run has its memory."""
     model = randomize(PlainDiT(depth=2))
-    plain, opt = optimized(model, POLICIES["series"]), optimized(model, POLICIES["series"], **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, POLICIES["series"], depth=2), optimized(model, POLICIES["series"], **GRAPHED)
     held = []
     for seed in range(3):
         for way in (plain, opt):
@@ -278,10 +279,10 @@ def test_weights_that_move_at_each_call_are_said(recorders: list[Recorder], capl
 
 
 @pytest.mark.usefixtures("quiet")
-def test_inputs_may_lie_anywhere(recorders: list[Recorder]) -> None:
+def test_inputs_may_lie_anywhere(traced: Traced, recorders: list[Recorder]) -> None:
     """The same strides, another memory: slices, values that were expanded, inference tensors."""
     model = randomize(PlainDiT(depth=1))
-    plain, opt = optimized(model, Fora(6, 2)), optimized(model, Fora(6, 2), **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, Fora(6, 2), depth=1), optimized(model, Fora(6, 2), **GRAPHED)
     made: list[Callable[[Tensor], Tensor]] = [
         lambda x: torch.stack([x, x + 1], -1)[..., 0],
         lambda x: x[:1].expand(2, -1, -1, -1),
@@ -523,11 +524,11 @@ def test_memory_that_is_gone_is_an_error() -> None:
 
 @pytest.mark.parametrize("left_out", [(graphs.Numbers, "write"), (graphs.Fixed, "copy_in")])
 def test_what_a_replay_is_not_told_is_seen(
-    left_out: tuple[Any, str], recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+    traced: Traced, left_out: tuple[Any, str], recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What these tests rest on: without the numbers of its step, or its inputs, a sampling is another."""
     model = randomize(PlainDiT(depth=1))
-    plain, opt = optimized(model, POLICIES["series"]), optimized(model, POLICIES["series"], **GRAPHED)
+    (_, plain), opt = traced(PlainDiT, POLICIES["series"], depth=1), optimized(model, POLICIES["series"], **GRAPHED)
     for seed in range(2):
         sample(opt, 10, noise(seed=seed))
     monkeypatch.setattr(*left_out, lambda *_: None)

@@ -17,6 +17,7 @@ from tests.models import PlainDiT, Texted, randomize
 from tests.pipelines import build, run
 from tests.runs import POLICY, STEPS, TIMES, called, kinds, optimized, steps
 from tests.sampling import noise
+from tests.shared import Traced
 from toca_compile import Fora, FullCompute
 
 
@@ -49,22 +50,22 @@ class Column(PlainDiT):
 
 @pytest.mark.parametrize("entry", ["optimize", "backend"])
 @pytest.mark.parametrize("style", [PlainDiT, Linear, Looked, Column])
-def test_an_abandoned_sampling_leaves_nothing(style: type[PlainDiT], entry: str) -> None:
-    model = randomize(style(depth=1) if style is not Looked else Looked())
+def test_an_abandoned_sampling_leaves_nothing(traced: Traced, style: type[PlainDiT], entry: str) -> None:
+    settings = {"depth": 1} if style is not Looked else {}
+    model = randomize(style(**settings))
     shape = (2, 1) if style is Column else (2,)
     opt = optimized(model)
     if entry == "backend":
         opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
-    clean = steps(optimized(model), noise(), TIMES, shape=shape)
+    clean = steps(traced(style, POLICY, **settings)[1], noise(), TIMES, shape=shape)
     for calls in (1, 2, 3, 7):
         steps(opt, noise(seed=5), TIMES[:calls], shape=shape)
         assert torch.equal(steps(opt, noise(), TIMES, shape=shape), clean), calls
         assert entry == "backend" or [r.index for r in opt.steps] == list(range(STEPS)), calls
 
 
-def test_another_strength_is_another_sampling() -> None:
-    model = randomize(PlainDiT())
-    opt, other = optimized(model), optimized(model)
+def test_another_strength_is_another_sampling(traced: Traced) -> None:
+    opt, other = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     for before, times in (
         (TIMES[:6], TIMES[3:]), (TIMES[:2], TIMES[2:]), (TIMES[:2], TIMES[5:]), (TIMES[:5], TIMES[4:]), (TIMES[:4], TIMES[1:]),
     ):  # fmt: skip
@@ -75,10 +76,9 @@ def test_another_strength_is_another_sampling() -> None:
         assert torch.equal(steps(opt, noise(), times), clean), (before, times)
 
 
-def test_what_is_told_decides_first() -> None:
+def test_what_is_told_decides_first(traced: Traced) -> None:
     """The same timesteps, but the caller says that they are steps 0, 1, … of a new sampling, or of the old one."""
-    model = randomize(PlainDiT())
-    opt = optimized(model)
+    (model, opt), (_, other) = (traced(PlainDiT, POLICY, which=i) for i in range(2))
 
     def told(times: list[int], start: int, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_what_is_told_decides_first() -> None:
                     x = x - opt(x, torch.full((2,), t), torch.arange(2)) / STEPS
         return x
 
-    clean = steps(optimized(model), noise(), TIMES[2:])
+    clean = steps(other, noise(), TIMES[2:])
     told(TIMES[:2], 0, noise())  # the very latents that would go on
     assert torch.equal(told(TIMES[2:], 0, steps(model, noise(), [])), clean)
     opt.reset()
@@ -95,9 +95,7 @@ def test_what_is_told_decides_first() -> None:
     assert [r.index for r in opt.steps] == [0, 1, 2, 3]
 
 
-def test_a_second_order_sampler_asks_twice_at_one_time() -> None:
-    model = randomize(PlainDiT())
-
+def test_a_second_order_sampler_asks_twice_at_one_time(traced: Traced) -> None:
     def heun(net: Any, x: Tensor) -> Tensor:
         y = torch.arange(2)
         with torch.no_grad():
@@ -107,7 +105,7 @@ def test_a_second_order_sampler_asks_twice_at_one_time() -> None:
                 x = x - (slope + net(x - slope / 16, s, y)) / 32
         return x
 
-    opt = optimized(model)
+    _, opt = traced(PlainDiT, POLICY)
     first = heun(opt, noise())
     assert [r.index for r in opt.steps] == list(range(8))
     assert torch.equal(heun(opt, noise()), first)
@@ -182,9 +180,8 @@ def guided(net: Any, x: Tensor, around: Callable[[str], Any] = lambda _: context
 
 
 @pytest.mark.parametrize("style", [PlainDiT, Linear, Looked])
-def test_two_passes_a_step_without_a_context_are_two_runs(style: type[PlainDiT]) -> None:
-    model = randomize(style())
-    named = optimized(model)
+def test_two_passes_a_step_without_a_context_are_two_runs(traced: Traced, style: type[PlainDiT]) -> None:
+    model, named = randomize(style()), traced(style, POLICY)[1]
     expected = guided(named, noise(), named.cache_context)
     opt = optimized(model)
     for _ in range(2):
@@ -195,9 +192,9 @@ def test_two_passes_a_step_without_a_context_are_two_runs(style: type[PlainDiT])
     assert torch.equal(guided(bare, noise()), expected)
 
 
-def test_two_pictures_in_turns_without_a_context_are_two_runs() -> None:
-    model = randomize(PlainDiT())
-    expected = [steps(optimized(model), noise(seed=s), TIMES) for s in (0, 5)]
+def test_two_pictures_in_turns_without_a_context_are_two_runs(traced: Traced) -> None:
+    model, (_, other) = randomize(PlainDiT()), traced(PlainDiT, POLICY)
+    expected = [steps(other, noise(seed=s), TIMES) for s in (0, 5)]
     for net in (
         optimized(model),
         torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"}),
@@ -210,8 +207,8 @@ def test_two_pictures_in_turns_without_a_context_are_two_runs() -> None:
                 assert torch.equal(x, wanted)
 
 
-def test_records_are_of_the_last_sampling() -> None:
-    opt = optimized(randomize(PlainDiT()))
+def test_records_are_of_the_last_sampling(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     guided(opt, noise())
     assert len(opt.steps) == 2 * STEPS
     steps(opt, noise(), TIMES)
@@ -228,9 +225,8 @@ def test_records_are_of_the_last_pipeline_call() -> None:
     assert [r.index for r in pipe.transformer.steps] == list(range(5))
 
 
-def test_a_context_can_be_reset_alone() -> None:
-    model = randomize(PlainDiT())
-    opt = optimized(model)
+def test_a_context_can_be_reset_alone(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     with torch.no_grad():
         for t in TIMES[:3]:
             for name in ("a", "b"):
@@ -263,10 +259,10 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("context", ["own", "same", None])
-def test_threads_have_runs_of_their_own(context: str | None) -> None:
-    model = randomize(PlainDiT())
-    expected = [steps(optimized(model), noise(seed=s), TIMES, torch.full((2,), s)) for s in range(3)]
-    opt = optimized(model)
+def test_threads_have_runs_of_their_own(traced: Traced, context: str | None) -> None:
+    _, other = traced(PlainDiT, POLICY)
+    expected = [steps(other, noise(seed=s), TIMES, torch.full((2,), s)) for s in range(3)]
+    opt = optimized(randomize(PlainDiT()))  # traced in threads
 
     def job(s: int) -> Tensor:
         x = noise(seed=s)
@@ -297,12 +293,12 @@ def test_pipelines_of_several_lengths_share_a_model_in_threads() -> None:
             assert torch.equal(result, wanted)
 
 
-def test_tasks_have_runs_of_their_own() -> None:
+def test_tasks_have_runs_of_their_own(traced: Traced) -> None:
     import asyncio
 
-    model = randomize(PlainDiT())
-    expected = [steps(optimized(model), noise(seed=s), TIMES) for s in range(2)]
-    opt = optimized(model)
+    _, other = traced(PlainDiT, POLICY)
+    expected = [steps(other, noise(seed=s), TIMES) for s in range(2)]
+    opt = optimized(randomize(PlainDiT()))
 
     async def job(s: int) -> Tensor:
         x = noise(seed=s)
@@ -381,7 +377,7 @@ def test_a_hook_added_after_the_first_call_runs() -> None:
         torch.testing.assert_close(steps(opt, x, TIMES[:1]), steps(model, x, TIMES[:1]))
 
 
-def test_kinds_are_those_of_all_graphs_of_a_step() -> None:
+def test_kinds_are_those_of_all_graphs_of_a_step(traced: Traced) -> None:
     class Halves(PlainDiT):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             h, c = self.prepare(x, t, y)
@@ -391,7 +387,7 @@ def test_kinds_are_those_of_all_graphs_of_a_step() -> None:
 
     opt = optimized(randomize(Halves()))
     steps(opt, noise(), TIMES)
-    whole = optimized(randomize(PlainDiT()))
+    _, whole = traced(PlainDiT, POLICY)
     steps(whole, noise(), TIMES)
     assert kinds(opt) == kinds(whole) == "fpppfppp"
     assert opt.steps[1].k.keys() == whole.steps[1].k.keys()

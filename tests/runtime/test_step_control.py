@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import Fora, FullCompute, ToCa
 from toca_compile.runtime.executor import Executor
 
@@ -28,23 +29,23 @@ def kinds(opt: Any) -> str:
     return "".join(r.kind.value[0] for r in opt.steps)
 
 
-def test_records(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_records(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     sample(opt, 8, noise())
     assert kinds(opt) == "fpppfppp"
     assert [r.index for r in opt.steps] == list(range(8))
     assert opt.steps[1].k == {f"blocks.{i}{part}": k for i in range(3) for part, k in (("", 0), (".mlp", 4))}
 
 
-def test_the_next_run_begins_after_the_last_step(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_the_next_run_begins_after_the_last_step(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     first, second = sample(opt, 8, noise()), sample(opt, 8, noise())
     assert torch.equal(first, second)
     assert kinds(opt) == "fpppfppp"
 
 
-def test_reset_begins_a_run(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_reset_begins_a_run(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     clean = sample(opt, 8, noise())
     sample(opt, 3, noise(seed=5))
     opt.reset()
@@ -52,15 +53,15 @@ def test_reset_begins_a_run(model: PlainDiT) -> None:
     assert torch.equal(sample(opt, 8, noise()), clean)
 
 
-def test_an_interrupted_run_is_noticed_by_its_clock(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_an_interrupted_run_is_noticed_by_its_clock(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     clean = sample(opt, 8, noise())
     partial_run(opt, calls=3)
     assert torch.equal(sample(opt, 8, noise()), clean)
 
 
-def test_a_sampler_that_adds_noise_does_not_begin_anew(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_a_sampler_that_adds_noise_does_not_begin_anew(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     with torch.no_grad():
         for t in (900, 800, 830, 700, 730, 600, 630, 500):
             opt(noise(), torch.full((2,), t), torch.arange(2))
@@ -73,8 +74,8 @@ def partial_run(opt: Any, calls: int) -> None:
             opt(noise(seed=7), torch.full((2,), 900 - 100 * i), torch.arange(2))
 
 
-def test_more_calls_than_steps_begin_again(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_more_calls_than_steps_begin_again(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, POLICY)
     with torch.no_grad():
         for i in range(11):
             opt(noise(), torch.full((2,), 900 - 50 * i), torch.arange(2))
@@ -82,24 +83,25 @@ def test_more_calls_than_steps_begin_again(model: PlainDiT) -> None:
 
 
 @pytest.mark.parametrize("change", ["batch", "dtype", "policy"])
-def test_another_shape_or_policy_begins_a_run(model: PlainDiT, change: str) -> None:
-    opt = optimized(model)
+def test_another_shape_or_policy_begins_a_run(traced: Traced, change: str) -> None:
+    model = randomize(PlainDiT())
+    opt = traced(PlainDiT, POLICY)[1] if change == "policy" else optimized(model)
     partial_run(opt, 2)
     if change == "policy":
         opt.policy = Fora(num_steps=6, interval=3)
         sample(opt, 6, noise())
         assert kinds(opt) == "frrfrr"
-        assert torch.equal(sample(opt, 6, noise()), sample(optimized(model, Fora(6, 3)), 6, noise()))
+        _, other = traced(PlainDiT, Fora(6, 3), which=1)
+        assert torch.equal(sample(opt, 6, noise()), sample(other, 6, noise()))
         return
-    other = randomize(PlainDiT())
-    x = noise(3)
+    same, x = randomize(PlainDiT()), noise(3)
     if change == "dtype":
         model.double()
-        other.double()
+        same.double()
         x = noise().double()
     result = sample(opt, 8, x)
     assert kinds(opt) == "fpppfppp"
-    assert torch.equal(result, sample(optimized(other), 8, x))
+    assert torch.equal(result, sample(optimized(same), 8, x))
 
 
 def test_another_resolution_begins_a_run() -> None:
@@ -121,10 +123,10 @@ def test_another_resolution_begins_a_run() -> None:
     assert torch.equal(large, sample(optimized(model), 8, noise(size=(12, 8))))
 
 
-def test_two_contexts_interleaved_are_two_runs(model: PlainDiT) -> None:
-    opt = optimized(model)
+def test_two_contexts_interleaved_are_two_runs(traced: Traced) -> None:
+    opt, other = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
     xs, ys = [noise(), noise(seed=3)], [torch.arange(2), torch.full((2,), 10)]
-    alone = [sample(optimized(model), 8, x, y) for x, y in zip(xs, ys, strict=True)]
+    alone = [sample(other, 8, x, y) for x, y in zip(xs, ys, strict=True)]
     with torch.no_grad():
         for i in range(8):
             t = torch.full((2,), (7 - i) * 1000 // 8)
@@ -192,21 +194,21 @@ class BrokenHalf(PlainDiT):
 
 @pytest.mark.parametrize("entry", ["optimize", "backend"])
 @pytest.mark.parametrize("style", [BrokenLoop, BrokenHalf])
-def test_graph_breaks_leave_fragments_that_share_the_step(style: type[PlainDiT], entry: str) -> None:
-    model, whole = randomize(style(depth=4)), randomize(PlainDiT(depth=4))
+def test_graph_breaks_leave_fragments_that_share_the_step(traced: Traced, style: type[PlainDiT], entry: str) -> None:
+    model = randomize(style(depth=4))
     policy = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant", bonus=0.0)
     if entry == "optimize":
         opt = optimized(model, policy)
     else:
         opt = torch.compile(model, backend="toca", options={"policy": policy, "lowering": "eager"})
-    expected = sample(optimized(whole, policy), 8, noise())
+    expected = sample(traced(PlainDiT, policy, depth=4)[1], 8, noise())
     torch.testing.assert_close(sample(opt, 8, noise()), expected)
     torch.testing.assert_close(sample(opt, 8, noise()), expected)
     assert len(toca_compile.explain(opt).plans) == (1 if style is BrokenLoop else 2)
 
 
-def test_torch_compile_is_the_same_machinery(model: PlainDiT) -> None:
-    expected = sample(optimized(model), 8, noise())
+def test_torch_compile_is_the_same_machinery(model: PlainDiT, traced: Traced) -> None:
+    expected = sample(traced(PlainDiT, POLICY)[1], 8, noise())
     opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"}, fullgraph=True)
     assert torch.equal(sample(opt, 8, noise()), expected)
     assert torch.equal(sample(opt, 8, noise()), expected)
@@ -262,12 +264,12 @@ def test_the_object_behaves_as_the_module(model: PlainDiT) -> None:
     assert not opt.training
 
 
-def test_the_backend_takes_other_batches_and_python_numbers() -> None:
+def test_the_backend_takes_other_batches_and_python_numbers(traced: Traced) -> None:
     """Dynamo hands over symbolic sizes at the second shape; each shape is a graph and a run of its own."""
     model = randomize(PlainDiT())
     opt = torch.compile(model, backend="toca", options={"policy": POLICY, "lowering": "eager"})
     for batch in (2, 3, 4, 2):
-        expected = sample(optimized(randomize(PlainDiT())), 8, noise(batch))
+        expected = sample(traced(PlainDiT, POLICY)[1], 8, noise(batch))
         torch.testing.assert_close(sample(opt, 8, noise(batch)), expected)
 
 

@@ -11,16 +11,12 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import noise
+from tests.shared import Traced
 from toca_compile import BlockCache, DuCa, Fora, TaylorSeer, ToCa
 from toca_compile.policies import Anchors, Composition, Every, Polynomial, Rule
 from toca_compile.runtime.schedule import Schedule
 
 aten = torch.ops.aten
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return randomize(PlainDiT(depth=4))
 
 
 def variants(opt: Any) -> dict[str, str]:
@@ -41,15 +37,15 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_chain_is_its_parts(model: nn.Module, name: str) -> None:
-    out = steps(optimized(model, POLICIES[name]), noise(), TIMES)
+def test_a_chain_is_its_parts(traced: Traced, name: str) -> None:
+    out = steps(traced(PlainDiT, POLICIES[name], depth=4)[1], noise(), TIMES)
     with patch.object(Schedule, "joined", lambda self, calls: calls):
-        apart = steps(optimized(model, POLICIES[name]), noise(), TIMES)
+        apart = steps(traced(PlainDiT, POLICIES[name], which=1, depth=4)[1], noise(), TIMES)
     assert torch.equal(out, apart)
 
 
-def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
-    opt = optimized(model, Fora(8, 4))
+def test_a_step_that_reuses_everything_is_one_call(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, Fora(8, 4), depth=4)
     steps(opt, noise(), TIMES)
     schedule = opt._toca.session.executors[0].schedule
     front = sum(s.timed for s in schedule.program.segments)
@@ -59,24 +55,24 @@ def test_a_step_that_reuses_everything_is_one_call(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("policy", [ToCa(8, 4, 0.05), DuCa(8, 4)], ids=str)
-def test_where_tokens_are_selected_blocks_stay_apart(model: nn.Module, policy: Any) -> None:
+def test_where_tokens_are_selected_blocks_stay_apart(traced: Traced, policy: Any) -> None:
     """Or another ratio, under which some have no token left to compute, would compile anew."""
-    opt = optimized(model, policy)
+    _, opt = traced(PlainDiT, policy, depth=4)
     steps(opt, noise(), TIMES)
     assert "p" in kinds(opt)
     assert not variants(opt)
 
 
-def test_sites_that_are_forecast_alike_share_their_numbers(model: nn.Module) -> None:
-    opt = optimized(model, TaylorSeer(8, 4, 2))
+def test_sites_that_are_forecast_alike_share_their_numbers(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, TaylorSeer(8, 4, 2), depth=4)
     steps(opt, noise(), TIMES)
     text = variants(opt)["segments5-10[forecast]"]
     assert text.count(" = number move") == 1  # so far there were two full steps, so one difference
     assert text.count(" = buffer history") == 8
 
 
-def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(model: nn.Module) -> None:
-    opt = optimized(model, BlockCache(8, threshold=0.5))
+def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, BlockCache(8, threshold=0.5), depth=4)
     out = steps(opt, noise(), TIMES)
     schedule = opt._toca.session.executors[0].schedule
     assert schedule.probe is not None
@@ -84,7 +80,7 @@ def test_a_step_that_may_compute_what_it_skips_is_joined_behind_the_test(model: 
         assert schedule.joined(calls)[: schedule.probe.at] == calls[: schedule.probe.at]
     assert len(schedule.joined(schedule.calls[1])) == schedule.probe.at + 1
     with patch.object(Schedule, "joined", lambda self, calls: calls):
-        apart = optimized(model, BlockCache(8, threshold=0.5))
+        _, apart = traced(PlainDiT, BlockCache(8, threshold=0.5), which=1, depth=4)
         assert torch.equal(out, steps(apart, noise(), TIMES))
     assert kinds(opt) == kinds(apart)
     assert "s" in kinds(opt)

@@ -10,7 +10,8 @@ import torch
 import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise, sample
-from toca_compile import BlockCache, DuCa, Fora, FullCompute, PolicyError, TaylorSeer, TaylorToCa, ToCa
+from tests.shared import Traced
+from toca_compile import BlockCache, DuCa, Fora, PolicyError, TaylorSeer, TaylorToCa, ToCa
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.ir.actions import Action, Compute, Keep, Partial, Reuse
 from toca_compile.ir.anchors import Ring
@@ -42,10 +43,6 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def optimized(policy: Any) -> Any:
-    return toca_compile.optimize(randomize(PlainDiT()), policy, lowering="eager")
-
-
 def run(opt: Any, after: Callable[[], None] = lambda: None) -> tuple[torch.Tensor, str]:
     """A sampling of few labels, with something done after each step; and the kinds of its steps."""
     opt.reset()
@@ -57,8 +54,8 @@ def run(opt: Any, after: Callable[[], None] = lambda: None) -> tuple[torch.Tenso
     return x, "".join(step.kind.value[0] for step in opt.steps)
 
 
-def test_packed_caches_are_those_that_are_rounded_between_steps() -> None:
-    opt = optimized(FullCompute())  # traced once
+def test_packed_caches_are_those_that_are_rounded_between_steps(traced: Traced) -> None:
+    _, opt = traced(PlainDiT)
     for name, policy in POLICIES.items():
         check_packed(opt, policy, tables=name == "measured anchors")
 
@@ -89,18 +86,17 @@ def check_packed(opt: Any, policy: Any, tables: bool) -> None:
 
 
 @pytest.mark.parametrize("policy", [POLICIES["rows"], POLICIES["differences"], POLICIES["blocks"]], ids=str)
-def test_a_row_of_any_size_is_kept(policy: Any) -> None:
+def test_a_row_of_any_size_is_kept(traced: Traced, policy: Any) -> None:
     """Without exponents numbers beyond 448 would be lost."""
-    net: Any = randomize(PlainDiT())
+    net, opt = traced(PlainDiT, replace(policy, cache_dtype=BYTE))
     for block in net.blocks:
         block.proj.weight.data *= 1e4
-    opt = toca_compile.optimize(net, replace(policy, cache_dtype=BYTE), lowering="eager")
     assert run(opt)[0].isfinite().all()
 
 
-def test_elsewhere_is_where_the_model_is() -> None:
+def test_elsewhere_is_where_the_model_is(traced: Traced) -> None:
     """On the device that the model is on already, nothing is copied."""
-    opt = optimized(POLICIES["rows"])
+    _, opt = traced(PlainDiT, POLICIES["rows"])
     plain, _ = run(opt)
     opt.policy = replace(POLICIES["rows"], cache_device="cpu")
     assert torch.equal(run(opt)[0], plain)
