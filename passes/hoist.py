@@ -47,7 +47,7 @@ def hoist(
     constants = _worthwhile(read)
     timed: set[fx.Node] = set()
     if roots and _on_host(clock):
-        timed = _without_tokens([n for n in free if not reads[n] & (moving - clock)], sites, types)
+        timed = _as_they_lie(_without_tokens([n for n in free if not reads[n] & (moving - clock)], sites, types), graph)
     read = [n for n in timed if reads[n] & clock and not timed.issuperset(n.users)]
     found = _in_front(segments, constants, timed=False)
     before = {n for s in found if s.constant for n in s.nodes}
@@ -77,6 +77,29 @@ def _without_tokens(candidates: list[fx.Node], sites: tuple[Site, ...], types: A
         if made_of <= found and not any(factors.issuperset(axis) for axis in axes) and not handed_out:
             found.add(node)
     return found
+
+
+def _as_they_lie(timed: set[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+    """Without those that would be kept in another order of their dimensions than they have: elementwise ops lay out
+    what they make as their operands lie, and numbers that are added in another order give another sum."""
+    kept, count = set(timed), -1
+    while len(kept) != count:
+        count = len(kept)
+        for node in reversed(graph.nodes):
+            if node in kept and not kept.issuperset(node.users) and _is_turned(value_of(node)):
+                kept.discard(node)
+        for node in graph.nodes:
+            if node in kept and any(n in timed and n not in kept for n in node.all_input_nodes):
+                kept.discard(node)
+    return kept
+
+
+def _is_turned(value: object) -> bool:
+    """Whether the dimensions of a value lie in memory in another order than they are counted."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    strides = [s for s, size in zip(value.stride(), value.shape, strict=True) if size > 1 and s]
+    return strides != sorted(strides, reverse=True)
 
 
 def _on_host(clock: AbstractSet[fx.Node]) -> bool:

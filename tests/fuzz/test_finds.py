@@ -90,6 +90,11 @@ FINDS: dict[str, tuple[Spec, list[Any]]] = {
         Spec((Block((Branch("attention"), Branch("fused", inside="batch_flip", on="q"))),)),
         [TaylorToCa(2, keys="update")],
     ),
+    "what follows from the time, laid out in another order of its dimensions": (
+        Spec((Block((Branch("attention", Attention(scope="window"), modulation="token", gate="token", add="reversed"),
+                     Branch(norm="manual", add="scaled"))),), layout="bcn", given="picture", given_text="copied", words=12),
+        [FullCompute()],
+    ),
     "scores where a later block mistakes tokens for samples": (
         Spec((Block((Branch("fused"),)), Block((Branch(inside="transposed"),)))),
         [Composition(2, Every(2), (Rule(Queries()),), which=Selector(score), how_many=Share(0.5))
