@@ -1,6 +1,6 @@
 """One of three processes that share a model and part ways: run by ``spawn.py``.
 
-What each is told is printed, with how long it took. In the end the last process dies in the middle of a sampling.
+What each is told is kept, with how long it took. In the end the last process dies in the middle of a sampling.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Processes that share work: each runs a module as ``python -m MODULE PLACE COUNT STORE``, and prints what it found as
-JSON in its last line."""
+"""Processes that share work: each runs a module as ``python -m MODULE PLACE COUNT FOLDER``, and writes what it found there
+as JSON."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def spawned(module: str, count: int, folder: Path, *, dies: int | None = None) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, str(place), str(count), str(folder / "store")],
-            cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-W", "ignore", "-m", module, str(place), str(count), str(folder)],
+            cwd=Path(__file__).parents[2], env=environment, stderr=subprocess.PIPE, text=True,
         )
         for place in range(count)
     ]  # fmt: skip
@@ -34,15 +34,14 @@ def spawned(module: str, count: int, folder: Path, *, dies: int | None = None) -
             process.kill()
     for place, (process, (_, errors)) in enumerate(zip(processes, told, strict=True)):
         assert (process.returncode == 0) == (place != dies), errors[-3000:]
-    return [json.loads(out.splitlines()[-1]) for place, (out, _) in enumerate(told) if place != dies]
+    return [json.loads((folder / f"{place}.json").read_text()) for place in range(count) if place != dies]
 
 
 def in_group(work: Callable[[int, int], Any], seconds: float = 300) -> None:
     """One of the processes: ``work`` is told its place and how many there are. ``seconds``: the group's timeout."""
     torch.set_num_threads(1)
-    place, count = int(sys.argv[1]), int(sys.argv[2])
-    store = torch._C._distributed_c10d.FileStore(sys.argv[3], count)
+    place, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    store = torch._C._distributed_c10d.FileStore(str(folder / "store"), count)
     wait = timedelta(seconds=seconds)
     dist.init_process_group("gloo", store=store, rank=place, world_size=count, timeout=wait)
-    found = work(place, count)
-    print(json.dumps(found), flush=True)
+    (folder / f"{place}.json").write_text(json.dumps(work(place, count)))

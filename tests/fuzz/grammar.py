@@ -203,14 +203,20 @@ def features(value: Any, name: str = "") -> Iterator[str]:
 
 
 def covering(seeds: Sequence[int]) -> list[int]:
-    """Some of the seeds, whose models have every feature that those of all seeds have: first the one that has most, then
-    the one that adds most to it, and so on."""
-    left, chosen = {seed: set(features(draw(seed))) for seed in seeds}, []
+    """Some of the seeds, whose models have every feature that those of all seeds have: first the one that has most for
+    its size, then the one that adds most to it for its own, and so on, less those that later ones made needless."""
+    specs = {seed: draw(seed) for seed in seeds}
+    sizes = {seed: 1 + sum(len(block.branches) for block in spec.blocks) for seed, spec in specs.items()}
+    found = {seed: set(features(spec)) for seed, spec in specs.items()}
+    left, chosen = dict(found), list[int]()
     while left:
-        best = max(left, key=lambda seed: len(left[seed]))
+        best = max(left, key=lambda seed: len(left[seed]) / sizes[seed])
         chosen.append(best)
         seen = left.pop(best)
         left = {seed: rest - seen for seed, rest in left.items() if rest - seen}
+    for seed in sorted(chosen, key=lambda seed: -sizes[seed]):
+        if found[seed] <= set[str]().union(*(found[other] for other in chosen if other != seed)):
+            chosen.remove(seed)
     return sorted(chosen)
 
 
