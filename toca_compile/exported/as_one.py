@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from toca_compile.compiler.emit_step import by_inputs, step_program
 from toca_compile.errors import ExportError
 from toca_compile.ir.history import Past
-from toca_compile.ir.table import Table, Whole
+from toca_compile.ir.table import OneEntry, Table
 from toca_compile.runtime.step_state import StepState, begun
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class One:
     table: Table
 
     @property
-    def whole(self) -> Whole:
+    def whole(self) -> OneEntry:
         """How it is called."""
         assert self.table.whole is not None
         return self.table.whole
@@ -56,7 +56,7 @@ def as_one(traced: "Traced") -> One:
     """
     program = step_program(traced.laid)
     module, state = by_inputs(program)
-    whole = Whole("step", traced.laid.inputs, program.plan, program.sizes, tuple(state))
+    whole = OneEntry("step", traced.laid.inputs, program.plan, program.sizes, tuple(state))
     return One(module, traced.recorder.inputs, state, replace(traced.table, whole=whole))
 
 

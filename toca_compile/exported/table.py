@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toca_compile.errors import ExportError
-from toca_compile.ir.table import Call, Kept, Open, Row, Step, Table, Test, Whole
+from toca_compile.ir.table import Call, Kept, OneEntry, Open, Row, Step, Table, Test
 
 FORMAT = 2
 """The version of the file's format: a file of another is refused."""
@@ -90,9 +90,9 @@ def _test(given: dict[str, Any]) -> Test:
     return Test(**given | {"adds": tuple(given["adds"]), "numbers": tuple(map(tuple, given["numbers"]))})
 
 
-def _whole(given: dict[str, Any]) -> Whole:
+def _whole(given: dict[str, Any]) -> OneEntry:
     plan, sizes = (tuple(map(tuple, given[name])) for name in ("plan", "sizes"))
-    return Whole(given["entry"], given["inputs"], plan, sizes, tuple(given["state"]))
+    return OneEntry(given["entry"], given["inputs"], plan, sizes, tuple(given["state"]))
 
 
 _PLACES = ("values", "slots", "results", "free")

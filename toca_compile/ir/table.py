@@ -125,7 +125,7 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Whole:
+class OneEntry:
     """Whole steps as one entry, which is told by its buffers what a step is to do (``compiler/emit_step.py``).
 
     Attributes:
@@ -181,7 +181,7 @@ class Table:
     test: Test | None = None
     open: Open | None = None
     sized: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    whole: Whole | None = None
+    whole: OneEntry | None = None
 
     @property
     def entries(self) -> list[str]:
