@@ -64,6 +64,7 @@ def test_what_moves_alike_is_a_group() -> None:
 
 def test_what_does_not_fit_is_refused(dit: tuple[Any, Any]) -> None:
     _, opt = dit
+    sample(opt, 1, noise(2, (6, 10)))  # once it is traced, the model's channels are known
     with pytest.raises(PolicyError, match="rules must give weights from the steps alone, not Dmd"):
         ByChannel((Dmd(),), (0,))
     with pytest.raises(PolicyError, match="groups must number one of 1 rules"):
