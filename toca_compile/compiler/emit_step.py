@@ -88,8 +88,9 @@ def by_inputs(program: StepProgram) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """A step as a graph that is given its buffers behind all else and changes those; and what they are as a run begins,
     by name."""
     root = program.module
-    read = [n.target for n in root.graph.nodes if n.op == "get_attr" and n.target in dict(root.named_buffers())]
-    state = {name: root.get_buffer(name) for name in dict.fromkeys(read)}
+    buffers = dict(root.named_buffers())
+    read = dict.fromkeys(n.target for n in root.graph.nodes if n.op == "get_attr")
+    state = {name: buffers[name] for name in read if name in buffers}
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in root.graph.find_nodes(op="placeholder"):
         env[node] = graph.node_copy(node)
@@ -331,9 +332,8 @@ class _Emitter:
     def _state(self) -> dict[str, Tensor]:
         """The buffers, as a run begins."""
         with torch.inference_mode(False):
-            step = torch.zeros(1, dtype=torch.int64, device=self.laid.device)
-            state = {"step": step, "plan": step.new_tensor(self.plan)}
-            state |= begun([], 0, Past(), self.table.test, self.laid.device)
+            state = begun([], 0, Past(), self.table.test, self.laid.device)
+            state["plan"] = state["step"].new_tensor(self.plan)
             for i, kept in enumerate(self.table.buffers):
                 state[f"cache{i}"] = torch.zeros(
                     [at(size, 0) for size in kept.shape], dtype=getattr(torch, kept.dtype), device=kept.device

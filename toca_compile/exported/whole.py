@@ -70,7 +70,7 @@ class CompiledSteps:
     Args:
         table: the file's.
         run: the entry.
-        tensors: the constants, by name.
+        tensors: the file's, by name: the constants are among them.
         device: on which the plan lies.
     """
 
@@ -84,8 +84,8 @@ class CompiledSteps:
         assert table.whole is not None
         self._run, self._whole, self._device = run, table.whole, device
         self._test = table.test
-        constants = {f"x{place}": tensors[name] for place, name in table.weights.items() if name in tensors}
-        self._fixed = {"plan": torch.tensor(self._whole.plan, device=device), **constants}
+        held = {f"x{place}": tensors[name] for place, name in table.weights.items() if f"x{place}" in self._whole.state}
+        self._fixed = {"plan": torch.tensor(self._whole.plan, device=device), **held}
         told = sorted({size for sizes in self._whole.sizes for size in sizes})
         self._rows = {size: torch.empty((0, size), dtype=torch.int8, device=device) for size in told}
 

@@ -169,7 +169,8 @@ def traces(
         wanted = checked_policy(policy) if policy is not None else own._session.policy if own is not None else None
         made[name] = one = traced(call.model, _fit(wanted, call), (call.args, call.kwargs))
         times = call.known.times if timesteps is None else [float(t) for t in timesteps]
-        if dynamic is None and times and (timesteps is not None or not one.table.labels):
+        kept = dynamic is None and not options.get("in_memory")  # a program computes it in each step
+        if kept and times and (timesteps is not None or not one.table.labels):
             one.known = known_rows(one, times)
     return made
 
