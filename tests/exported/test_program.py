@@ -13,6 +13,7 @@ from tests.pair import Pair
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, ExportError, Fora, ProgramModel
+from toca_compile.compiler.emit_step import COND, SWITCH
 
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
@@ -92,4 +93,4 @@ def test_models_that_no_graph_can_hold() -> None:
 
 
 def test_it_prints(toca: ProgramModel) -> None:
-    assert "= cond(" in str(toca)
+    assert f"= {(SWITCH or COND).name()}(" in str(toca)

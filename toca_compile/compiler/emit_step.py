@@ -6,6 +6,8 @@ since what is written inside a branch may be lost where the branch is compiled::
     row  = plan[step]
     out, cache0, cache1 = cond(row[0] < 1, kind0, cond(row[0] < 2, kind1, kind2))
     cache0.copy_(…); cache1.copy_(…); step += 1
+
+From torch 2.14 on ``switch(row[0], (kind0, kind1, kind2))`` is in the place of the branches within branches.
 """
 
 import operator
@@ -28,6 +30,8 @@ from toca_compile.ir.verify import written_slots
 from toca_compile.runtime.step_state import begun
 
 aten = torch.ops.aten
+COND = torch.ops.higher_order.cond
+SWITCH = getattr(torch.ops.higher_order, "switch", None)  # from torch 2.14 on
 
 LEAST = 2
 """By how much the size of an input ``rows`` is larger than K: compilers take a size of 0 or 1 for a constant."""
@@ -138,8 +142,8 @@ def verify(program: StepProgram) -> None:
         module.graph.lint()
         given = {n for n in module.graph.nodes if n.op == "placeholder"}
         for node in module.graph.nodes:
-            if node.target is torch.ops.higher_order.cond:
-                odd = [n for n in node.args[3] if n.op == "call_function" and not _is_plain(n)]
+            if node.target in (COND, SWITCH):
+                odd = [n for n in node.args[-1] if n.op == "call_function" and not _is_plain(n)]
                 _require(module is root or not odd, f"{odd} lie in memory otherwise than a branch is compiled for")
             if is_mutable(node):
                 _require(node.args[0] not in given, f"{name or 'the step'} writes to its input {node.args[0]}")
@@ -190,7 +194,7 @@ class _Body:
         ]
 
     def within(self, name: str, module: nn.Module) -> fx.Node:
-        """A submodule, as ``cond`` takes it."""
+        """A submodule, as ``cond`` and ``switch`` take it."""
         self.modules[name] = module
         return self.graph.get_attr(name)
 
@@ -362,10 +366,12 @@ class _Emitter:
             body.modules[name] = made
             call = body.graph.call_module(name, tuple(body.read(n) for n in names))
             return body.parts(call, self._made())
-        middle = len(kinds) // 2
         which = body.once("number0", aten.select.int, body.read("row"), 0, 0)
+        if SWITCH is not None and len(kinds) > 2:
+            return self._branch(body, which, [self._side([kind]) for kind in kinds])
+        middle = len(kinds) // 2
         first = body.call(aten.lt.Scalar, which, self.kinds[kinds[middle]])
-        return self._branch(body, first, self._side(kinds[:middle]), self._side(kinds[middle:]))
+        return self._branch(body, first, [self._side(kinds[:middle]), self._side(kinds[middle:])])
 
     def _side(self, kinds: Sequence[_Kind]) -> tuple[str, _Body]:
         if len(kinds) == 1:
@@ -373,9 +379,10 @@ class _Emitter:
         side = _Body()
         return f"branch{self.kinds[kinds[0]]}_{self.kinds[kinds[-1]]}", side.close(self._tree(side, kinds))
 
-    def _branch(self, body: _Body, pred: fx.Node, yes: tuple[str, _Body], no: tuple[str, _Body]) -> list[fx.Node]:
-        names = list(dict.fromkeys((*yes[1].given, *no[1].given)))
-        sides = [body.within(name, side.closed(names)) for name, side in (yes, no)]
+    def _branch(self, body: _Body, chosen: fx.Node, sides: Sequence[tuple[str, _Body]]) -> list[fx.Node]:
+        """What one of two makes if a predicate is ``chosen``, or of several that with this number."""
+        names = list(dict.fromkeys(name for _, side in sides for name in side.given))
+        branches = tuple(body.within(name, side.closed(names)) for name, side in sides)
         operands = []
         for name in names:
             value = body.read(name)
@@ -384,7 +391,8 @@ class _Emitter:
             given = value.op in ("placeholder", "get_attr") or name == "row"
             plain = {"memory_format": torch.contiguous_format}
             operands.append(value if given else body.call(aten.clone.default, value, **plain))
-        return body.parts(body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)), self._made())
+        call = (COND, chosen, *branches) if len(branches) == 2 else (SWITCH, chosen, branches)
+        return body.parts(body.call(*call, tuple(operands)), self._made())
 
     def _made(self) -> list[str]:
         """What all branches return."""
@@ -428,7 +436,7 @@ class _Emitter:
         skips.given = {tried.get(name, name): node for name, node in skips.given.items()}
         body.named |= {told: body.named.pop(name) for name, told in tried.items()}
         body.named |= {name: entered[name] for name in tried if name in entered}
-        return body.close(self._branch(body, pred, *sides))
+        return body.close(self._branch(body, pred, sides))
 
     def _returned(self, body: _Body) -> list[fx.Node]:
         """A branch's results and all buffers that any branch changes. None may be one that it was given, or share its
