@@ -39,7 +39,7 @@ from toca_compile.errors import (
 )
 from toca_compile.hooks import Hooked, Traceable, brought_in, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.signature import Signature, called, fingerprint
+from toca_compile.ir.signature import UNKNOWN, Signature, called, fingerprint
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.policies.full import FullCompute
 from toca_compile.progress import working
@@ -116,7 +116,7 @@ class Calls:
         self._hook_lists: tuple[int, list[Any]] = (-1, [])
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
-        self._fit: tuple[Policy, Signature, Policy, str | None] | None = None
+        self._fit: tuple[Policy, tuple[Signature, tuple[float, ...]], Policy, str | None] | None = None
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
@@ -166,9 +166,9 @@ class Calls:
         """
         if not hasattr(policy, "for_call"):
             return policy
-        announced = self.session.control.announced or None
-        known = replace(call, times=call.times or announced)
-        if self._fit is None or self._fit[0] is not policy or self._fit[1] != known:
+        told = (call, self.session.control.announced)
+        if self._fit is None or self._fit[0] is not policy or self._fit[1] != told:
+            known = replace(call, times=call.times or told[1] or None)
             own = self._fit[3] if self._fit is not None and self._fit[0] is policy else None
             if own is None and getattr(policy, "made_for", None) is not None:
                 own = fingerprint(model)
@@ -179,7 +179,7 @@ class Calls:
                     raise
                 self.session.warn_once(f"{error}. The model runs uncached.")
                 meant = FullCompute()
-            self._fit = (policy, known, meant, own)
+            self._fit = (policy, told, meant, own)
         return self._fit[2]
 
     def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -435,7 +435,7 @@ class Handle(Controls):
         session = self._session
         with session.control.lock:
             around = AROUND_CALL.get().get(id(self))
-            call = called(_leaves(args, kwargs)) if hasattr(session.policy, "for_call") else Signature()
+            call = called(_leaves(args, kwargs)) if hasattr(session.policy, "for_call") else UNKNOWN
             if around is None:
                 session.follow(self._toca.fitted(session.policy, self._model, call))
                 return self._toca.run(self._step, self._model, args, kwargs)
