@@ -24,7 +24,7 @@ gc.set_threshold(*gc.get_threshold()[:2], 50)  # all that is alive is looked thr
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 os.environ["TORCH_WARM_POOL"] = "0"  # torch.compile would start processes for GPUs' kernels, each with its own torch
 # How long the guards of a trace take, measured with emptied caches: a thirtieth of a trace, for a log that nobody reads.
-setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)  # noqa: B010: it is not exported
+setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)  # noqa: B010
 # Of what calls the kernels in an exported file; optimised, each piece of a model takes g++ three seconds more.
 inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
 
