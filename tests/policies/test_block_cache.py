@@ -157,7 +157,7 @@ def test_contradictions_are_refused(make: object, why: str) -> None:
 
 
 def test_more_blocks_than_there_are() -> None:
-    opt = toca_compile.optimize(randomize(PlainDiT()), BlockCache(8, first=2, last=1), lowering="eager")
+    opt = toca_compile.optimize(randomize(PlainDiT(depth=3)), BlockCache(8, first=2, last=1), lowering="eager")
     with pytest.raises(PolicyError, match="3 blocks"):
         sample(opt, 8, noise())
 

@@ -80,10 +80,9 @@ def test_equal_to_the_published_loop(
         assert [r.kind.value for r in opt.steps] == oracle.kinds
 
 
-def test_it_skips_and_computes_as_its_sum_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_skips_and_computes_as_its_sum_goes(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither all nor nothing, so that the sum matters; with one read a step."""
-    model = randomize(PlainDiT((6, 10), depth=3))
-    opt = toca_compile.optimize(model, TeaCache(20, 0.3), lowering="eager")
+    model, opt = traced(PlainDiT, TeaCache(20, 0.3), size=(6, 10), depth=3)
     oracle = TeaCacheOracle(model, 20, 0.3, (1.0, 0.0))
     x = noise(2, (6, 10))
     close(sample(opt, 20, x), sample(oracle, 20, x))
@@ -157,10 +156,8 @@ def test_two_streams(hoist: bool) -> None:
     assert len(found) > 1
 
 
-def test_a_first_block_may_be_computed() -> None:
-    model = randomize(PlainDiT((6, 10), depth=3))
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    opt.policy = TeaCache(10, 0.3, first=1, last=1, order=1)
+def test_a_first_block_may_be_computed(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, TeaCache(10, 0.3, first=1, last=1, order=1), size=(6, 10), depth=3)
     sample(opt, 10, noise(2, (6, 10)))
     assert {r.kind.value for r in opt.steps} == {"full", "skip"}
 
