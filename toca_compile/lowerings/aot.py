@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int]) -
             size = symbol(mode, f"toca_number_{i}", example)
             with mode:
                 values.append(torch.empty((0, size), dtype=torch.int8, device=device))
-    return _files(fx.GraphModule(module, with_values(module.graph, values)), values)
+    # Up to torch 2.12 what memory a branch may take over is asked of the graph around it, which has other nodes.
+    before = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
+    with config.patch(allow_buffer_reuse=False) if before else nullcontext():
+        return _files(fx.GraphModule(module, with_values(module.graph, values)), values)
 
 
 def _files(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> Files:
