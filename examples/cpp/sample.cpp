@@ -22,7 +22,7 @@ class Model {
     auto [json, size] = file.getRecord("extra/toca_compile.json");
     told_ = Json::parse(std::string(static_cast<char*>(json.get()), size));
     const Json& table = told_["table"];
-    if (told_["about"]["format"].integer() != 2 || table["whole"].kind) throw std::runtime_error("a file of another form");
+    if (told_["about"]["format"].integer() != 3 || table["whole"].kind) throw std::runtime_error("a file of another form");
     auto [bytes, length] = file.getRecord("extra/toca_compile.weights");
     const char* start = static_cast<char*>(bytes.get());
     auto weights = torch::jit::pickle_load(std::vector<char>(start, start + length)).toGenericDict();

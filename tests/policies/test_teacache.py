@@ -10,13 +10,12 @@ from torch import Tensor
 
 import toca_compile
 from tests import pipelines
-from tests.in_memory import loaded, whole
 from tests.models import PlainDiT, randomize
 from tests.policies.test_block_cache import close
 from tests.sampling import noise, sample, sample_flux
 from tests.shared import Traced
 from toca_compile import BlockCache, FullCompute, PolicyError, load_policy, save_policy
-from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SeaCache, SkipBlocks, TeaCache
+from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SkipBlocks, TeaCache
 
 FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
@@ -173,21 +172,3 @@ def test_as_parts_and_as_a_file(tmp_path: Any) -> None:
     assert load_policy(tmp_path / "parts.json") == policy.composition()
     with pytest.raises(PolicyError, match="rescale must have a coefficient"):
         TeaCache(28, 0.4, ())
-
-
-@pytest.mark.parametrize("policy", [TeaCache(8, 0.35, (2.0, 0.5, 0.0), limit=2), SeaCache(8, 0.3, order=1)], ids=str)
-def test_as_a_file_and_as_one_graph_it_decides_alike(traced: Traced, policy: Any) -> None:
-    """What adds up is a number of the host in the one and a buffer in the other."""
-    (model, live), x = traced(PlainDiT, policy, size=(6, 10), depth=2), noise(2, (6, 10))
-    inputs = x, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    wanted = [sample(live, 8, noise(2, (6, 10), seed=seed)) for seed in range(2)]
-    kinds = [r.kind.value for r in live.steps]
-    assert {"full", "skip"} == set(kinds)
-    for own in (
-        loaded(model, policy, inputs),
-        whole(model, policy, inputs),
-        toca_compile.program(model, policy, inputs),
-    ):
-        for seed in range(2):
-            torch.testing.assert_close(sample(own, 8, noise(2, (6, 10), seed=seed)), wanted[seed])
-        assert [r.kind.value for r in own.steps] == kinds
