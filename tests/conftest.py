@@ -20,7 +20,7 @@ settings.load_profile("suite")
 torch.set_num_threads(1)  # models this small are slower on several, and the suite runs in several processes
 # pytest listens to every logger that does not propagate, and torch would print all that it traces to be heard.
 logging.getLogger("torch.__trace").propagate = True
-gc.set_threshold(*gc.get_threshold()[:2], 50)  # all that is alive is looked through five times less often
+gc.set_threshold(*gc.get_threshold()[:2], 200)  # all that is alive is looked through twenty times less often
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 os.environ["TORCH_WARM_POOL"] = "0"  # torch.compile would start processes for GPUs' kernels, each with its own torch
 # How long the guards of a trace take, measured with emptied caches: a thirtieth of a trace, for a log that nobody reads.
@@ -59,12 +59,12 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    leave_imports_alone()  # now that nothing of the last test is alive: what is left alone is never collected
     torch.manual_seed(0)
     empty_dynamo()
     torch._dynamo.utils.counters.clear()
     yield
     empty_dynamo()
-    leave_imports_alone()
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def test_in_the_dit_pipeline(transformer: Any) -> None:
     first, second = latents(pipe), latents(pipe)
     assert (first == second).all()
     assert not (first == plain).all()
-    assert opt.config.num_layers == 3
+    assert opt.config.num_layers == 2
     assert opt.dtype is torch.float32
 
 

@@ -346,7 +346,7 @@ def test_20_guidance_passes_have_caches_of_their_own(traced: Traced) -> None:
 
 def test_21_scoring_is_counted(traced: Traced) -> None:
     """The speed-up by torch's counting is of all products that run, those of the scores among them."""
-    runs, (_, opt) = [], traced(diffusers_dit)
+    runs, (_, opt) = [], traced(diffusers_dit, depth=3)
     for score in ("attention", "none"):
         opt.policy = ToCa(num_steps=7, fresh_ratio=0.3, schedule="constant", score=score)
         with torch.no_grad():

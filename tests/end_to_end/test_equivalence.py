@@ -161,7 +161,7 @@ def test_what_is_found_in_each_style(traced: Traced) -> None:
         _, opt = traced(make)
         sample(opt, 1, noise())
         report = toca_compile.explain(opt)
-        assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 3, name
+        assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 2, name
         for site in report.sites:
             assert ("partial" in site.actions) == (site.kind == "mlp"), name
             assert (site.reason is None) == (site.kind == "mlp"), name
@@ -169,7 +169,7 @@ def test_what_is_found_in_each_style(traced: Traced) -> None:
         assert program.sites[1].axis.grid == (4, 4), name
         assert program.sites[1].axis.offset == (3 if name == "register" else 0), name
         blocks = [s.template for s in program.segments if s.sites]
-        assert blocks == [blocks[0]] * 3, f"{name}: one template for all blocks"
+        assert blocks == [blocks[0]] * 2, f"{name}: one template for all blocks"
 
 
 def test_depths_and_shapes_of_the_diffusers_model() -> None:

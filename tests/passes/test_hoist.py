@@ -32,7 +32,7 @@ def test_keys_and_values_of_the_text_stand_first(program: Program) -> None:
 
 def test_shifts_scales_and_gates_stand_first() -> None:
     """Those of each block as a segment of its own, all the same graph; the model's own behind what they are made of."""
-    program = program_of(randomize(PlainDiT()), noise(), torch.full((2,), 500), torch.arange(2))
+    program = program_of(randomize(PlainDiT(depth=3)), noise(), torch.full((2,), 500), torch.arange(2))
     outside, *blocks = [s for s in program.segments if s.timed]
     assert outside.nodes[0] not in {n for s in blocks for n in s.nodes}
     assert len({s.template for s in blocks}) == 1

@@ -29,7 +29,7 @@ def mesh() -> Iterator[Any]:
 def test_a_layer_of_distributed_weights_is_one_of_its_part(mesh: Any) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    model: nn.Module = randomize(PlainDiT())
+    model: nn.Module = randomize(PlainDiT(depth=3))
     plain = steps(model, noise(), TIMES)
     for block in model.blocks:  # type: ignore[union-attr]
         parallelize_module(block, mesh, {"mlp.0": ColwiseParallel(), "mlp.2": RowwiseParallel()})
