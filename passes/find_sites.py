@@ -5,7 +5,9 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 
 1. serial blocks: the branch starts at the addition's other operand;
 2. parallel blocks, ``x + a(x) + m(x)``: the branch starts earlier on the same residual chain;
-3. nests: a candidate around others that hold an attention is a block or a stack, not a site; one around others that do
+3. several streams side by side, mixed by small matrices at each addition (hyper-connections): the branch starts at the
+   streams as they last were. Looked for where there is no plain residual;
+4. nests: a candidate around others that hold an attention is a block or a stack, not a site; one around others that do
    not is the site, and they are part of it (an adapter inside a projection).
 """
 
@@ -48,7 +50,7 @@ def find_sites(
     """All sites in graph order. ``static`` holds the nodes that depend on parameters only; ``grid`` overrides the
     token grid that the graph shows; ``fragment``: the graph is a part of a model."""
     token_factors = {f for a in attentions for f in types.factors.atoms(a.axis)}
-    found = _residuals(graph, types, token_factors)
+    found = _residuals(graph, types, token_factors) or _residuals(graph, types, token_factors, mixed=True)
     if not found:
         rows = row_factors(graph, types)
         if fragment or attentions or mixes(types, rows):  # what queries run over may be padded, and in no stream
@@ -161,7 +163,7 @@ def _computes(proof: RowProof, branch: Branch) -> bool:
     return apart and any(work_of(n) in _ARITHMETIC for n in own)
 
 
-def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> list[_Residual]:
+def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int], *, mixed: bool = False) -> list[_Residual]:
     nodes = list(graph.nodes)
     bit = {node: 1 << i for i, node in enumerate(nodes)}
     above: dict[fx.Node, int] = {}  # all ancestors and the node itself, as a bit set
@@ -185,6 +187,9 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> li
             source: fx.Node | None = residual
             while source is not None and not above[end] & bit[source]:
                 source = chain.get(source, uncast(source))
+            if mixed and source is None:
+                shape, both = value_of(node).shape, above[residual] & above[end]
+                source = next((n for n in reversed(nodes) if both & bit[n] and _is_like(n, shape)), None)
             if source is None:
                 continue
             chain[node] = residual
@@ -195,12 +200,17 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int]) -> li
     return found
 
 
+def _is_like(node: fx.Node, shape: torch.Size) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.shape == shape
+
+
 def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
     return bool(above[node] & bit)
 
 
 def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
-    """Of nested candidates, the sites (case 3)."""
+    """Of nested candidates, the sites (case 4)."""
     residuals = [r for r in residuals if any(work_of(n) in _ARITHMETIC for n in r.branch.region)]
     attends = {r.add: any(a.node in r.branch.region for a in attentions) for r in residuals}
     kept: list[_Residual] = []

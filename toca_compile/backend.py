@@ -166,9 +166,10 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
     session = getattr(owner, "_toca_session", lambda: None)()
     if session is None:
         given = dict(options or {})
-        unknown = set(given) - {"policy", *Options.__annotations__}
-        if unknown:
-            raise PolicyError(f"unknown options for backend 'toca': {', '.join(sorted(unknown))}")
+        known = {"policy", *Options.__annotations__}
+        if set(given) - known:
+            unknown = ", ".join(sorted(set(given) - known))
+            raise PolicyError(f"unknown options for backend 'toca': {unknown}; there are {', '.join(sorted(known))}")
         session = Session(given.pop("policy", "balanced"), **given)
         if owner is not None:
             owner._toca_session, owner._toca_starting = weakref.ref(session), session
@@ -198,7 +199,10 @@ class _Graph:
     def __call__(self, *inputs: Any) -> Any:
         executor = self._executor()
         if executor is None:
-            raise TocaError("this graph belongs to an optimised model that is gone")
+            raise TocaError(
+                "this graph belongs to an optimised model that is gone: keep what optimize or torch.compile "
+                "returned, or make it again"
+            )
         if self._starting and executor.parameter(inputs) is not None:
             held = _BY_PARAMETER.setdefault(executor.parameter(inputs), [])
             held += [s for s in self._starting if s not in held]

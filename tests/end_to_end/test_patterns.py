@@ -698,3 +698,44 @@ def test_what_counts_its_queries_is_told_which_they_are() -> None:
     assert "queries" not in attention.actions
     assert why in str(attention.reason)
     assert why in no_queries(CausalOfMany())
+
+
+class Streams(Block):
+    """Two residual streams, of which each branch reads a mixture, and which it mixes as it adds to them
+    (hyper-connections)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = (nn.Parameter(torch.randn(2, 2)) for _ in range(2))
+        self.mix = nn.Parameter(torch.randn(2, 2, 2))
+
+    def weights(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How streams ``[batch, tokens, stream, width]`` are read, written to and mixed by branch ``i``."""
+        return self.read[i], self.write[i], self.mix[i]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = x[:, :, None].expand(-1, -1, 2, -1)
+        for i, branch in enumerate((lambda z: self.attend(self.norm(z)), lambda z: self.mlp(self.norm2(z)))):
+            read, write, mix = self.weights(i, h)
+            out = branch((read[..., None] * h).sum(2))
+            h = mix @ h + write[..., None] * out[:, :, None]
+        return h.sum(2)
+
+
+class StreamsOfTheirOwn(Streams):
+    """Each token says how its streams are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.say = nn.ModuleList(nn.Linear(WIDTH, 8) for _ in range(2))
+
+    def weights(self, i: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        said = self.say[i](F.layer_norm(h.mean(2), (WIDTH,))).tanh()
+        return said[..., :2], said[..., 2:4], said[..., 4:].unflatten(-1, (2, 2))
+
+
+@pytest.mark.parametrize("style", [Streams, StreamsOfTheirOwn])
+def test_streams_that_are_mixed_at_each_branch(style: type[nn.Module]) -> None:
+    attention, mlp = check(style(), [PARTIAL, FRESH])
+    assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
+    assert [s.tokens for s in (attention, mlp)] == [TOKENS, TOKENS]

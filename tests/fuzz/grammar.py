@@ -16,16 +16,17 @@ LAYOUTS = ("bnc", "nbc", "flat", "bcn", "bchw", "bfsc", "bsfc", "fbsc")
 
 @dataclass(frozen=True)
 class Attention:
-    """How queries meet keys. ``scope``: among which tokens; ``rows``: whose queries and keys are turned or normed."""
+    """How queries meet keys. ``scope``: among which tokens; ``gate``: each head's, by what its queries are made of."""
 
     core: str = "sdpa"  # matmul einsum bmm linear prefix mha sigmoid flex
     scope: str = "all"  # window shifted tiles space time
     mask: str = ""  # additive boolean padding causal tril per_head
-    rope: str = ""  # halves interleaved complex
+    rope: str = ""  # halves interleaved complex plane
     qk_norm: str = ""  # rms layer l2
     keys: str = "own"  # grouped single pooled memory strided
     fused: bool = True
     project: bool = True
+    gate: str = ""  # sigmoid tanh
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Branch:
     ``island``: what runs in another precision; ``wrap``: what surrounds the body.
     """
 
-    body: str = "mlp"  # attention cross swiglu geglu conv fused experts routed
+    body: str = "mlp"  # attention cross swiglu geglu conv fused experts routed shared
     attention: Attention = Attention()
     norm: str = "layer"  # none rms manual tokens group l2
     place: str = "pre"  # post sandwich
@@ -115,7 +116,7 @@ def draw(seed: int) -> Spec:
             blocks[i] = dataclasses.replace(blocks[i], skip=r.choice(["cat", "add"]))
     some = next((block for block in blocks if block.style != "encoder"), Block())
     blocks = blocks if some in blocks else [*blocks, some]
-    blocks = [_with_op(block, seed) if block == some else block for block in blocks]
+    blocks = [_with_more(_with_op(block, seed) if block == some else block, seed) for block in blocks]
     return Spec(
         tuple(blocks), seed, batch, frames, height, width, r.choice([8, 8, 16]), layout,
         r.choice(["tokens", "tokens", "picture"]) if frames == 1 else "tokens",
@@ -133,6 +134,25 @@ def _with_op(block: Block, seed: int) -> Block:
     place = ("before", "inside", "after")[seed // len(ops) % 3]
     changes: dict[str, Any] = {place: ops[seed % len(ops)]}
     return dataclasses.replace(block, branches=(*before, dataclasses.replace(last, **changes)))
+
+
+def _with_more(block: Block, seed: int) -> Block:
+    """With what came to the grammar last, drawn apart, so that other models of a seed stay what they were."""
+    r = random.Random(f"more {seed}")
+    gate, rope, shared = (r.choice(["sigmoid", "tanh"]), r.random() < 0.3, r.random() < 0.5)
+    if r.random() < 0.7:
+        return block
+    branches = tuple(
+        dataclasses.replace(
+            branch,
+            body="shared" if shared and branch.body in ("mlp", "routed") else branch.body,
+            attention=dataclasses.replace(branch.attention, gate=gate, rope="plane" if rope else branch.attention.rope)
+            if branch.body in ("attention", "cross")
+            else branch.attention,
+        )
+        for branch in block.branches
+    )
+    return dataclasses.replace(block, branches=branches) if block.style != "encoder" else block
 
 
 def _block(r: random.Random, text: str, frames: int) -> Block:

@@ -192,7 +192,13 @@ class Attend(nn.Module):
         angles = torch.arange(n)[:, None] * torch.exp(-torch.arange(self.d // 2) * 1.3)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
+        rows = torch.arange(n) // place.width  # of the picture: half of the frequencies tell these, half the columns
+        plane = torch.where(torch.arange(self.d // 2) % 2 == 0, rows[:, None], torch.arange(n)[:, None] % place.width)
+        self.register_buffer("plane_cos", plane.cos())
+        self.register_buffer("plane_sin", plane.sin())
         self.inside = Mix(inside, n, channels, place.grid, seed) if inside and not cross else None
+        if spec.gate:
+            self.gate = nn.Linear(channels, 2)
 
     def forward(self, h: Tensor, text: Tensor | None) -> Tensor:
         """What every token takes from the others, or from the text."""
@@ -208,6 +214,9 @@ class Attend(nn.Module):
             q, k = self._turned(q), self._turned(k)
         k, v = self.keep_keys(k, v)
         out = self.hold(self._scoped(q, k, v))
+        if self.spec.gate:
+            open_ = self.gate(h).sigmoid() if self.spec.gate == "sigmoid" else self.gate(h).tanh()
+            out = (out.unflatten(-1, (2, -1)) * open_[..., None]).flatten(-2)
         return self.out(out) if self.spec.project else out
 
     def _project(self, h: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,8 +235,9 @@ class Attend(nn.Module):
         return q, k, v
 
     def _turned(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos[: x.shape[2]].to(x.dtype), self.sin[: x.shape[2]].to(x.dtype)
-        if self.spec.rope == "halves":
+        cos, sin = (self.plane_cos, self.plane_sin) if self.spec.rope == "plane" else (self.cos, self.sin)
+        cos, sin = cos[: x.shape[2]].to(x.dtype), sin[: x.shape[2]].to(x.dtype)
+        if self.spec.rope in ("halves", "plane"):
             a, b = x.chunk(2, -1)
             return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         if self.spec.rope == "interleaved":
@@ -362,7 +372,7 @@ class Perceptron(nn.Module):
         else:
             layers = [nn.Linear(channels, hidden), nn.Linear(hidden if body != "glu" else channels, channels)]
         self.up, self.down = layers
-        if body in ("experts", "routed"):
+        if body in ("experts", "routed", "shared"):
             self.router = nn.Linear(channels, 3)
             self.others = nn.ModuleList(
                 nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)) for _ in range(2)
@@ -387,12 +397,18 @@ class Perceptron(nn.Module):
         else:
             y = F.gelu(y, approximate="tanh")
         y = self.down(self.inside(y) if self.inside is not None else y)
-        return self._mixed(h, y) if self.body in ("experts", "routed") else y
+        return self._mixed(h, y) if self.body in ("experts", "routed", "shared") else y
 
     def _mixed(self, h: Tensor, first: Tensor) -> Tensor:
-        """What several experts make of each token, weighted; of ``"routed"`` the two that its router prefers."""
+        """What several experts make of each token, weighted; of ``"routed"`` the two that its router prefers, of
+        ``"shared"`` one, beside one that takes all."""
         weights = self.router(h).softmax(-1)
-        if self.body == "routed":
+        if self.body == "shared":
+            best = self.router(h)[..., 1:].topk(1, -1)
+            weights = torch.ones_like(weights[..., :1])
+            weights = torch.cat([weights, torch.zeros_like(best.values).expand(*h.shape[:-1], 2)], -1)
+            weights = weights.scatter(-1, best.indices + 1, best.values.sigmoid())
+        elif self.body == "routed":
             best = weights.topk(2, -1)
             weights = torch.zeros_like(weights).scatter(-1, best.indices, best.values)
         made = torch.stack([first, *(expert(h) for expert in self.others)], -1)

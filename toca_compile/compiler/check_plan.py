@@ -80,7 +80,7 @@ def _planned(policy: Policy, sites: Sequence[Site]) -> Plan:
         what = f"one with steps {told(plan.steps)}" if isinstance(plan, Plan) else told(plan)
         raise PolicyError(f"{name}.plan must return a toca_compile.ir.plan.Plan with a tuple of steps, not {what}")
     if not plan.steps:
-        raise PolicyError("the policy plans no step")
+        raise PolicyError("the policy plans no step: plan(sites) must give at least one StepPlan")
     if len(plan.steps) > MAX_STEPS:
         raise PolicyError(
             f"a plan has at most {MAX_STEPS} steps, not {len(plan.steps)}: with endless=True it repeats its last step, "

@@ -43,8 +43,11 @@ class PassManager:
             except UnsupportedGraphError:
                 raise
             except (TocaError, AssertionError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                before = ", ".join(p.name for p in self.passes[:i]) or "nothing"
-                raise PassError(f"{step.name} failed after {before}: {error}") from error
+                before = ", ".join(p.name for p in self.passes[:i]) or "Dynamo"
+                raise PassError(
+                    f"{step.name} failed after {before}: {str(error).rstrip('.')} (strict=False runs the model "
+                    "uncached; CONTRIBUTING.md says what a report of this should have)"
+                ) from error
             self.seconds[step.name] = time.perf_counter() - start
             self._programs[step.name] = program
             show(f"{i:02}.{step.name}", partial(self._line, step.name), partial(self.text, step.name), self.dump_dir)

@@ -219,7 +219,7 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         if self._thread is not None:
-            raise TocaError("the engine works already")
+            raise TocaError("the engine works already: start it once, and submit to it from any thread")
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="toca-engine", daemon=True)
         self._thread.start()

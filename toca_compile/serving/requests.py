@@ -92,7 +92,7 @@ class Request:
     def noise(self) -> Tensor:
         """What the sampling begins with."""
         if self.latents is None:
-            raise TocaError("the request has no latents, and its sampler makes none")
+            raise TocaError("the request has no latents, and its sampler makes none: give it latents=…")
         return self.latents
 
 

@@ -44,11 +44,18 @@ class Turned(Executor):
         plain = inputs if self._flat is None else self._flat(inputs)
         turn = self.control.turn
         if turn is None:
-            raise TocaError("the model of an engine is called by the engine alone")
+            raise TocaError(
+                "the model of an engine is called by the engine alone: submit a request, or optimise another copy of it"
+            )
         if not self.control.reached(self.number):
-            raise UnsupportedGraphError("torch.compile made several graphs of the model, and an engine needs one")
+            raise UnsupportedGraphError(
+                "torch.compile made several graphs of the model, and an engine needs one: mend the break that "
+                "explain(model) names, or sample without an engine"
+            )
         if self.program.written:
-            raise UnsupportedGraphError("the model changes one of its inputs in place, which requests may share")
+            raise UnsupportedGraphError(
+                "the model changes one of its inputs in place, which requests may share: clone it in forward"
+            )
         turn.graphs.append((self, plain))
         return self._nothing() if turn.step is None else turn.step(self, plain)
 
