@@ -71,10 +71,10 @@ def test_the_objects_stay_what_they_are_and_restore_gives_back_what_was() -> Non
         now = dict(vars(x))
         assert now.keys() == was.keys()
         assert {k for k in was if now[k] is not was[k] and now[k] != was[k]} <= {"_num_timesteps"}  # of the call
-    now = [vars(type(pipe))["__call__"], diffusers.DiffusionPipeline.__setattr__]
+    ends = [methods, [vars(type(pipe))["__call__"], diffusers.DiffusionPipeline.__setattr__]]
     if others:
-        now, methods = ([inspect.unwrap(method) for method in both] for both in (now, methods))
-    assert now == methods
+        ends = [[inspect.unwrap(method) for method in end] for end in ends]
+    assert ends[0] == ends[1]
     assert torch.equal(run(pipe, call, 3), plain)
     assert toca_compile.disable_cache(pipe) is pipe  # nothing to undo
 

@@ -82,6 +82,7 @@ def test_what_cannot_be_measured_is_refused(dit: tuple[Any, Any], tmp_path: Any)
     forecast = Composition(8, Adaptive(), (Rule(SkipBlocks(1, do=Anchors(Hermite(0.5), 3))),))
     with pytest.raises(TocaError, match="the weights of Hermite follow from which steps were computed"):
         toca_compile.export(model, forecast, inputs, tmp_path / "it.pt2", form="program")
+    sample(opt, 1, noise(2, SIZE))  # a policy is held against the blocks of a graph that is there
     for policy, blocks in ((SpeCa(8, last=DEPTH), DEPTH), (DiCache(8, probe=DEPTH), DEPTH)):
         with pytest.raises(PolicyError, match=f"the model has {blocks} blocks"):
             opt.policy = policy
