@@ -6,6 +6,7 @@ and no aliasing ops; every node keeps the user's source line and module path. Al
     hidden.add_(block(hidden))                    →    add = torch.ops.aten.add.Tensor(hidden, linear_7)
 """
 
+import copy
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +60,7 @@ def capture(
         UnsupportedGraphError: the graph changes another of its inputs in place, which a cached step could not repeat,
             or has a transform of functions that cannot be traced.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    gm, mode = _without_rewiring(gm, inputs), FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(mode, value) for value in inputs]
     mutated: list[int] = []
 
@@ -103,6 +104,37 @@ def capture(
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured, tuple(mutated)
+
+
+def _without_rewiring(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The graph without ``x.data = y`` for inputs that are one memory already: bitsandbytes' layers write so at each
+    call.
+
+    Raises:
+        UnsupportedGraphError: they are not.
+    """
+    if not gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
+        return gm
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for node in gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
+        places = [_place(given.get(operand)) for operand in node.args]
+        if len(places) != 2 or places[0] is None or places[0] != places[1]:
+            raise UnsupportedGraphError(
+                f"the model puts other memory under a tensor ({source_line(node)}), which a cached step would skip: "
+                "assign to .data before the sampling, not in forward"
+            )
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _place(value: Any) -> tuple[Any, ...] | None:
+    """Which memory a tensor is, and how it lies there."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype
 
 
 def _shared(gm: fx.GraphModule, inputs: Sequence[Any], written: int) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo.guards
 from hypothesis import settings
+from torch._inductor import config as inductor_config
 
 from tests.programs import printed_stages
 from tests.shared import Traced, empty_dynamo
@@ -21,6 +23,10 @@ logging.getLogger("torch.__trace").propagate = True
 gc.set_threshold(*gc.get_threshold()[:2], 50)  # all that is alive is looked through five times less often
 os.environ["TOCA_VERIFY"] = "all"  # every partial variant is held against its dense meaning
 os.environ["TORCH_WARM_POOL"] = "0"  # torch.compile would start processes for GPUs' kernels, each with its own torch
+# How long the guards of a trace take, measured with emptied caches: a thirtieth of a trace, for a log that nobody reads.
+setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)  # noqa: B010
+# Of what calls the kernels in an exported file; optimised, each piece of a model takes g++ three seconds more.
+inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
 
 
 _modules = 0  # that were imported when the garbage collector was told to leave alone what there is
@@ -34,6 +40,16 @@ def leave_imports_alone() -> None:
         gc.collect()
         gc.freeze()
         _modules = len(sys.modules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the tests of a file share is made once: they run in one process."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("xdist_group") is None:
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            if any(fixture.scope == "module" for used in fixtures for fixture in used):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def pytest_unconfigure() -> None:

@@ -47,7 +47,7 @@ class PlainDiT(nn.Module):
     """A class-conditional DiT in the style of the paper's own code."""
 
     def __init__(
-        self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 3, channels: int = 2
+        self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 2, channels: int = 2
     ) -> None:
         super().__init__()
         self.grid, self.width = (size[0] // 2, size[1] // 2), width
@@ -122,7 +122,7 @@ class RegisterBlock(nn.Module):
 class RegisterDiT(nn.Module):
     """einops reshapes, registers before the tokens, conditioning added to the tokens once."""
 
-    def __init__(self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 3) -> None:
+    def __init__(self, size: tuple[int, int] = (8, 8), width: int = 16, heads: int = 2, depth: int = 2) -> None:
         super().__init__()
         self.size = size
         self.embed = nn.Linear(8, width)
@@ -151,7 +151,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def diffusers_dit(depth: int = 3, **overrides: Any) -> nn.Module:
+def diffusers_dit(depth: int = 2, **overrides: Any) -> nn.Module:
     """A small ``DiTTransformer2DModel``."""
     from diffusers import DiTTransformer2DModel
 
@@ -277,7 +277,7 @@ class Texted(PlainDiT):
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+        self.keys = nn.ModuleList(nn.Linear(8, 16) for _ in self.blocks)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
         """As ``PlainDiT``, with words ``[batch, words, 8]``."""

@@ -133,7 +133,7 @@ class Mysterious(PlainDiT):
     """Its second block has an unknown op in the MLP branch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(depth=3)
         self.blocks[1] = MysteriousBlock(16, 2)
 
 

@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = {
         {"pixart": "transformer_blocks.0.ff.net"},
     ),
     "flux": (
-        flux,
+        lambda: flux(2, 2),
         {"hidden_states": torch.ones(1, 16, 16), **POOLED, **IDS},
         {"flux-double": "transformer_blocks.0.ff.net", "flux-single": "single_transformer_blocks.0"},
     ),

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 
 import toca_compile
-from tests.models import PlainDiT, randomize
+from tests.models import PlainBlock, PlainDiT, randomize
 from tests.pipelines import build, flux, run
 from tests.sampling import noise
 from toca_compile import Fora, FullCompute, TocaError
@@ -180,6 +182,55 @@ def test_a_bare_model_in_place(made: Callable[[], nn.Module]) -> None:
     assert type(model) is cls
     assert vars(model) == before
     assert all(torch.equal(a, b) for a, b in zip(call_model(model), plain, strict=True))
+
+
+def _class_changed(model: Any) -> None:
+    """As parametrizations of torch do."""
+    parametrize.register_parametrization(model, "positions", nn.Tanh())
+
+
+def _method_of_a_class_replaced(model: Any) -> None:
+    class Patched(PlainBlock):
+        pass
+
+    before = Patched.attention
+    model.blocks[0].__class__ = Patched
+    call_model(model)
+    Patched.attention = lambda self, x: (2 * before(self, x)[0], None)  # type: ignore
+
+
+def _hook_of_all_modules(model: Any) -> Any:
+    doubled: Any = lambda module, given, out: 2 * out if isinstance(module, nn.GELU) else None  # noqa: E731
+    return register_module_forward_hook(doubled)
+
+
+def _another_block(model: Any) -> None:
+    class Quiet(PlainBlock):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return x + 0.5 * super().forward(x, c)
+
+    kept.append(model.blocks[0])  # a block that is somebody else's goes on living
+    model.blocks[0] = randomize(Quiet(16, 2))
+
+
+kept: list[nn.Module] = []
+
+
+@pytest.mark.parametrize("act", [_class_changed, _method_of_a_class_replaced, _hook_of_all_modules, _another_block])
+def test_what_is_changed_between_two_samplings_is_met_by_the_second(act: Callable[[Any], Any]) -> None:
+    """In its first step, and by it alone: it is a sampling as any other. torch.compile meets half of these."""
+    model = randomize(PlainDiT(depth=1))
+    toca_compile.enable_cache(model, Fora(4, 2), lowering="eager")
+    before = call_model(model)
+    hook = act(model)
+    after = call_model(model)
+    assert [r.kind.value for r in toca_compile.controls(model).steps] == ["full", "reuse"] * 2
+    toca_compile.restore(model)
+    plain = call_model(model)
+    assert [torch.equal(a, b) for a, b in zip(after, plain, strict=True)] == [True, False] * 2
+    assert not torch.equal(after[0], before[0])
+    if hook is not None:
+        hook.remove()
 
 
 def test_a_wrapper_is_opened() -> None:

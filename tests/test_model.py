@@ -252,6 +252,18 @@ def test_what_keeps_dynamo_from_the_model_is_named() -> None:
     toca_compile.restore(model)
 
 
+def test_a_forward_put_around_the_wrapper() -> None:
+    """It may call what was there; one that calls the model instead leaves caching out, and is told so."""
+    model = randomize(PlainDiT(depth=1))
+    opt = optimized(model, Fora(8, 4))
+    before, expected = opt.forward, steps(opt, noise(), TIMES)
+    opt.forward = lambda *given: before(*given)
+    assert torch.equal(steps(opt, noise(), TIMES), expected)
+    opt.forward = lambda *given: model(*given)
+    with pytest.raises(TocaError, match=r"forward of what optimize returned was replaced.*assign it to the model"):
+        steps(opt, noise(), TIMES[:1])
+
+
 def test_compile_as_torch_has_it_is_refused() -> None:
     opt = optimized(PlainDiT(depth=1), Fora(8, 4))
     for asked in ({}, {"backend": "eager"}, {"mode": "reduce-overhead", "fullgraph": True}):

@@ -19,6 +19,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import guard_failures
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile.errors import (
@@ -72,6 +74,7 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     session.recompiles += session.control.calls > 0
     _note_break(session, gm)
     session.broken |= _is_nested()
+    _let_go(gm)
     try:
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             raise InferenceModeError(GRAD_ENABLED)
@@ -135,6 +138,17 @@ def _note_break(session: Session, gm: fx.GraphModule) -> None:
         wrapped = "super()" in str(reason.reason) and len(frames) < len(reason.user_stack)
         mode = "; is a default device set? Say the device where tensors are made instead" if wrapped else ""
         session.breaks[f"{str(reason.reason).splitlines()[0]}{at}{mode}"] = None
+
+
+def _let_go(gm: fx.GraphModule) -> None:
+    """Drop the weak references by which Dynamo knows tensors of subclasses again: the graph, which is kept, holds its
+    fake tensors and they those, and ``module.to`` swaps the parameters of quantised layers, which torch refuses for a
+    tensor that one refers to."""
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    for mode in {value.fake_mode for value in values if isinstance(value, FakeTensor)}:
+        known = mode.fake_tensor_converter.meta_converter.describer.lookup_tensor
+        for tensor in [tensor for tensor in known if is_traceable_wrapper_subclass(tensor)]:
+            del known[tensor]
 
 
 def _plain(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -233,6 +247,12 @@ def uninlined(function: Called) -> Called:
     return cast(Called, torch.compiler.disable(function, reason="toca_compile compiles the model that is called here"))
 
 
+def global_hooks() -> tuple[int, ...]:
+    """The hooks of all modules there are, by their numbers."""
+    every = torch.nn.modules.module
+    return (*every._global_forward_pre_hooks, *every._global_forward_hooks)
+
+
 def why_not_asked() -> str:
     """Why Dynamo compiles nothing here, as far as it can be told; empty where nothing speaks against it."""
     if torch.compiler.is_exporting():
@@ -289,6 +309,7 @@ __all__ = [
     "compiled_session",
     "dynamo_context",
     "dynamo_limits",
+    "global_hooks",
     "remove_from_cache",
     "session_of",
     "skip_code",

@@ -148,11 +148,11 @@ def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signatur
         sampler=type(scheduler).__name__,
         times=tuple(torch.as_tensor(scheduler.timesteps).tolist()[-steps:]),
         guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
-        prediction=_prediction(scheduler),
+        prediction=prediction_of(scheduler),
     )
 
 
-def _prediction(scheduler: Any) -> str | None:
+def prediction_of(scheduler: Any) -> str | None:
     """What a scheduler takes its model to predict. Those that know flow matching alone do not say it."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return FLOW

@@ -32,7 +32,9 @@ class Hooked:
     @property
     def names(self) -> tuple[str, ...]:
         """The hooks as a user knows them."""
-        return tuple(type(hook).__name__ for hook in self.hooks) or (_name(vars(self.module)["forward"]),)
+        return tuple(dict.fromkeys(type(hook).__name__ for hook in self.hooks)) or (
+            _name(vars(self.module)["forward"]),
+        )
 
 
 def hooked(model: nn.Module) -> list[Hooked]:

@@ -140,7 +140,7 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
 
     def called(before: Any) -> Any:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is cls and "_toca" in self.__dict__:
+            if _is_called(self, cls):
                 return _cached(self, *args, **kwargs)
             return before(self, *args, **kwargs)
 
@@ -152,10 +152,11 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
     def forgetting(before: Any, **only: Any) -> Any:
         @functools.wraps(before)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is cls and "_toca" in self.__dict__:
+            if _is_called(self, cls):
                 self.__dict__["_toca"].of(self)._session.control.reset(**only)
             return before(self, *args, **kwargs)
 
+        method._toca_before = before  # type: ignore[attr-defined]
         return method
 
     put(cls, "__call__", called)
@@ -168,6 +169,18 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
             put(cls, name, functools.partial(kind, cls, name))
 
 
+def _is_called(model: Any, cls: type) -> bool:
+    """Whether this is an optimised model, and this class the one to answer for it: its own, or where that was changed
+    since (``__class__``, as parametrizations of torch do), what it was."""
+    handle, own = vars(model).get("_toca"), type(model)
+    if handle is None or own is cls:
+        return handle is not None
+    if (own, "__call__") in _PUT:
+        return False  # what its own class put there calls this one
+    _prepare(own, handle._own)
+    return True
+
+
 class _Offered:
     """An attribute of the handle, as one of the model."""
 
@@ -175,7 +188,7 @@ class _Offered:
         self.cls, self.name, self.before = cls, name, before
 
     def __get__(self, model: Any, owner: Any) -> Any:
-        if type(model) is self.cls and "_toca" in vars(model):
+        if model is not None and _is_called(model, self.cls):
             return getattr(vars(model)["_toca"].of(model), self.name)
         if self.before is None:
             raise AttributeError(f"{owner.__name__!r} has no attribute {self.name!r}")
@@ -188,7 +201,7 @@ class _Assignable(_Offered):
         return own[self.name] if self.name in own else super().__get__(model, owner)
 
     def __set__(self, model: Any, value: Any) -> None:
-        if type(model) is self.cls and "_toca" in vars(model):
+        if _is_called(model, self.cls):
             setattr(vars(model)["_toca"].of(model), self.name, value)
         else:
             vars(model)[self.name] = value

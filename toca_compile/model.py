@@ -22,6 +22,7 @@ from toca_compile.backend import (
     compiled_code,
     dynamo_context,
     dynamo_limits,
+    global_hooks,
     remove_from_cache,
     uninlined,
     why_not_asked,
@@ -39,7 +40,7 @@ from toca_compile.errors import (
 )
 from toca_compile.hooks import Hooked, Traceable, brought_in, hooked, why_no_site, why_untraced
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.signature import Signature, called, fingerprint
+from toca_compile.ir.signature import UNKNOWN, Signature, called, fingerprint
 from toca_compile.lowerings.inductor import machine_trouble
 from toca_compile.policies.full import FullCompute
 from toca_compile.progress import working
@@ -113,10 +114,11 @@ class Calls:
         self.homes = set(homes)  # where the model was put: what must be made known where it is unpickled
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
-        self._hook_lists: tuple[int, list[Any]] = (-1, [])
+        self._hook_lists: tuple[int, list[Any], tuple[type, ...]] = (-1, [], ())
+        self._dispatched = False  # whether the call that runs has come as far as here
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
-        self._fit: tuple[Policy, Signature, Policy, str | None] | None = None
+        self._fit: tuple[Policy, tuple[Signature, tuple[float, ...]], Policy, str | None] | None = None
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
@@ -137,7 +139,7 @@ class Calls:
         self._watch_numbers(args, kwargs)
         control = session.control
         control.begin_call(_leaves(args, kwargs))
-        failed, shapes = True, []
+        failed, shapes, self._dispatched = True, [], False
         try:
             with _UNFUSED, self._limits:
                 out = step(*args, **kwargs)
@@ -166,9 +168,9 @@ class Calls:
         """
         if not hasattr(policy, "for_call"):
             return policy
-        announced = self.session.control.announced or None
-        known = replace(call, times=call.times or announced)
-        if self._fit is None or self._fit[0] is not policy or self._fit[1] != known:
+        told = (call, self.session.control.announced)
+        if self._fit is None or self._fit[0] is not policy or self._fit[1] != told:
+            known = replace(call, times=call.times or told[1] or None)
             own = self._fit[3] if self._fit is not None and self._fit[0] is policy else None
             if own is None and getattr(policy, "made_for", None) is not None:
                 own = fingerprint(model)
@@ -179,7 +181,7 @@ class Calls:
                     raise
                 self.session.warn_once(f"{error}. The model runs uncached.")
                 meant = FullCompute()
-            self._fit = (policy, known, meant, own)
+            self._fit = (policy, told, meant, own)
         return self._fit[2]
 
     def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -188,7 +190,7 @@ class Calls:
 
         Of a step that takes branches from caches, signature and run are looked at alone: the model is looked at, its
         hooks and by Dynamo's guards, where a step computes everything, and what is cached is of the model as it was."""
-        entries, signature = self._entries, _signature(args, kwargs)
+        entries, signature, self._dispatched = self._entries, _signature(args, kwargs), True
         last = self._last
         if last is not None and last.signature == signature and last.is_cached(self.session.control):
             try:
@@ -219,6 +221,8 @@ class Calls:
             if session.seen != before:
                 entry.executors += session.executors[known:]
                 entry.graphs += session.seen - before
+                if not new and entries.get(key) is entry:  # layers that were replaced have hooks and classes of theirs
+                    entries[(*signature, self._hooks(model))] = entries.pop(key)
             entry.retraced = entry.retraced + 1 if session.seen != before and not new else 0
             if entry.retraced == _RETRACED:
                 self._warn_of_retracing(entry)
@@ -240,7 +244,7 @@ class Calls:
         """Forget what was compiled, and every run."""
         while self._entries:
             self._forget(self._entries.popitem()[1])
-        self._hook_lists, self._hooked, self._last = (-1, []), ((), [], Traceable(())), None
+        self._hook_lists, self._hooked, self._last = (-1, [], ()), ((), [], Traceable(())), None
         self.session.control.reset()
         Calls.alive.discard(self)
 
@@ -252,15 +256,18 @@ class Calls:
             self.session.forget(entry.executors)
 
     def _hooks(self, model: nn.Module) -> tuple[Any, ...]:
-        """The hooks of all submodules: they are traced with them, and Dynamo does not look for new ones. Those that
-        stand around a forward are told by their classes, since some are put there anew at each call of a pipeline."""
-        seen, listed = self._hook_lists
+        """The hooks of all submodules, those of all modules there are, and the functions of their classes: they are
+        traced, and Dynamo does not look for new ones. Hooks that stand around a forward are told by their classes,
+        since some are put there anew at each call of a pipeline."""
+        seen, listed, classes = self._hook_lists
         modules = [module() for module, _, _ in listed]
         if seen != self.session.seen or None in modules:  # a layer was replaced
             modules = list(model.modules())
             listed = [(weakref.ref(m), m._forward_pre_hooks, m._forward_hooks) for m in modules]
-            self._hook_lists = (self.session.seen, listed)
+            classes = _classes(modules)
+            self._hook_lists = (self.session.seen, listed, classes)
         keys = tuple(key for _, pre, post in listed if pre or post for key in (*pre, *post))
+        keys += (*global_hooks(), *(f for cls in classes for f in vars(cls).values() if _is_traced(f)))
         around = any("forward" in vars(m) for m in modules)
         found = hooked(model) if around else []
         names = tuple(name for one in found for name in (one.path, *one.names))
@@ -327,6 +334,12 @@ class Calls:
             raise why
         elif why is not None:
             return  # as was said when it was traced
+        elif not self._dispatched:
+            error = TocaError(
+                f"{name} ran uncached, because the forward of what optimize returned was replaced after that, by one "
+                "that does not call the one before: assign it to the model that optimize was given, where it is traced "
+                "(strict=False allows it)"
+            )
         else:
             known = why_not_asked()
             guess = (
@@ -435,7 +448,7 @@ class Handle(Controls):
         session = self._session
         with session.control.lock:
             around = AROUND_CALL.get().get(id(self))
-            call = called(_leaves(args, kwargs)) if hasattr(session.policy, "for_call") else Signature()
+            call = called(_leaves(args, kwargs)) if hasattr(session.policy, "for_call") else UNKNOWN
             if around is None:
                 session.follow(self._toca.fitted(session.policy, self._model, call))
                 return self._toca.run(self._step, self._model, args, kwargs)
@@ -591,6 +604,18 @@ def _kind(value: Any) -> Any:
 def has_hooks(model: nn.Module) -> bool:
     """Whether something stands around the whole model, which runs outside of what is traced."""
     return bool(model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model))
+
+
+def _classes(modules: Iterable[nn.Module]) -> tuple[type, ...]:
+    """The classes of modules, and of what they hold that is called as they are (processors of attention)."""
+    held = (value for m in modules for value in vars(m).values() if callable(value))
+    found = dict.fromkeys(base for x in (*modules, *held) for base in type(x).__mro__)
+    return tuple(cls for cls in found if cls not in (nn.Module, object) and not cls.__module__ == "builtins")
+
+
+def _is_traced(value: Any) -> bool:
+    # Not what stands there while something is optimised in place: that is no part of what is traced.
+    return type(value) is types.FunctionType and not hasattr(value, "_toca_before")
 
 
 def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:

@@ -5,9 +5,10 @@
 // (dit.pt2: exported for a batch of 4, called by name; build: cmake -DCMAKE_PREFIX_PATH=$(python -c "import torch;
 // print(torch.utils.cmake_prefix_path)") . && cmake --build .)
 // The file's table says which entry each step calls, with which values, buffers and host numbers: sizes of empty tensors.
+#include <ATen/ATen.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <fstream>
 #include "json.h"
@@ -21,10 +22,10 @@ class Model {
     auto [json, size] = file.getRecord("extra/toca_compile.json");
     told_ = Json::parse(std::string(static_cast<char*>(json.get()), size));
     const Json& table = told_["table"];
-    if (told_["about"]["format"].integer() != 2 || table["whole"].kind) throw std::runtime_error("a file of another form");
+    if (told_["about"]["format"].integer() != 3 || table["whole"].kind) throw std::runtime_error("a file of another form");
     auto [bytes, length] = file.getRecord("extra/toca_compile.weights");
     const char* start = static_cast<char*>(bytes.get());
-    auto weights = torch::pickle_load(std::vector<char>(start, start + length)).toGenericDict();
+    auto weights = torch::jit::pickle_load(std::vector<char>(start, start + length)).toGenericDict();
     values_.resize(table["places"].integer());
     for (const auto& [place, name] : table["weights"].object)
       values_[std::stol(place)] = weights.at(name.string).toTensor();
@@ -119,7 +120,7 @@ int main(int count, char** given) {
   }
   write_pgm(x, given[2]);
   if (count > 3) {
-    std::vector<char> bytes = torch::pickle_save(x);
+    std::vector<char> bytes = torch::jit::pickle_save(x);
     std::ofstream(given[3], std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   }
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from toca_compile.ir.graph import is_mutable
 from toca_compile.ir.program import Chain, Variant
 from toca_compile.passes.variants.emit import Builder
 from toca_compile.passes.variants.pull_slices import pull_slices
@@ -52,10 +53,8 @@ def chained(chain: Chain, variants: Sequence[Variant]) -> Variant:
 def _key(node: fx.Node, inside: Mapping[fx.Node, fx.Node]) -> Any:
     """What tells a call from others by what it makes; None of one that makes something else each time, or changes what
     it is given, or that the graph hands out, whose receiver may write to it."""
-    schema = getattr(node.target, "_schema", None)
-    mutable = schema is not None and schema.is_mutable
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if mutable or random or any(user.op == "output" for user in node.users):
+    if is_mutable(node) or random or any(user.op == "output" for user in node.users):
         return None
     own = fx.node.map_arg((node.args, node.kwargs), inside.__getitem__)
     return node.op, node.target, repr(own)

@@ -37,12 +37,13 @@ def store(variant: Variant, storages: Mapping[Slot, Storage]) -> None:
     inputs = graph.find_nodes(op="placeholder")
     first = next(node for node in graph.nodes if node.op != "placeholder")
     uses = uses_of(variant)
+    changed = False
     for slot, buffer in zip(variant.slots, inputs[len(variant.values) :], strict=True):
         storage = storages.get(slot)
         seen = value_of(buffer)
         if storage is None or _alike(lies := storage.lies(seen), seen):
             continue
-        users = list(buffer.users)
+        users, changed = list(buffer.users), True
         buffer.meta["val"] = lies
         if all(_only_writes(user, buffer) for user in users):
             for user in users:
@@ -59,7 +60,8 @@ def store(variant: Variant, storages: Mapping[Slot, Storage]) -> None:
             with graph.inserting_before(graph.output_node()):
                 back = _packed(graph, kept, storage, seen)
                 _call(graph, toca.store_.default, buffer, back)
-    variant.module.recompile()
+    if changed:
+        variant.module.recompile()
 
 
 def _only_writes(node: fx.Node, buffer: fx.Node) -> bool:

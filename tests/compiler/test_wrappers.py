@@ -104,6 +104,10 @@ def test_weights_that_change_are_seen() -> None:
     head.weight.scale_.mul_(2)
     opt.reset()
     assert torch.equal(steps(opt, noise(), TIMES[:1]), steps(model, noise(), TIMES[:1]))
+    # As ``module.to`` does with weights of wrappers: torch refuses it for a tensor that is referred to weakly.
+    torch.utils.swap_tensors(head.weight, nn.Parameter(Int8.of(torch.randn(head.weight.shape)), requires_grad=False))
+    opt.reset()
+    assert torch.equal(steps(opt, noise(), TIMES[:1]), steps(model, noise(), TIMES[:1]))
 
 
 def test_a_wrapper_comes_apart_and_together() -> None:

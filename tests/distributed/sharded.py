@@ -71,13 +71,13 @@ def by_hand(row: Callable[[nn.Linear, int], nn.Module] = Row) -> tuple[nn.Module
     """A DiT whose MLPs are shared."""
 
     def shard(rank: int) -> nn.Module:
-        model = randomize(PlainDiT())
+        model = randomize(PlainDiT(depth=3))
         blocks: Any = model.blocks
         for block in blocks:
             block.mlp[0], block.mlp[2] = Column(block.mlp[0], rank), row(block.mlp[2], rank)
         return model
 
-    return randomize(PlainDiT()), shard
+    return randomize(PlainDiT(depth=3)), shard
 
 
 def _plan(attention: str, mlp: str) -> dict[str, Any]:

@@ -142,6 +142,10 @@ def test_two_loaded_models_have_two_caches_and_other_weights_are_theirs(exported
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs CMake and a C++ compiler")
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not shutil.which("nvcc"),
+    reason="CMake finds a torch for CUDA by CUDA's compiler",
+)
 def test_a_program_without_python_makes_the_same_pictures(exported: Exported, tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "cpp"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"

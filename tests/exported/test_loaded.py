@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import toca_compile
 from tests.in_memory import POLICIES, STEPS, loaded
 from tests.models import PlainDiT, Texted, diffusers_dit, randomize
-from tests.runs import optimized
 from tests.sampling import noise, sample
+from tests.shared import Traced
 from toca_compile import (
     ExportError,
     Fora,
@@ -23,8 +23,9 @@ INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return randomize(PlainDiT(depth=2))
+def model(_shared: Traced) -> nn.Module:
+    model: nn.Module = _shared(PlainDiT, depth=2)[0]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,10 @@ def toca(model: nn.Module) -> LoadedModel:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: str(p)[:60])
-def test_a_run_is_the_live_one_and_so_is_the_next(model: nn.Module, policy: Any) -> None:
+def test_a_run_is_the_live_one_and_so_is_the_next(traced: Traced, policy: Any) -> None:
     """Bit by bit: the same graphs run op by op. The table tells the same steps, numbers and buffers."""
-    live, own = optimized(model, policy), loaded(model, policy, INPUTS)
+    model, live = traced(PlainDiT, policy, depth=2)
+    own = loaded(model, policy, INPUTS)
     for seed in range(2):
         assert torch.equal(sample(live, STEPS, noise(seed=seed)), sample(own, STEPS, noise(seed=seed)))
         assert [(r.kind, r.k) for r in live.steps] == [(r.kind, r.k) for r in own.steps]
@@ -85,8 +87,8 @@ def test_two_have_two_caches(model: nn.Module, toca: LoadedModel) -> None:
         assert torch.equal(result, y)
 
 
-def test_contexts_are_runs_of_their_own(model: nn.Module, toca: LoadedModel) -> None:
-    live = optimized(model, POLICIES[2])
+def test_contexts_are_runs_of_their_own(traced: Traced, toca: LoadedModel) -> None:
+    _, live = traced(PlainDiT, POLICIES[2], depth=2)
     for opt in (live, toca):
         opt.reset()
 
@@ -142,11 +144,12 @@ def test_results_are_nobodys_cache(toca: LoadedModel) -> None:
     assert all(torch.equal(a, b) for a, b in zip(made, before, strict=True))
 
 
-def test_other_weights(model: nn.Module) -> None:
-    own, other = loaded(model, POLICIES[2], INPUTS), randomize(PlainDiT(depth=2), seed=1)
+def test_other_weights(traced: Traced, model: nn.Module) -> None:
+    own, (other, live) = loaded(model, POLICIES[2], INPUTS), traced(PlainDiT, POLICIES[2], depth=2, which=1)
+    randomize(other, seed=1)
     sample(own, 3, noise())
     own.update_weights(other.state_dict())
-    expected = sample(optimized(other, POLICIES[2]), STEPS, noise())
+    expected = sample(live, STEPS, noise())
     assert torch.equal(sample(own, STEPS, noise()), expected)
     assert own.state_dict().keys() == model.state_dict().keys()
     for wrong, why in (({"head.wight": torch.ones(1)}, "no weight 'head.wight'"), ({"head.bias": torch.ones(3)}, "is")):
@@ -180,9 +183,10 @@ BATCH = {name: {0: torch.export.Dim("batch", min=2, max=5)} for name in "xty"}
 
 
 @pytest.mark.parametrize("policy", [POLICIES[2], POLICIES[8], POLICIES[12]], ids=lambda p: str(p)[:20])
-def test_any_batch_of_a_range(model: nn.Module, policy: Any) -> None:
+def test_any_batch_of_a_range(traced: Traced, policy: Any) -> None:
     """Bit by bit at the sizes that were traced and at another, with caches of the run's size; others are refused."""
-    live, own = optimized(model, policy), loaded(model, policy, INPUTS, dynamic=BATCH)
+    model, live = traced(PlainDiT, policy, depth=2)
+    own = loaded(model, policy, INPUTS, dynamic=BATCH)
     for count in (2, 4, 5):
         assert torch.equal(sample(live, STEPS, noise(count)), sample(own, STEPS, noise(count)))
         assert [(r.kind, r.k) for r in live.steps] == [(r.kind, r.k) for r in own.steps]

@@ -13,6 +13,7 @@ from tests.pair import Pair
 from tests.runs import optimized
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, ExportError, Fora, ProgramModel
+from toca_compile.compiler.emit_step import COND, SWITCH
 
 INPUTS = (noise(), torch.zeros(2, dtype=torch.int64), torch.arange(2))
 
@@ -89,7 +90,10 @@ def test_models_that_no_graph_can_hold() -> None:
         toca_compile.program(randomize(Halved(depth=2)), Fora(4, 2), INPUTS)
     with pytest.raises(ExportError, match="pass the pipeline's transformer"):
         toca_compile.program(Pair(), Fora(4, 2), {"num_inference_steps": 4})
+    for given in ("dynamic", "timesteps"):
+        with pytest.raises(ExportError, match=f"leave {given} out"):
+            toca_compile.program(nn.Linear(2, 2), Fora(4, 2), torch.zeros(2, 2), **{given: [1.0]})
 
 
 def test_it_prints(toca: ProgramModel) -> None:
-    assert "= cond(" in str(toca)
+    assert f"= {(SWITCH or COND).name()}(" in str(toca)

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ from toca_compile.rules.registry import RULES
 MODELS, CHUNK = 200, 4
 SEEDS = list(range(MODELS)) if os.environ.get("TOCA_FUZZ") == "all" else covering(range(MODELS))
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("first", range(0, len(SEEDS), CHUNK))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import toca_compile
@@ -14,6 +14,7 @@ from tests.pipelines import flux, pixart
 from tests.sampling import noise, sample, sample_flux, sample_pixart
 from toca_compile import BlockCache, FullCompute, TaylorSeer, TaylorToCa, ToCa, preset
 from toca_compile.ir.plan import Policy
+from toca_compile.ir.program import Variant
 from toca_compile.lowerings import inductor
 
 pytestmark = pytest.mark.inductor
@@ -129,3 +130,19 @@ def test_queries_and_skipped_blocks(policy: Policy) -> None:
     before = inductor.compiles
     sample(models["inductor"], 8, noise(seed=5))
     assert inductor.compiles == before
+
+
+def test_what_is_moved_from_buffer_to_buffer_is_read_before_it_is_overwritten() -> None:
+    """In whatever order they are given."""
+    for order in (("a", "b"), ("b", "a")):
+        graph, store = fx.Graph(), torch.ops.toca.store_.default
+        given = {name: graph.placeholder(name) for name in ("x", *order)}
+        graph.call_function(store, (given["b"], given["a"]))
+        graph.call_function(store, (given["a"], given["x"]))
+        graph.output(())
+        variant = Variant(fx.GraphModule({}, graph), (), ())
+        values = [torch.rand(4, 4) for _ in given]
+        wanted = [value.clone() for value in values]
+        variant.module(*wanted)
+        inductor.lower(variant, values)(*values)
+        assert all(map(torch.equal, values, wanted))

@@ -16,6 +16,7 @@ from tests.runs import kinds, optimized
 from tests.sampling import gaussian, noise, sample, sample_flux, sample_pixart
 from tests.test_golden import sd3
 from toca_compile import BlockCache, Fora, FullCompute, LoweringError, PolicyError, ToCa
+from toca_compile.compiler.emit_step import COND, SWITCH
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import LOWERINGS
 from toca_compile.policies import Anchors, Composition, Every, Polynomial, Rule
@@ -233,5 +234,5 @@ def test_it_prints_as_a_stage() -> None:
     text = toca_compile.explain(opt).graphs()["program"]
     assert "// program: 8 steps of" in text
     assert "[reuse; partial" in text
-    assert " = cond(" in text
+    assert f" = {(SWITCH or COND).name()}(" in text
     assert text.count("copy_(cache") == text.count("// cache")

@@ -60,3 +60,25 @@ def test_what_is_written_in_place_becomes_a_value() -> None:
 def test_a_model_that_changes_its_input_is_refused() -> None:
     with pytest.raises(UnsupportedGraphError, match=r"changes its input 'l_x_' in place \(test_capture\.py:\d+\)"):
         program_of(Changing(own=False), torch.randn(2, 3))
+
+
+class Rewired(nn.Module):
+    """Writes another tensor's memory under a weight at each call, as bitsandbytes' int8 layers do."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.weight, self.kept = nn.Parameter(torch.randn(3)), torch.ones(3)
+        if own:
+            self.weight.data = self.kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.kept
+        self.weight.data = self.kept
+        return y
+
+
+def test_memory_put_under_a_weight() -> None:
+    graph = program_of(Rewired(own=True), torch.randn(2, 3)).module.graph
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [aten.mul.Tensor]
+    with pytest.raises(UnsupportedGraphError, match=r"other memory under a tensor \(test_capture\.py:\d+\)"):
+        program_of(Rewired(own=False), torch.randn(2, 3))

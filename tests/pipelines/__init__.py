@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.models import diffusers_dit, randomize
 
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 
 
 def vae(channels: int, scale: int = 1) -> Any:
@@ -36,7 +36,7 @@ def pixart(additional: bool = False, depth: int = 2, sample: int = 8, seed: int 
     return randomize(model, seed)
 
 
-def flux(double: int = 2, single: int = 2, seed: int = 0, guidance: bool = False) -> Any:
+def flux(double: int = 1, single: int = 1, seed: int = 0, guidance: bool = False) -> Any:
     """A small ``FluxTransformer2DModel``."""
     from diffusers import FluxTransformer2DModel
 
@@ -59,12 +59,12 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
 
     call: dict[str, Any] = {"output_type": "latent", "return_dict": False}
     if name == "DiTPipeline":
-        pipe = d.DiTPipeline(diffusers_dit(num_embeds_ada_norm=1000), vae(2, 0), d.DDIMScheduler())
+        pipe = d.DiTPipeline(diffusers_dit(depth=1, num_embeds_ada_norm=1000), vae(2, 0), d.DDIMScheduler())
         call = {"class_labels": [1, 2], "output_type": "np", "return_dict": False}
     elif name.startswith("PixArt"):
         text = {"prompt_embeds": words(1, 5, 12), "prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
         text |= {"negative_prompt_embeds": words(1, 5, 12), "negative_prompt_attention_mask": torch.ones(1, 5)}
-        parts = (None, None, vae(4, 1), pixart(), d.DPMSolverMultistepScheduler())
+        parts = (None, None, vae(4, 1), pixart(depth=1), d.DPMSolverMultistepScheduler())
         pipe = getattr(d, name)(*parts)
         call |= text | {
             "prompt": None,
@@ -95,8 +95,8 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
         call |= {"height": 16, "width": 16, "video_length": 3, "mask_feature": False, "clean_caption": False}
     else:
         model = d.SD3Transformer2DModel(
-            **HEADS, sample_size=8, patch_size=2, in_channels=4, joint_attention_dim=12, caption_projection_dim=16,
-            pooled_projection_dim=12, out_channels=4, pos_embed_max_size=16,
+            **HEADS | {"num_layers": 2}, sample_size=8, patch_size=2, in_channels=4, joint_attention_dim=12,
+            caption_projection_dim=16, pooled_projection_dim=12, out_channels=4, pos_embed_max_size=16,
         )  # fmt: skip
         parts = (randomize(model), d.FlowMatchEulerDiscreteScheduler(), vae(4, 1), *[None] * 8)
         pipe = d.StableDiffusion3Pipeline(*parts)

@@ -154,7 +154,7 @@ def flux_kontext() -> Made:
 def flux_fill() -> Made:
     """The masked picture and the mask are channels beside the latents."""
     transformer = model(
-        "FluxTransformer2DModel", patch_size=1, in_channels=48, out_channels=16, num_layers=2, num_single_layers=2,
+        "FluxTransformer2DModel", patch_size=1, in_channels=48, out_channels=16, num_layers=1, num_single_layers=1,
         attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=12,
         axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def flux_fill() -> Made:
 def flux_controlnet() -> Made:
     """A second model adds to the stream after each block."""
     control = model(
-        "FluxControlNetModel", patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8,
+        "FluxControlNetModel", patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=12, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
     pipe, call = flux_pipe("FluxControlNetPipeline", controlnet=control)
@@ -181,7 +181,7 @@ def chroma() -> Made:
     import diffusers
 
     transformer = model(
-        "ChromaTransformer2DModel", patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
+        "ChromaTransformer2DModel", patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
         attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
         approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
     )  # fmt: skip
@@ -250,8 +250,8 @@ def aura_flow() -> Made:
     import diffusers
 
     transformer = model(
-        "AuraFlowTransformer2DModel", sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2,
-        num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
+        "AuraFlowTransformer2DModel", sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
         caption_projection_dim=16, out_channels=4, pos_embed_max_size=64,
     )  # fmt: skip
     pipe = diffusers.AuraFlowPipeline(None, None, vae(4, 1), transformer, flow())
@@ -264,7 +264,7 @@ def lumina2() -> Made:
     import diffusers
 
     transformer = model(
-        "Lumina2Transformer2DModel", sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2,
+        "Lumina2Transformer2DModel", sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=1,
         num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2),
         axes_lens=(32, 16, 16), cap_feat_dim=12,
     )  # fmt: skip
@@ -278,7 +278,7 @@ def stable_audio() -> Made:
     import diffusers
 
     transformer = model(
-        "StableAudioDiTModel", sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8,
+        "StableAudioDiTModel", sample_size=16, in_channels=4, num_layers=1, attention_head_dim=8,
         num_attention_heads=2, num_key_value_attention_heads=2, out_channels=4, cross_attention_dim=12,
         time_proj_dim=8, global_states_input_dim=24, cross_attention_input_dim=12,
     )  # fmt: skip
@@ -380,7 +380,7 @@ def hunyuan_video() -> Made:
     import diffusers
 
     transformer = model(
-        "HunyuanVideoTransformer3DModel", **HEADS, in_channels=4, out_channels=4, num_single_layers=2,
+        "HunyuanVideoTransformer3DModel", **HEADS, in_channels=4, out_channels=4, num_single_layers=1,
         num_refiner_layers=1, patch_size=2, text_embed_dim=12, pooled_projection_dim=12, rope_axes_dim=(2, 2, 4),
     )  # fmt: skip
     pipe = diffusers.HunyuanVideoPipeline(None, None, transformer, video_vae(), flow(), None, None)
@@ -407,7 +407,7 @@ def allegro() -> Made:
     import diffusers
 
     transformer = model(
-        "AllegroTransformer3DModel", num_attention_heads=2, attention_head_dim=12, num_layers=2, in_channels=4,
+        "AllegroTransformer3DModel", num_attention_heads=2, attention_head_dim=12, num_layers=1, in_channels=4,
         out_channels=4, cross_attention_dim=24, sample_width=6, sample_height=4, sample_frames=2, caption_channels=12,
     )  # fmt: skip
     pipe = diffusers.AllegroPipeline(None, None, video_vae(), transformer, diffusers.DDIMScheduler())

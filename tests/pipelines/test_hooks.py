@@ -9,7 +9,7 @@ import torch
 
 import toca_compile
 from tests.pipelines import run
-from tests.pipelines.builders import kinds, made
+from tests.pipelines.builders import kinds, made, wan
 from toca_compile import Fora, FullCompute, TocaError
 
 diffusers = pytest.importorskip("diffusers")
@@ -117,6 +117,7 @@ def pyramid(pipe: Any) -> None:
 
 
 def first_block(pipe: Any) -> None:
+    pipe.transformer = wan(num_layers=2)
     pipe.transformer.enable_cache(hooks.FirstBlockCacheConfig(threshold=0.2))
 
 

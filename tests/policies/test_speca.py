@@ -14,10 +14,12 @@ from tests.sampling import noise, sample, sample_flux
 from toca_compile import FullCompute, PolicyError, TocaError
 from toca_compile.policies import (
     Adaptive,
+    Anchors,
     Composition,
     DiCache,
     EasyCache,
     FreqCa,
+    Hermite,
     LastBlocks,
     MeanCache,
     Rule,
@@ -77,8 +79,9 @@ def test_what_cannot_be_measured_is_refused(dit: tuple[Any, Any], tmp_path: Any)
         Composition(8, Adaptive(by=LastBlocks()), (Rule(SkipBlocks()),))
     model, opt = dit
     inputs = noise(2, SIZE), torch.ones(2), torch.zeros(2).long()
-    with pytest.raises(TocaError, match="LastBlocks may begin a step again"):
-        toca_compile.export(model, SpeCa(8), inputs, tmp_path / "it.pt2")
+    forecast = Composition(8, Adaptive(), (Rule(SkipBlocks(1, do=Anchors(Hermite(0.5), 3))),))
+    with pytest.raises(TocaError, match="the weights of Hermite follow from which steps were computed"):
+        toca_compile.export(model, forecast, inputs, tmp_path / "it.pt2", form="program")
     for policy, blocks in ((SpeCa(8, last=DEPTH), DEPTH), (DiCache(8, probe=DEPTH), DEPTH)):
         with pytest.raises(PolicyError, match=f"the model has {blocks} blocks"):
             opt.policy = policy

@@ -10,13 +10,12 @@ from torch import Tensor
 
 import toca_compile
 from tests import pipelines
-from tests.in_memory import loaded, whole
 from tests.models import PlainDiT, randomize
 from tests.policies.test_block_cache import close
 from tests.sampling import noise, sample, sample_flux
 from tests.shared import Traced
 from toca_compile import BlockCache, FullCompute, PolicyError, load_policy, save_policy
-from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SeaCache, SkipBlocks, TeaCache
+from toca_compile.policies import Adaptive, Composition, FirstInput, Rule, SkipBlocks, TeaCache
 
 FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
@@ -81,10 +80,9 @@ def test_equal_to_the_published_loop(
         assert [r.kind.value for r in opt.steps] == oracle.kinds
 
 
-def test_it_skips_and_computes_as_its_sum_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_skips_and_computes_as_its_sum_goes(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither all nor nothing, so that the sum matters; with one read a step."""
-    model = randomize(PlainDiT((6, 10), depth=3))
-    opt = toca_compile.optimize(model, TeaCache(20, 0.3), lowering="eager")
+    model, opt = traced(PlainDiT, TeaCache(20, 0.3), size=(6, 10), depth=3)
     oracle = TeaCacheOracle(model, 20, 0.3, (1.0, 0.0))
     x = noise(2, (6, 10))
     close(sample(opt, 20, x), sample(oracle, 20, x))
@@ -158,10 +156,8 @@ def test_two_streams(hoist: bool) -> None:
     assert len(found) > 1
 
 
-def test_a_first_block_may_be_computed() -> None:
-    model = randomize(PlainDiT((6, 10), depth=3))
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
-    opt.policy = TeaCache(10, 0.3, first=1, last=1, order=1)
+def test_a_first_block_may_be_computed(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, TeaCache(10, 0.3, first=1, last=1, order=1), size=(6, 10), depth=3)
     sample(opt, 10, noise(2, (6, 10)))
     assert {r.kind.value for r in opt.steps} == {"full", "skip"}
 
@@ -176,22 +172,3 @@ def test_as_parts_and_as_a_file(tmp_path: Any) -> None:
     assert load_policy(tmp_path / "parts.json") == policy.composition()
     with pytest.raises(PolicyError, match="rescale must have a coefficient"):
         TeaCache(28, 0.4, ())
-
-
-@pytest.mark.parametrize("policy", [TeaCache(8, 0.35, (2.0, 0.5, 0.0), limit=2), SeaCache(8, 0.3, order=1)], ids=str)
-def test_as_a_file_and_as_one_graph_it_decides_alike(policy: Any) -> None:
-    """What adds up is a number of the host in the one and a buffer in the other."""
-    model, x = randomize(PlainDiT((6, 10), depth=2)), noise(2, (6, 10))
-    live = toca_compile.optimize(model, policy, lowering="eager")
-    inputs = x, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    wanted = [sample(live, 8, noise(2, (6, 10), seed=seed)) for seed in range(2)]
-    kinds = [r.kind.value for r in live.steps]
-    assert {"full", "skip"} == set(kinds)
-    for own in (
-        loaded(model, policy, inputs),
-        whole(model, policy, inputs),
-        toca_compile.program(model, policy, inputs),
-    ):
-        for seed in range(2):
-            torch.testing.assert_close(sample(own, 8, noise(2, (6, 10), seed=seed)), wanted[seed])
-        assert [r.kind.value for r in own.steps] == kinds

@@ -20,7 +20,7 @@ BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "g
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    opt = toca_compile.optimize(randomize(PlainDiT()), ToCa(6, 3, 0.3, schedule="constant"), lowering="eager")
+    opt = toca_compile.optimize(randomize(PlainDiT(depth=3)), ToCa(6, 3, 0.3, schedule="constant"), lowering="eager")
     sample(opt, 6, noise())
     path = tmp_path_factory.mktemp("page") / "report.html"
     tokens = [torch.arange(16) / 16 * (i % 2) for i in range(6)]

@@ -1,6 +1,6 @@
 """Every rule, by its own samples: carried labels commute with restriction, mixed ones have a counterexample."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -30,15 +30,6 @@ VALUELESS = {
     aten._scaled_dot_product_cudnn_attention.default: "runs on GPUs alone",
 }
 OPS = [op for op in RULES if op not in VALUELESS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """For values this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def wrong_claims(rule: Rule, rng: Random, sample: Sample) -> list[str]:

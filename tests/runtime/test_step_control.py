@@ -34,7 +34,7 @@ def test_records(traced: Traced) -> None:
     sample(opt, 8, noise())
     assert kinds(opt) == "fpppfppp"
     assert [r.index for r in opt.steps] == list(range(8))
-    assert opt.steps[1].k == {f"blocks.{i}{part}": k for i in range(3) for part, k in (("", 0), (".mlp", 4))}
+    assert opt.steps[1].k == {f"blocks.{i}{part}": k for i in range(2) for part, k in (("", 0), (".mlp", 4))}
 
 
 def test_the_next_run_begins_after_the_last_step(traced: Traced) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 import toca_compile
 from tests.sampling import gaussian, noise
 from toca_compile import Request
-from toca_compile.diffusers import for_run
-from toca_compile.serving.requests import Sampling, call
+from toca_compile.serving.requests import Sampling, call, meant
 
 
 def positional(request: Request) -> Sampling:
@@ -63,12 +62,12 @@ class Alone:
         return self.known[key]
 
     def _run(self, request: Request, policy: Any) -> Tensor:
-        self.opt.policy = for_run(policy, request.num_steps, request.guided)
-        self.opt.reset()
         sampling = request.sampler(request)
         with torch.no_grad():
             try:
                 given = next(sampling)
+                self.opt.policy = meant(policy, request, given)
+                self.opt.reset()
                 while True:
                     given = sampling.send(self.opt(*given.args, **given.kwargs))
             except StopIteration as done:

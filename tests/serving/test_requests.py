@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.sampling import gaussian
 from toca_compile import Request, TocaError
-from toca_compile.serving.requests import Call, Euler, Scheduled
+from toca_compile.policies.levels import Level
+from toca_compile.serving.requests import Call, Euler, Scheduled, call, meant
 
 
 def run(request: Request, model: Any) -> tuple[Tensor, list[Call]]:
@@ -85,3 +86,19 @@ def test_a_scheduler_that_makes_other_calls_than_steps_is_refused() -> None:
     sampler = Scheduled(diffusers.HeunDiscreteScheduler())
     with pytest.raises(TocaError, match="makes 9 calls of 5 steps"):
         run(Request(torch.zeros(1, 2, 4, 4), num_steps=5, sampler=sampler), lambda **_: None)
+
+
+def test_a_policy_is_told_what_the_sampler_takes_the_model_to_predict() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    level, first = Level("max", 50), call(torch.zeros(1, 4, 8, 8))
+
+    def flow(sampler: Any) -> bool:
+        fitted = meant(level, Request(None, num_steps=8, sampler=sampler), first)
+        assert isinstance(fitted, Level)
+        assert fitted.num_steps == 8
+        return fitted.flow
+
+    assert flow(Euler())
+    assert flow(Scheduled(diffusers.FlowMatchEulerDiscreteScheduler()))
+    assert not flow(Scheduled(diffusers.DDIMScheduler()))
+    assert not flow(lambda request: iter(()))

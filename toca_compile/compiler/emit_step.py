@@ -6,25 +6,32 @@ since what is written inside a branch may be lost where the branch is compiled::
     row  = plan[step]
     out, cache0, cache1 = cond(row[0] < 1, kind0, cond(row[0] < 2, kind1, kind2))
     cache0.copy_(…); cache1.copy_(…); step += 1
+
+From torch 2.14 on ``switch(row[0], (kind0, kind1, kind2))`` is in the place of the branches within branches.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from toca_compile.compiler.lay_out import Entry, LaidOut
-from toca_compile.errors import VerifyError
-from toca_compile.ir.history import CacheSpec, Past
+from toca_compile.errors import PolicyError, VerifyError
+from toca_compile.ir.anchors import ONE, Ring
+from toca_compile.ir.graph import is_mutable
+from toca_compile.ir.history import CacheSpec, History, Past
 from toca_compile.ir.state import Number
 from toca_compile.ir.table import Step, Test, at
 from toca_compile.ir.verify import written_slots
 from toca_compile.runtime.step_state import begun
 
 aten = torch.ops.aten
+COND = torch.ops.higher_order.cond
+SWITCH = getattr(torch.ops.higher_order, "switch", None)  # from torch 2.14 on
 
 LEAST = 2
 """By how much the size of an input ``rows`` is larger than K: compilers take a size of 0 or 1 for a constant."""
@@ -135,11 +142,10 @@ def verify(program: StepProgram) -> None:
         module.graph.lint()
         given = {n for n in module.graph.nodes if n.op == "placeholder"}
         for node in module.graph.nodes:
-            if node.target is torch.ops.higher_order.cond:
-                odd = [n for n in node.args[3] if n.op == "call_function" and not _is_plain(n)]
+            if node.target in (COND, SWITCH):
+                odd = [n for n in node.args[-1] if n.op == "call_function" and not _is_plain(n)]
                 _require(module is root or not odd, f"{odd} lie in memory otherwise than a branch is compiled for")
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
+            if is_mutable(node):
                 _require(node.args[0] not in given, f"{name or 'the step'} writes to its input {node.args[0]}")
 
 
@@ -188,7 +194,7 @@ class _Body:
         ]
 
     def within(self, name: str, module: nn.Module) -> fx.Node:
-        """A submodule, as ``cond`` takes it."""
+        """A submodule, as ``cond`` and ``switch`` take it."""
         self.modules[name] = module
         return self.graph.get_attr(name)
 
@@ -217,6 +223,8 @@ class _Body:
 class _Emitter:
     def __init__(self, laid: LaidOut) -> None:
         self.laid, self.table = laid, laid.table
+        if laid.table.test is not None:
+            _able(laid.table.test)
         self.functional = {name: functional(entry) for name, entry in laid.entries.items()}
         self.kinds: dict[_Kind, int] = {}
         self.first: dict[_Kind, Step] = {}
@@ -244,8 +252,13 @@ class _Emitter:
         for one in both:
             for number, numbers in zip(self.table.rows[one.row].calls, one.numbers, strict=True):
                 asked += zip(numbers, self._is_k(number), strict=True)
-        if step.computed is not None and self.table.test is not None:
-            asked += [(number, False) for number in self.table.test.numbers[index]]
+        test = self.table.test
+        if step.computed is not None and test is not None:
+            asked += [(number, False) for number in test.numbers[index]]
+            if not test.skip.gate.adds_up:
+                assert test.skip.threshold is not None
+                bound = test.skip.gate.bound(test.skip.threshold, index, len(self.table.steps))
+                asked.append((torch.tensor(bound, dtype=torch.float64).view(torch.int64).item(), False))
         return asked
 
     def _is_k(self, call: int) -> list[bool]:
@@ -292,9 +305,8 @@ class _Emitter:
             size = body.once(f"{place} size", aten.sym_size.int, body.read(place), 1)
             return body.once(f"{place} count", operator.sub, size, LEAST)
         assert self.table.test is not None
-        spec = CacheSpec(self.table.test.order, None, self.table.test.basis)
-        kind, order = place.split(" ")
-        return _told_by_past(body, spec, Number(kind), int(order))
+        kind, index = place.split(" ")
+        return _told_by_past(body, self.table.test.skip.memory, Number(kind), int(index))
 
     # -- bodies ---------------------------------------------------------------------------------------------------
 
@@ -354,10 +366,12 @@ class _Emitter:
             body.modules[name] = made
             call = body.graph.call_module(name, tuple(body.read(n) for n in names))
             return body.parts(call, self._made())
-        middle = len(kinds) // 2
         which = body.once("number0", aten.select.int, body.read("row"), 0, 0)
+        if SWITCH is not None and len(kinds) > 2:
+            return self._branch(body, which, [self._side([kind]) for kind in kinds])
+        middle = len(kinds) // 2
         first = body.call(aten.lt.Scalar, which, self.kinds[kinds[middle]])
-        return self._branch(body, first, self._side(kinds[:middle]), self._side(kinds[middle:]))
+        return self._branch(body, first, [self._side(kinds[:middle]), self._side(kinds[middle:])])
 
     def _side(self, kinds: Sequence[_Kind]) -> tuple[str, _Body]:
         if len(kinds) == 1:
@@ -365,9 +379,10 @@ class _Emitter:
         side = _Body()
         return f"branch{self.kinds[kinds[0]]}_{self.kinds[kinds[-1]]}", side.close(self._tree(side, kinds))
 
-    def _branch(self, body: _Body, pred: fx.Node, yes: tuple[str, _Body], no: tuple[str, _Body]) -> list[fx.Node]:
-        names = list(dict.fromkeys((*yes[1].given, *no[1].given)))
-        sides = [body.within(name, side.closed(names)) for name, side in (yes, no)]
+    def _branch(self, body: _Body, chosen: fx.Node, sides: Sequence[tuple[str, _Body]]) -> list[fx.Node]:
+        """What one of two makes if a predicate is ``chosen``, or of several that with this number."""
+        names = list(dict.fromkeys(name for _, side in sides for name in side.given))
+        branches = tuple(body.within(name, side.closed(names)) for name, side in sides)
         operands = []
         for name in names:
             value = body.read(name)
@@ -376,7 +391,8 @@ class _Emitter:
             given = value.op in ("placeholder", "get_attr") or name == "row"
             plain = {"memory_format": torch.contiguous_format}
             operands.append(value if given else body.call(aten.clone.default, value, **plain))
-        return body.parts(body.call(torch.ops.higher_order.cond, pred, *sides, tuple(operands)), self._made())
+        call = (COND, chosen, *branches) if len(branches) == 2 else (SWITCH, chosen, branches)
+        return body.parts(body.call(*call, tuple(operands)), self._made())
 
     def _made(self) -> list[str]:
         """What all branches return."""
@@ -396,22 +412,31 @@ class _Emitter:
             if test is not None:
                 _computed(body, test)
             return body.close(self._returned(body))
-        before = test.at - len(table.constant) - len(table.timed)
         skips, computes = _Body(), _Body()
         others = table.rows[step.computed.row].calls
         given = [(number, [next(places) for _ in self._is_k(number)]) for number in (*calls, *others)]
-        for number, own in given[:before]:
+        for number, own in given[: test.stays]:
             self._call(body, number, iter(own))
-        for number, own in given[before : len(calls)]:
+        entered = dict(body.named)
+        for number, own in given[test.stays : test.at]:
+            self._call(body, number, iter(own))
+        for number, own in given[test.at : len(calls)]:
             self._call(skips, number, iter(own))
-        for number, own in given[len(calls) + before :]:
+        for number, own in given[len(calls) + test.stays :]:
             self._call(computes, number, iter(own))
         _computed(computes, test)
-        (change,) = self._call(body, test.call, places)
-        pred = _must_compute(body, change, test)
+        (measured,) = self._call(body, test.call, places)
+        bound = None if test.skip.gate.adds_up else self._number(body, next(places))
+        pred = _must_compute(body, measured, bound, test)
         sides = [(f"branch{self.kinds[kind]}_{name}", side.close(self._returned(side))) for name, side in (
             ("computed", computes), ("skipped", skips))]  # fmt: skip
-        return body.close(self._branch(body, pred, *sides))
+        # What was made only to be measured is none of a step that computes.
+        made = [f"x{place}" for number, _ in given[test.stays : test.at] for place in table.calls[number].results]
+        tried = {name: f"tried_{name}" for name in made if name in body.named}
+        skips.given = {tried.get(name, name): node for name, node in skips.given.items()}
+        body.named |= {told: body.named.pop(name) for name, told in tried.items()}
+        body.named |= {name: entered[name] for name in tried if name in entered}
+        return body.close(self._branch(body, pred, sides))
 
     def _returned(self, body: _Body) -> list[fx.Node]:
         """A branch's results and all buffers that any branch changes. None may be one that it was given, or share its
@@ -441,6 +466,26 @@ class _Emitter:
         body.named |= {f"x{place}": value for place, value in zip(call.results, parts[:count], strict=False)}
         body.named |= {f"cache{call.slots[i]}": value for i, value in zip(changed, parts[count:], strict=True)}
         return parts[:count]
+
+
+def _able(test: Test) -> None:
+    """Refuse what only the host can decide.
+
+    Raises:
+        PolicyError: the numbers of a step do not follow from tensors.
+    """
+    memory, gate = test.skip.memory, test.skip.gate
+    if isinstance(memory, Ring):
+        by = memory.by
+        last = by is not None and by.steered and by.weights((0, 1), 2) == [0.0, 1.0]
+        if not last or memory.kept != 2 or gate.shares is None:
+            raise PolicyError(
+                f"the weights of {type(by).__name__} follow from which steps were computed, which only a run tells: a "
+                "graph of whole steps cannot hold them, one for each segment can (lowering='inductor'; "
+                "form='segments' of a file)"
+            )
+    if gate.trusted and gate.adds_up:
+        raise PolicyError(f"{type(gate).__name__} adds up, and leaves steps out of the sum: no graph can do that")
 
 
 def functional(entry: Entry) -> tuple[fx.GraphModule, list[int]]:
@@ -483,28 +528,43 @@ def _now(body: _Body) -> fx.Node:
 
 def _decided(test: Test | None) -> list[str]:
     """The buffers of what decides."""
-    return [] if test is None else ["past", "drift"] if test.adds else ["past"]
+    return [] if test is None else ["past", "drift"] if test.skip.gate.adds_up else ["past"]
 
 
-def _must_compute(body: _Body, change: fx.Node, test: Test) -> fx.Node:
-    """Whether a step computes the blocks that it may skip."""
-    first = body.call(aten.eq.Scalar, _times(body), 0)
-    if test.adds:
-        moved = body.call(
-            aten.logical_not.default, body.call(aten.lt.Scalar, _added_up(body, change, test.adds), test.threshold)
-        )
+def _must_compute(body: _Body, measured: fx.Node, bound: fx.Node | None, test: Test) -> fx.Node:
+    """Whether a step computes the blocks that it may skip. ``bound``: of a distance that does not add up, as the bits
+    of a number in double precision, in which the host decides."""
+    skip, gate = test.skip, test.skip.gate
+    distance = measured if gate.shares is None else body.call(aten.select.int, measured, 0, 0)
+    distance = body.call(aten._to_copy.default, distance, dtype=torch.float64)
+    if bound is None:
+        added = _added_up(body, body.call(aten.reshape.default, distance, [1]), gate.polynomial)
+        moved = body.call(aten.logical_not.default, body.call(aten.lt.Scalar, added, skip.threshold))
     else:
-        moved = body.call(aten.gt.Scalar, change, test.threshold)
-    must = body.call(aten.logical_or.default, first, body.call(aten.reshape.default, moved, []))
-    if test.limit is not None:
-        since = body.call(aten.sub.Tensor, _now(body), _last(body))
-        must = body.call(aten.logical_or.default, must, body.call(aten.gt.Scalar, since, test.limit))
+        moved = body.call(aten.gt.Tensor, distance, body.call(aten.view.dtype, bound, torch.float64))
+    moved = body.call(aten.reshape.default, moved, [])
+    since = body.call(aten.sub.Tensor, _now(body), _last(body))
+    if gate.trusted:
+        moved = body.call(aten.logical_and.default, moved, body.call(aten.gt.Scalar, since, gate.trusted))
+    must = body.call(aten.logical_or.default, body.call(aten.lt.Scalar, _times(body), gate.asks), moved)
+    if skip.limit is not None:
+        must = body.call(aten.logical_or.default, must, body.call(aten.gt.Scalar, since, skip.limit))
+    if gate.shares is not None:
+        _share(body, body.call(aten.select.int, measured, 0, 1), *gate.shares)
     return must
 
 
-def _added_up(body: _Body, change: fx.Node, polynomial: Sequence[float]) -> fx.Node:
-    """What adds up with this change, as the host would add it: in double precision."""
-    x = body.call(aten._to_copy.default, body.call(aten.reshape.default, change, [1]), dtype=torch.float64)
+def _share(body: _Body, told: fx.Node, least: float, most: float) -> None:
+    """``Gate.share``; 1, that is the last value, where there is none."""
+    told = body.call(aten._to_copy.default, told, dtype=torch.float64)
+    finite = body.call(aten.lt.Scalar, body.call(aten.abs.default, told), inf)
+    known = body.call(aten.logical_and.default, finite, body.call(aten.ge.Scalar, _times(body), 2))
+    share = body.call(aten.clamp.default, told, least, most)
+    body.named["share"] = body.call(aten.where.self, known, share, body.call(aten.ones_like.default, share))
+
+
+def _added_up(body: _Body, x: fx.Node, polynomial: Sequence[float]) -> fx.Node:
+    """What adds up with this distance."""
     total = body.call(aten.full_like.default, x, polynomial[0])
     for c in polynomial[1:]:
         total = body.call(aten.add.Scalar, body.call(aten.mul.Tensor, total, x), c)
@@ -516,17 +576,34 @@ def _computed(body: _Body, test: Test) -> None:
     """The step is one of those that were computed."""
     past = body.read("past")
     times = body.call(aten.add.Tensor, body.call(aten.slice.Tensor, past, 0, 0, 1), 1)
-    later = body.call(aten.slice.Tensor, past, 0, 2, 2 + test.order)
+    later = body.call(aten.slice.Tensor, past, 0, 2, 2 + test.skip.memory.depth)
     body.named["past"] = body.call(aten.cat.default, [times, later, body.read("step")], 0)
-    if test.adds:
+    if test.skip.gate.adds_up:
         body.named["drift"] = body.call(aten.zeros_like.default, body.read("drift"))
 
 
-def _told_by_past(body: _Body, spec: CacheSpec, kind: Number, order: int) -> fx.Node:
-    """A number of ``CacheSpec.numbers``."""
-    name = f"{kind.value} {order}"
-    if name in body.named:
-        return body.named[name]
+def _told_by_past(body: _Body, memory: History, kind: Number, index: int) -> fx.Node:
+    """A number of ``History.numbers``."""
+    name = f"{kind.value} {index}"
+    if name not in body.named:
+        told = _of_series(body, memory, kind, index) if isinstance(memory, CacheSpec) else _of_pair(body, kind, index)
+        body.named[name] = told
+    return body.named[name]
+
+
+def _of_pair(body: _Body, kind: Number, place: int) -> fx.Node:
+    """One of ``Ring.numbers`` of two values, of which the last counts as much as ``share`` says."""
+    if kind is Number.KEEP:
+        return body.call(aten.zeros_like.default, _now(body))
+    weight = body.read("share")
+    if place:
+        weight = body.call(aten.rsub.Scalar, weight, 1.0)
+    whole = body.call(aten.round.default, body.call(aten.mul.Scalar, weight, ONE))
+    return body.call(aten._to_copy.default, whole, dtype=torch.int64)
+
+
+def _of_series(body: _Body, spec: CacheSpec, kind: Number, order: int) -> fx.Node:
+    """One of ``CacheSpec.numbers``."""
     now = _now(body)
     if kind is Number.KEEP:
         back = order if spec.basis == "newton" else 1
@@ -541,8 +618,7 @@ def _told_by_past(body: _Body, spec: CacheSpec, kind: Number, order: int) -> fx.
             spacing = body.call(aten.mul.Tensor, spacing, step)
         known = body.call(aten.gt.Scalar, _times(body), order)
         other = body.call(aten.zeros_like.default, now)
-    body.named[name] = body.call(aten.where.self, known, spacing, other)
-    return body.named[name]
+    return body.call(aten.where.self, known, spacing, other)
 
 
 def _kind(step: Step) -> _Kind:

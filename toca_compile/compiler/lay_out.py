@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from toca_compile.errors import PolicyError
+from toca_compile.ir.anchors import Ring
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.history import CacheSpec, Numbers, Past
 from toca_compile.ir.printer import variant_name
@@ -119,11 +120,7 @@ class _Laid:
         memory = plan.skip.memory
         if plan.endless and schedule.range is not None and memory.depth and not plan.adaptive:
             raise PolicyError("a plan without an end that forecasts skipped blocks has numbers of its own at each step")
-        if plan.adaptive and plan.skip.gate.adds_up and plan.skip.gate.polynomial is None:
-            raise PolicyError(f"what {type(plan.skip.gate).__name__} adds up cannot be told at run time")
-        if plan.adaptive and plan.skip.gate.behind:
-            raise PolicyError(f"{type(plan.skip.gate).__name__} may begin a step again, which a table cannot tell")
-        if plan.adaptive and not isinstance(memory, CacheSpec):
+        if plan.adaptive and not isinstance(memory, CacheSpec | Ring):
             raise PolicyError(f"what {type(memory).__name__} keeps of skipped blocks cannot be told at run time")
         steps = []
         for index in range(len(schedule.rows)):
@@ -134,21 +131,9 @@ class _Laid:
                 step = Step(step.row, step.numbers, self._step(index, uncut, numbers))
             steps.append(step)
             if calls is uncut:
-                past = Past((*past.full, index)[-(memory.depth + 1) :], past.times + 1, min(past.times, memory.depth))
+                past = plan.skip.after(past, index)
         front = [self._call(call)[0] for call in schedule.joined(schedule.uncut[0])[: of._front]]
-        test = None
-        if schedule.probe is not None:
-            skip = plan.skip
-            assert skip.threshold is not None
-            assert isinstance(memory, CacheSpec)
-            at, (call, asked) = schedule.probe.at, self._call(schedule.probe)
-            gate = skip.gate
-            if asked and plan.endless:
-                raise PolicyError(f"a plan without an end has no last step by which {type(gate).__name__} measures")
-            told = [self._measured(step) for step in range(len(schedule.rows))]
-            measured = tuple(tuple(own[kind, i] for _, kind, i in asked) for own in told)
-            adds = gate.polynomial if gate.adds_up and gate.polynomial is not None else ()
-            test = Test(call, at, skip.threshold, skip.limit, memory.order, memory.basis, adds, measured)
+        test = self._test()
         timed = {place for call in front[of._constant :] for place in self.calls[call].results}
         rows = [self._with_timed(row, timed, test) for row in self.told]
         return Table(
@@ -169,6 +154,21 @@ class _Laid:
             results=tuple(self._result(node) for node in _flat(of._output)),
             test=test,
         )
+
+    def _test(self) -> Test | None:
+        """What decides at run time."""
+        schedule, plan = self.schedule, self.schedule.plan
+        able = [calls for calls, uncut in zip(schedule.calls, schedule.uncut, strict=True) if calls is not uncut]
+        if schedule.probe is None or not able:
+            return None
+        call, asked = self._call(schedule.probe)
+        if plan.endless and (asked or plan.skip.gate.behind):
+            name = type(plan.skip.gate).__name__
+            raise PolicyError(f"a plan without an end has no last step by which {name} measures")
+        ahead = schedule.joined(able[0])[self.of._front :]
+        numbers = [tuple(self._number(step, one, None) for one in asked) for step in range(len(schedule.rows))]
+        at, stays = (schedule.until(ahead, place) for place in (schedule.probe.at, schedule.skips.start - 1))
+        return Test(call, at, stays, tuple(numbers), plan.skip)
 
     def _with_timed(self, row: Row, timed: set[int], test: Test | None) -> Row:
         calls = [self.calls[i] for i in row.calls]

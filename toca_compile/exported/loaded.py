@@ -11,10 +11,9 @@ from toca_compile.errors import ExportError
 from toca_compile.exported.known import Part, as_table
 from toca_compile.exported.signature import Fields, arranged, fixed, leaves
 from toca_compile.exported.table import About
-from toca_compile.ir.gates import value_at
-from toca_compile.ir.history import CacheSpec, Past
+from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.state import sizes_of
-from toca_compile.ir.table import Call, Number, Row, Step, Table, at
+from toca_compile.ir.table import Call, Number, Row, Step, Table, Test, at
 from toca_compile.ir.types import StepKind
 from toca_compile.runtime.conditioning import Conditioning
 from toca_compile.runtime.controls import RunControls
@@ -221,12 +220,19 @@ class LoadedModel(RunControls, nn.Module):
         past = run.computed.get(key, Past())
         moves = self._moves(past, run.step)
         self._begin(step, values, run)
-        done = 0
-        test = table.test
+        done, test = 0, table.test
         if test is not None and step.computed is not None:
-            done = test.at - len(table.constant) - len(table.timed)
-            self._calls(step, slice(0, done), moves, values, run)
-            if not self._skips(past, values, run):
+            done, skips = test.stays, test.skip.may(past, run.step)
+            self._calls(step, slice(done), moves, values, run)
+            if skips is None:
+                entered = list(values)
+                self._calls(step, slice(done, test.at), moves, values, run)
+                skips = self._skips(test, past, moves, values, run)
+                if skips:
+                    done = test.at
+                else:  # blocks that were computed from a forecast are none of the step
+                    values[:] = entered
+            if not skips:
                 step = step.computed
                 self._begin(step, values, run)
         self._calls(step, slice(done, None), moves, values, run)
@@ -239,9 +245,8 @@ class LoadedModel(RunControls, nn.Module):
         """Note that a step computed what it could skip."""
         test = self._table.test
         if test is not None:
-            kept = (*past.full, run.step)[-(test.order + 1) :]
             run.drift[self._key] = 0.0
-            run.computed[self._key] = Past(kept, past.times + 1, min(past.times, test.order))
+            run.computed[self._key] = test.skip.after(past, run.step)
 
     def _begin(self, step: Step, values: list[Any], run: Run) -> None:
         """Note what a step does, and put there what does not change in a run, and what follows from the time."""
@@ -308,8 +313,7 @@ class LoadedModel(RunControls, nn.Module):
         test, sized = self._table.test, self._sized_numbers
         if test is None:
             return sized
-        memory = CacheSpec(test.order, None, test.basis)
-        return sized | {f"{kind.value} {i}": n for (kind, i), n in memory.numbers(past, step, past.made).items()}
+        return sized | _named(test.skip.memory.numbers(past, step, past.made))
 
     @property
     def _sized_numbers(self) -> dict[str, int]:
@@ -327,20 +331,22 @@ class LoadedModel(RunControls, nn.Module):
         sized = self._sized_numbers
         return {site: sized[n] if isinstance(n, str) else n for site, n in row.tokens.items()}
 
-    def _skips(self, past: Past, values: Sequence[Any], run: Run) -> bool:
-        """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
-        test = self._table.test
-        assert test is not None
-        if not past.times or (test.limit is not None and run.step - past.since > test.limit):
-            return False
-        call = self._table.calls[test.call]
-        numbers = test.numbers[min(run.step, len(self._table.steps) - 1)]
-        (change,) = self._entries[call.entry](self._arguments(call, numbers, {}, values, run))
-        if not test.adds:
-            return not bool(change > test.threshold)
-        key = self._key
-        run.drift[key] = run.drift.get(key, 0.0) + value_at(test.adds, float(change))
-        return run.drift[key] < test.threshold
+    def _skips(self, test: Test, past: Past, moves: dict[str, int], values: Sequence[Any], run: Run) -> bool:
+        """Whether a step skips the blocks that its plan lets it skip."""
+        table, key = self._table, self._key
+        call = table.calls[test.call]
+        numbers = test.numbers[min(run.step, len(table.steps) - 1)]
+        (measured,) = self._entries[call.entry](self._arguments(call, numbers, moves, values, run))
+        judged = test.skip.judged(measured, run.drift.get(key, 0.0), run.step, len(table.steps))
+        run.drift[key] = judged.added
+        if judged.share is not None:
+            moves.update(_named(test.skip.memory.steered(past, judged.share)))
+        return judged.skips
+
+
+def _named(numbers: Numbers) -> dict[str, int]:
+    """As the table calls them."""
+    return {f"{kind.value} {i}": number for (kind, i), number in numbers.items()}
 
 
 def laid_as(value: Tensor, stride: Sequence[int]) -> Tensor:

@@ -32,6 +32,8 @@ def program(model: Any, policy: Policy | str | None, example_inputs: Any, **opti
     """
     if options.get("dynamic") is not None:
         raise ExportError("one graph of all steps is for fixed sizes: leave dynamic out, or write a file (export)")
+    if options.get("timesteps") is not None:
+        raise ExportError("one graph of all steps computes what follows from the time: leave timesteps out")
     if is_pipeline(model):
         raise ExportError("program takes a model: pass the pipeline's transformer, and what it is called with")
     return ProgramModel(traces(model, policy, example_inputs, in_memory=True, **options)[""])

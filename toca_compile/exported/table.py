@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toca_compile.errors import ExportError
+from toca_compile.errors import ExportError, PolicyError
+from toca_compile.ir.anchors import Ring, Weights
+from toca_compile.ir.gates import Gate
+from toca_compile.ir.history import CacheSpec, History
+from toca_compile.ir.plan import Skip
 from toca_compile.ir.table import Call, Kept, OneEntry, Open, Row, Step, Table, Test
+from toca_compile.policies.storage import part_data, part_of
 
-FORMAT = 2
+FORMAT = 3
 """The version of the file's format: a file of another is refused."""
 
 
@@ -44,7 +49,9 @@ class About:
 
 def to_json(about: About, table: Table) -> str:
     """Both as text."""
-    return json.dumps({"about": dataclasses.asdict(about), "table": dataclasses.asdict(table)}) + "\n"
+    told = dataclasses.asdict(replace(table, test=None))
+    told["test"] = None if table.test is None else _test_data(table.test)
+    return json.dumps({"about": dataclasses.asdict(about), "table": told}) + "\n"
 
 
 def from_json(text: str) -> tuple[About, Table]:
@@ -60,9 +67,11 @@ def from_json(text: str) -> tuple[About, Table]:
             raise ExportError(f"it is of format {version}, and this version of toca_compile reads {FORMAT}")
         about = About(**{**given["about"], "parameters": tuple(given["about"]["parameters"])})
         return about, _table(given["table"])
+    except ExportError:
+        raise
+    except PolicyError as error:
+        raise ExportError(f"what decides at run time is not known here: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ExportError):
-            raise
         raise ExportError(f"its table cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -86,8 +95,39 @@ def _table(given: dict[str, Any]) -> Table:
     return Table(**own)
 
 
+def _test_data(test: Test) -> dict[str, Any]:
+    skip = test.skip
+    return {
+        "call": test.call,
+        "at": test.at,
+        "stays": test.stays,
+        "numbers": test.numbers,
+        "threshold": skip.threshold,
+        "limit": skip.limit,
+        "gate": part_data(skip.gate),
+        "memory": _memory_data(skip.memory),
+    }
+
+
 def _test(given: dict[str, Any]) -> Test:
-    return Test(**given | {"adds": tuple(given["adds"]), "numbers": tuple(map(tuple, given["numbers"]))})
+    gate = part_of(Gate, given["gate"])
+    skip = Skip(memory=_memory(given["memory"]), threshold=given["threshold"], limit=given["limit"], gate=gate)
+    numbers = tuple(map(tuple, given["numbers"]))
+    return Test(given["call"], given["at"], given["stays"], numbers, skip)
+
+
+def _memory_data(memory: History) -> dict[str, Any]:
+    """What of it tells numbers: how values are kept, the buffers say."""
+    if isinstance(memory, CacheSpec):
+        return {"order": memory.order, "basis": memory.basis}
+    assert isinstance(memory, Ring)
+    return {"kept": memory.kept, "by": None if memory.by is None else part_data(memory.by)}
+
+
+def _memory(given: dict[str, Any]) -> History:
+    if "order" in given:
+        return CacheSpec(given["order"], None, given["basis"])
+    return Ring(given["kept"], by=None if given["by"] is None else part_of(Weights, given["by"]))
 
 
 def _whole(given: dict[str, Any]) -> OneEntry:

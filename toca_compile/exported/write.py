@@ -66,11 +66,11 @@ def export(
             None: all are fixed.
         options: ``grid`` and ``hoist``, as of ``optimize``; and ``form``: ``"segments"``, an entry for each segment and
             kind of step, between which the table chooses, and equal blocks share one; or ``"program"``, whole steps as
-            one entry, which branches inside and holds everything for each block anew. The first is the faster to
-            compile and to run (``benchmarks/results/export.md``). And ``timesteps`` of the samplings to come, as the
-            scheduler has them: what follows from them, and from the labels of ``example_inputs``, is then in the file;
-            of a pipeline, whose scheduler knows them, it is where it follows from no label. Others are computed when
-            they are met.
+            one entry, which branches inside and holds everything for each block anew. They are as fast on a CPU
+            (``benchmarks/results/export.md``); of a plan with many kinds of steps, such as ToCa's, a program takes
+            several times as long to compile. And ``timesteps`` of the samplings to come, as the scheduler has them:
+            what follows from them, and from the labels of ``example_inputs``, is then in the file; of a pipeline, whose
+            scheduler knows them, it is where it follows from no label. Others are computed when they are met.
 
     Returns:
         The files, by the names of a pipeline's transformers; that of a bare model by an empty one.

@@ -40,22 +40,23 @@ class Gate(Family):
     asks: ClassVar[int] = 1
 
     @property
-    def polynomial(self) -> tuple[float, ...] | None:
-        """The coefficients, from the highest power to the constant, of what a distance counts; None where it counts as
-        it is, or there is more to what adds up."""
+    def polynomial(self) -> tuple[float, ...]:
+        """The coefficients, from the highest power to the constant, of what a distance counts where it adds up."""
+        return 1.0, 0.0
+
+    @property
+    def trusted(self) -> int:
+        """How many steps after a computed one are skipped without being measured."""
+        return 0
+
+    @property
+    def shares(self) -> tuple[float, float] | None:
+        """Between which the share lies that is measured beside the distance (``share``); None where it is not."""
         return None
 
-    def rescaled(self, distance: float) -> float:
-        """What a distance counts."""
-        return distance if self.polynomial is None else value_at(self.polynomial, distance)
-
     def bound(self, threshold: float, step: int, steps: int) -> float:
-        """What a step's distance is held against."""
+        """What a step's distance is held against, where it does not add up."""
         return threshold
-
-    def trusts(self, since: int) -> bool:
-        """Whether a step so many after the last computed one is skipped without being measured."""
-        return False
 
     def keeps(self, value: T, leaves: T | None) -> tuple[T | None, ...]:
         """For each thing that is kept of what it measures, a value like it; None for a number. ``leaves``: what leaves
@@ -65,7 +66,10 @@ class Gate(Family):
     def share(self, measured: Sequence[float]) -> float | None:
         """How far what the blocks add is on its way from the last computed step but one (0) to the last (1), as far as
         what was measured beside the distance tells."""
-        return None
+        if self.shares is None or not isfinite(measured[0]):
+            return None
+        least, most = self.shares
+        return min(max(measured[0], least), most)
 
     def numbers(self, step: int, steps: int) -> Numbers:
         """The host numbers of a step that the measuring needs."""
@@ -162,9 +166,9 @@ class FirstOutput(Gate):
     def keeps(self, value: T, leaves: T | None) -> tuple[T | None, ...]:
         return value, value, value
 
-    def share(self, measured: Sequence[float]) -> float | None:
-        (share,) = measured
-        return min(max(share, self.least), self.most) if isfinite(share) else None
+    @property
+    def shares(self) -> tuple[float, float]:
+        return self.least, self.most
 
 
 @register
@@ -189,5 +193,6 @@ class LastBlocks(Gate):
     def bound(self, threshold: float, step: int, steps: int) -> float:
         return max(threshold * self.decay ** (step / steps), self.floor)
 
-    def trusts(self, since: int) -> bool:
-        return since <= self.drafts
+    @property
+    def trusted(self) -> int:
+        return self.drafts

@@ -88,6 +88,11 @@ def writes(node: fx.Node, value: fx.Node) -> bool:
     return in_place and node.args[:1] == (value,)
 
 
+def is_mutable(node: fx.Node) -> bool:
+    """Whether a call of ATen's or our own changes what it is given, its first argument."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
 def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
     trace = node.meta.get("stack_trace") or ""

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from toca_compile.ir.actions import Action, Keep, union
 from toca_compile.ir.fields import Count, Threshold
-from toca_compile.ir.gates import FirstBlocks, Gate
-from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History
+from toca_compile.ir.gates import FirstBlocks, Gate, value_at
+from toca_compile.ir.history import OUTPUT_ONLY, CacheSpec, History, Past
 from toca_compile.ir.selectors import Selector, TokenSelector
 from toca_compile.ir.storage import Storage
 from toca_compile.ir.types import Site, StepKind
@@ -45,6 +45,35 @@ class Skip:
     threshold: Threshold | None = None
     limit: Count | None = None
     gate: Gate = field(default_factory=FirstBlocks)
+
+    def may(self, past: Past, step: int) -> bool | None:
+        """Whether a step skips the blocks whatever is measured; None where that decides."""
+        since = step - past.since
+        if past.times < self.gate.asks or (self.limit is not None and since > self.limit):
+            return False
+        return True if since <= self.gate.trusted else None
+
+    def after(self, past: Past, step: int) -> Past:
+        """The past of the blocks after a step that computed them."""
+        depth = self.memory.depth
+        return Past((*past.full, step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
+
+    def judged(self, measured: torch.Tensor, added: float, step: int, steps: int) -> "Judged":
+        """What a measure of a step says, by the one read of a device value. ``added``: what had added up before."""
+        assert self.threshold is not None
+        distance, *more = measured.tolist() if measured.dim() else (float(measured),)
+        if not self.gate.adds_up:
+            return Judged(not distance > self.gate.bound(self.threshold, step, steps), added, self.gate.share(more))
+        added += value_at(self.gate.polynomial, distance)
+        return Judged(added < self.threshold, added, self.gate.share(more))
+
+
+class Judged(NamedTuple):
+    """Whether a step ``skips``, what has ``added`` up, and the ``share`` (``Gate.share``) that its forecast goes by."""
+
+    skips: bool
+    added: float
+    share: float | None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -57,6 +58,10 @@ class Signature(Checked):
         return replace(self, **unknown)
 
 
+UNKNOWN = Signature()
+"""Of a sampling of which nothing is known."""
+
+
 def relative(times: Sequence[float]) -> tuple[float, ...]:
     """Times as shares of the first: schedulers and models may count in different units."""
     return tuple(t / times[0] for t in times) if times and times[0] else tuple(times)
@@ -80,9 +85,12 @@ def called(leaves: Mapping[Any, Any]) -> Signature:
     """What a call's inputs tell: size and dtype of the first that is a batch of latents or of their tokens."""
     floats = (x for x in leaves.values() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 2)
     first = next(floats, None)
-    if first is None:
-        return Signature()
-    return Signature(size=tuple(first.shape[1:]), dtype=str(first.dtype).removeprefix("torch."))
+    return UNKNOWN if first is None else _of_input(tuple(first.shape[1:]), str(first.dtype).removeprefix("torch."))
+
+
+@lru_cache(maxsize=256)
+def _of_input(size: tuple[int, ...], dtype: str) -> Signature:
+    return Signature(size=size, dtype=dtype)  # whose fields are checked, which each step of a sampling would pay
 
 
 def clock_of(calls: Sequence[Mapping[Any, Any]]) -> tuple[float, ...] | None:

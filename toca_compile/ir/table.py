@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from toca_compile.ir.plan import Skip
+
 Number = int | str  # of a host number: itself, or the name of one that a call's size tells, or only a run
 Size = int | tuple[int, int]  # of a dimension: itself, or of the open size which multiple, plus which number
 Told = tuple[tuple[int, ...] | None, ...]  # host numbers: of each its value by size; None where only a run tells it
@@ -104,24 +106,19 @@ class Test:
 
     Attributes:
         call: which.
-        at: how many of a step's calls come before it.
-        threshold, limit: as ``Skip`` has them.
-        order, basis: of what is kept of the blocks.
-        adds: the coefficients of the polynomial by which a change counts, where changes add up since the last computed
-            step; none where each is held against the threshold.
+        at: how many of a row's calls come before it.
+        stays: how many of these are not done again where the step then computes what it could skip.
         numbers: of each step, the host numbers of the call.
+        skip: what is measured, what that is held against, and what is kept of the blocks.
     """
 
     __test__ = False  # no class of tests
 
     call: int
     at: int
-    threshold: float
-    limit: int | None
-    order: int
-    basis: str
-    adds: tuple[float, ...] = ()
-    numbers: tuple[tuple[int, ...], ...] = ()
+    stays: int
+    numbers: tuple[tuple[Number, ...], ...]
+    skip: Skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import fx
 
 from toca_compile.errors import VerifyError
 from toca_compile.ir.calls import shape, tensors
-from toca_compile.ir.graph import value_of
+from toca_compile.ir.graph import is_mutable, value_of
 from toca_compile.ir.program import Program, Segment, Variant
 from toca_compile.ir.state import Slot
 
@@ -71,15 +71,13 @@ def written_slots(variant: Variant) -> set[Slot]:
     graph = variant.module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"][len(variant.values) :]
     named = dict(zip(inputs, variant.slots, strict=True))
-    changing = [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
-    return {named[n.args[0]] for n in changing if n.args[0] in named}
+    return {named[n.args[0]] for n in graph.nodes if is_mutable(n) and n.args[0] in named}
 
 
 def _functional(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
-                raise VerifyError(f"{node.target} mutates; the captured graph is functional")
+        if is_mutable(node):
+            raise VerifyError(f"{node.target} mutates; the captured graph is functional")
         if node.op == "call_method":
             raise VerifyError(f"{node} is a method call; the captured graph has ATen ops only")
 

@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._ordered_set import OrderedSet
 
 from toca_compile.errors import LoweringError, cannot_write
+from toca_compile.ir.graph import is_mutable
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import artifacts
 from toca_compile.lowerings.few_rows import fuse_few_rows
@@ -183,8 +184,30 @@ def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     for node in copy.nodes:
         if node.op != "placeholder":
             node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    _keep_apart(copy)
     fuse_scores(copy)
     return copy
+
+
+def _keep_apart(graph: fx.Graph) -> None:
+    """Read what is moved from one buffer to another before it is overwritten. Inductor writes inputs at the end of a
+    graph, in their own order, and takes an input for its copy, which may hold its new value by then
+    (pytorch/pytorch#198131); what is computed of it, it reads in time."""
+    changing = [node for node in graph.nodes if is_mutable(node)]
+    written = {node.args[0] for node in changing}
+    for node in changing:
+        for value in dict.fromkeys(arg for arg in node.args[1:] if isinstance(arg, fx.Node)):
+            source = value
+            while _is_view(source):
+                source = source.args[0]  # type: ignore[assignment]
+            if source in written and source is not node.args[0]:
+                with graph.inserting_before(node):
+                    node.replace_input_with(value, graph.call_function(torch.ops.aten.maximum.default, (value, value)))
+
+
+def _is_view(node: fx.Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(told.alias_info is not None for told in returns) and not is_mutable(node)
 
 
 def told(graph: fx.Graph, examples: Sequence[Any]) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.fields import accept, field_types, told
+from toca_compile.ir.fields import Family, accept, field_types, told
 from toca_compile.ir.plan import Policy
 from toca_compile.policies.base import CachingPolicy
 
@@ -70,6 +70,27 @@ def from_data(given: Any) -> Policy:
         raise PolicyError(f'a policy is an object such as {{"policy": "ToCa", "num_steps": 50}}, not {told(given)}')
     simplest_first = sorted(CachingPolicy.members.values(), key=lambda cls: len(dataclasses.fields(cls)))
     return cast(Policy, _built("policy", tuple(simplest_first), given, ""))
+
+
+def part_data(value: Family) -> dict[str, Any]:
+    """A part of a policy, one of a family, as JSON's own types.
+
+    Raises:
+        PolicyError: it is none that is found by its name.
+    """
+    name = type(value).__name__
+    if value.members.get(name) is not type(value):
+        raise PolicyError(f"{name} cannot be saved: it has not registered itself (toca_compile.policies.register)")
+    return cast(dict[str, Any], _told(value))
+
+
+def part_of(family: type[Any], given: Any) -> Any:
+    """The part that ``part_data`` told.
+
+    Raises:
+        PolicyError: it is none of the family.
+    """
+    return _part(tuple(family.members.values()), given, "it")
 
 
 class _Object(dict[str, Any]):

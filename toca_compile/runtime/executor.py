@@ -372,7 +372,7 @@ class Executor:
             ahead = schedule.joined(calls)
             stop = schedule.until(ahead, schedule.skips.start - 1)
             step.run(bound.calls[done:stop])
-            done, skips = stop, self._may_skip(schedule, past, run)
+            done, skips = stop, schedule.plan.skip.may(past, run.step)
             if skips is None:
                 entered, stop = list(step.values), schedule.until(ahead, schedule.probe.at)
                 step.run(bound.calls[done:stop])
@@ -393,7 +393,7 @@ class Executor:
             step.run(bound.calls[done:])
         if schedule.range is not None and calls is uncut:
             run.drift[key] = 0.0
-            run.computed[key] = schedule.after(past, run.step)
+            run.computed[key] = schedule.plan.skip.after(past, run.step)
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
 
     def _as_one(self, program: WholeStep, inputs: Sequence[Any], run: Run, key: tuple[int, ...], past: Past) -> Any:
@@ -415,7 +415,7 @@ class Executor:
         if schedule.range is not None:
             can_skip = schedule.calls[index] is not schedule.uncut[index]
             if not can_skip or (schedule.probe is not None and program.computed(known[program], past)):
-                run.computed[key] = schedule.after(past, run.step)
+                run.computed[key] = schedule.plan.skip.after(past, run.step)
                 if can_skip:
                     self._record(run, key, schedule, schedule.unskipped[index])
         return fx.node.map_arg(self._output, lambda n: _as_traced(n, next(made)))
@@ -466,27 +466,15 @@ class Executor:
             self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, announced=announced)
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
-        """Whether a step skips the blocks that its plan lets it skip. The one read of a device value."""
+        """Whether a step skips the blocks that its plan lets it skip."""
         skip, probe = now.schedule.plan.skip, now.schedule.probe
         assert probe is not None
-        assert skip.threshold is not None
-        (change,) = step.run([self._bind(probe, now, run, key)])
-        if not skip.gate.adds_up:
-            return not bool(change > skip.gate.bound(skip.threshold, run.step, len(now.schedule.rows)))
-        distance, *more = change.tolist() if change.dim() else (float(change),)
-        share = skip.gate.share(more) if more else None
-        if share is not None:
-            step.moves.update(skip.memory.steered(past, share))
-        run.drift[key] = run.drift.get(key, 0.0) + skip.gate.rescaled(distance)
-        return run.drift[key] < skip.threshold
-
-    @staticmethod
-    def _may_skip(schedule: Schedule, past: Past, run: Run) -> bool | None:
-        """Whether a step skips its blocks whatever is measured; None where that decides."""
-        skip, since = schedule.plan.skip, run.step - past.since
-        if past.times < skip.gate.asks or (skip.limit is not None and since > skip.limit):
-            return False
-        return True if skip.gate.trusts(since) else None
+        (measured,) = step.run([self._bind(probe, now, run, key)])
+        judged = skip.judged(measured, run.drift.get(key, 0.0), run.step, len(now.schedule.rows))
+        run.drift[key] = judged.added
+        if judged.share is not None:
+            step.moves.update(skip.memory.steered(past, judged.share))
+        return judged.skips
 
     def _going_on(self, now: _Followed, run: Run, key: tuple[int, ...]) -> _Followed:
         """The plan as a step follows it that is not the run's first: it goes with what the graph has of the step

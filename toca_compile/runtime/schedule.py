@@ -196,14 +196,9 @@ class Schedule:
         while len(self._passed) <= step:
             at, past = len(self._passed), self._passed[-1] if self._passed else Past()
             if at and self.calls[min(at - 1, len(self.calls) - 1)] is self.uncut[min(at - 1, len(self.calls) - 1)]:
-                past = self.after(past, at - 1)
+                past = self.plan.skip.after(past, at - 1)
             self._passed.append(past)
         return self._passed[step]
-
-    def after(self, past: Past, step: int) -> Past:
-        """The past of the blocks that others skip, after a step that computed them."""
-        depth = self.plan.skip.memory.depth
-        return Past((*past.full, step)[-(depth + 1) :], past.times + 1, min(past.times, depth))
 
     def moment(self, step: int) -> Hashable:
         """What steps must have in common, of this plan or of another for the same graph, to be computed as one batch:

@@ -505,7 +505,9 @@ class StepControl:
         had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
         verdict = watch.judge(sight)
         first = stream.runs.get((sight.lane, place[0]))
-        if verdict is Verdict.NEXT and first is not None and first.is_over:
+        # Where a graph is new (the model was changed after a sampling), what went on is over when all runs are.
+        going = [first] if first is not None else list(stream.runs.values())
+        if verdict is Verdict.NEXT and going and all(run.is_over for run in going):
             had = 0  # as it should be
             watch.restart()
             verdict = watch.judge(sight)

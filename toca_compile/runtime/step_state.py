@@ -23,10 +23,10 @@ def begun(caches: Sequence[Tensor], step: int, past: Past, test: Test | None, de
     with torch.inference_mode(False):
         state["step"] = torch.full((1,), step, dtype=torch.int64, device=device)
         if test is not None:
-            kept = test.order + 1
+            kept = test.skip.memory.depth + 1
             told = [*[0] * kept, *past.full][-kept:]
             state["past"] = torch.tensor([past.times, *told], device=device)
-        if test is not None and test.adds:
+        if test is not None and test.skip.gate.adds_up:
             state["drift"] = torch.zeros(1, dtype=torch.float64, device=device)
     return state
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from toca_compile.diffusers import for_run
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel, unwrapped
 from toca_compile.policies.given import checked_policy
 from toca_compile.serving.lane import Followed, Kind, Lane, NoRoom
-from toca_compile.serving.requests import Call, Request, Sampling, Ticket
+from toca_compile.serving.requests import Call, Request, Sampling, Ticket, meant
 from toca_compile.serving.turns import BatchSession
 
 log = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ class Engine:
                 waiting.call = _checked(next(waiting.sampling))
         assert waiting.call is not None
         lane = self._lane(waiting.call)
-        followed = lane.follow(for_run(waiting.policy, request.num_steps, request.guided))
+        followed = lane.follow(meant(waiting.policy, request, waiting.call))
         return Active(waiting.number, waiting.ticket, waiting.sampling, waiting.call, lane, followed)
 
     def _busy(self) -> set[int]:

@@ -4,14 +4,17 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from toca_compile.diffusers import for_run, prediction_of
 from toca_compile.errors import TocaError
+from toca_compile.ir.plan import Policy
+from toca_compile.ir.signature import FLOW, called
 
 Sampling = Generator["Call", Any, Any]
 """Yields the model calls of one sampling, one after the other, is sent what the model answers, and returns what comes
@@ -93,6 +96,18 @@ class Request:
         return self.latents
 
 
+def meant(policy: Policy, request: Request, first: Call) -> Policy:
+    """A policy as it is meant for a request, which begins with this call.
+
+    Raises:
+        PolicyError: it was made for something else.
+    """
+    if hasattr(policy, "for_call"):
+        told = called({**dict(enumerate(first.args)), **first.kwargs})
+        policy = policy.for_call(replace(told, prediction=getattr(request.sampler, "prediction", None)))
+    return for_run(policy, request.num_steps, request.guided)
+
+
 @dataclass(frozen=True)
 class Euler:
     """Euler steps of a flow from noise (time 1) to data (time 0): the model tells the velocity.
@@ -100,7 +115,10 @@ class Euler:
     Attributes:
         latents, time: what the model calls them.
         scale: of the time that the model is told.
+        prediction: as of ``Signature``.
     """
+
+    prediction: ClassVar[str] = FLOW
 
     latents: str = "hidden_states"
     time: str = "timestep"
@@ -130,6 +148,11 @@ class Scheduled:
     latents: str = "hidden_states"
     time: str = "timestep"
     step: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> str | None:
+        """As of ``Signature``, as far as the scheduler tells it."""
+        return prediction_of(self.scheduler)
 
     def __call__(self, request: Request) -> Sampling:
         """The calls of a request."""
