@@ -21,11 +21,12 @@ from torch import Tensor, fx
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config, ir
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.codegen.simd import SIMDScheduling
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch._inductor.scheduler import BaseSchedulerNode, ForeachKernelSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.utils import sympy_product
 from torch.nn.attention import SDPBackend
 from torch.utils import _triton
@@ -144,9 +145,18 @@ def fake_gpu() -> Iterator[list[Generated]]:
 
     made: list[Generated] = []
 
+    parts: dict[str, list[list[BaseSchedulerNode]]] = {}
+    combine = SIMDScheduling.generate_combo_kernel_code
+
+    def combined(self: Any, nodes: list[BaseSchedulerNode], *args: Any, **kwargs: Any) -> list[Any]:
+        kernels = combine(self, nodes, *args, **kwargs)
+        parts[nodes[0].get_name()] = [own for *_, own in kernels]
+        return kernels
+
     def keep(graph: GraphLowering) -> Any:
+        parts.clear()
         source = graph.codegen()[0].value
-        made.append(Generated(source, tuple(_launches(graph))))
+        made.append(Generated(source, tuple(_launches(graph, parts))))
         return SimpleNamespace(call=_always(), __file__=None)
 
     with ExitStack() as stack:
@@ -164,6 +174,7 @@ def fake_gpu() -> Iterator[list[Generated]]:
             (driver, "_active", _Driver()),
             (PythonWrapperCodegen, "generate_and_run_autotune_block", _always()),
             (GraphLowering, "compile_to_module", keep),
+            (SIMDScheduling, "generate_combo_kernel_code", combined),
             (logging.getLogger("torch._inductor.standalone_compile"), "disabled", True),  # nothing can be saved
         ]
         for owner, name, value in patches:
@@ -185,8 +196,14 @@ def _ask_again() -> None:
             function.cache_clear()
 
 
-def _launches(graph: GraphLowering) -> Iterator[Launch]:
+def _launches(graph: GraphLowering, parts: dict[str, list[list[BaseSchedulerNode]]]) -> Iterator[Launch]:
+    """``parts``: the kernels that were made of loops side by side, which not one needs to hold, by the first."""
     for node in graph.scheduler.nodes:
+        if isinstance(node, ForeachKernelSchedulerNode):
+            for loops in parts[node.snodes[0].get_name()]:
+                moved, flops = ([of(loop, "triton", graph) for loop in loops] for of in (_moved, _flops))
+                yield Launch("triton", sum(moved), sum(flops))
+            continue
         kind = _kind(node)
         if kind is not None:
             yield Launch(kind, _moved(node, kind, graph), _flops(node, kind, graph))
@@ -194,10 +211,12 @@ def _launches(graph: GraphLowering) -> Iterator[Launch]:
 
 def _moved(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
     """Bytes read and written: as Inductor counts them, but for buffers of which a part is read, where it counts the
-    whole: at indices that a loop looks up (a table of embeddings), and what a product is given (rows of a weight)."""
+    whole: at indices that a loop looks up (a table of embeddings), and rows of a weight."""
     call: Any = node.node
     if kind != "gemm":
         moved, hint = node.get_read_write_buffer_accesses(True, True), graph.sizevars.optimization_hint
+        for name, read in _parts(node).items():
+            moved[name] = min(moved.get(name, 0), read)  # none where the kernel keeps it to itself
         for name, looks in _looks(node).items():
             moved[name] = min(moved[name], graph.get_dtype(name).itemsize * hint(looks))
         return sum(moved.values())
@@ -207,6 +226,19 @@ def _moved(node: BaseSchedulerNode, kind: str, graph: GraphLowering) -> int:
         held = [size for size, stride in zip(layout.size, layout.stride, strict=True) if stride != 0]
         numbers += layout.dtype.itemsize * sympy_product(held)
     return int(graph.sizevars.optimization_hint(numbers))
+
+
+def _parts(node: BaseSchedulerNode) -> dict[str, int]:
+    """Bytes of a buffer that loops read at places that are known, if all of them are (rows of a weight)."""
+    by_name: dict[str, list[Any]] = {}
+    for dep in node.read_writes.reads_and_writes():
+        by_name.setdefault(dep.name, []).append(dep)
+    known = {name: deps for name, deps in by_name.items() if all(_is_known(dep) for dep in deps)}
+    return {name: sum(dep.numbytes_hint() for dep in deps) for name, deps in known.items()}
+
+
+def _is_known(dep: Any) -> bool:
+    return isinstance(dep, MemoryDep) and not dep.is_indirect()
 
 
 def _looks(node: BaseSchedulerNode) -> dict[str, Any]:

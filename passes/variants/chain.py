@@ -6,7 +6,8 @@ call for the host::
 
     block:  x = x + g₁·C₁; x = x + g₂·C₂   (×28, 28 calls)     ⇒      x = x + g₁·C₁ + … + g₅₆·C₅₆
 
-What several of them make alike of the same values (an embedding of the time in each block) is made once.
+What several of them make alike of the same values (an embedding of the time in each block) is made once; of what the
+end cuts off, nothing is made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import fx
 from toca_compile.ir.graph import is_mutable
 from toca_compile.ir.program import Chain, Variant
 from toca_compile.passes.variants.emit import Builder
+from toca_compile.passes.variants.pull_slices import pull_slices
 
 
 def chained(chain: Chain, variants: Sequence[Variant]) -> Variant:
@@ -43,7 +45,9 @@ def chained(chain: Chain, variants: Sequence[Variant]) -> Variant:
         made: Sequence[fx.Node] = end.args[0]
         builder.env |= {n: inside[value] for n, value in zip(part.outputs, made, strict=True)}
         first += len(part.sites)
-    return builder.finish([builder.env[n] for n in chain.outputs])
+    results = [builder.env[n] for n in chain.outputs]
+    pull_slices(builder.graph, results)
+    return builder.finish(results)
 
 
 def _key(node: fx.Node, inside: Mapping[fx.Node, fx.Node]) -> Any:

@@ -29,11 +29,16 @@ from toca_compile.errors import LoweringError, cannot_write
 from toca_compile.ir.graph import is_mutable
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import artifacts
+from toca_compile.lowerings.few_rows import fuse_few_rows
 from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
 _KEPT = 512  # artifacts that are found again; models that run hold their own
+# On a GPU, kernels that need nothing of one another are one launch; each has blocks of its own sizes.
+_SIDE_BY_SIDE: dict[str, Any] = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
+if hasattr(config, "combo_kernel_max_num_nodes"):  # since torch 2.13; before, eight
+    _SIDE_BY_SIDE["combo_kernel_max_num_nodes"] = 64
 _LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
@@ -113,7 +118,7 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
     ]
     graph = with_values(module.graph, values)
     own = fx.GraphModule(module, graph)
-    with settings(), tracing(TracingContext(mode)):
+    with settings(), config.patch(_SIDE_BY_SIDE), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
 
@@ -164,7 +169,8 @@ def _order_kept() -> Iterator[None]:
 
 
 def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
-    """A copy of a graph, given these, as it is compiled: an attention and its score are one op."""
+    """A copy of a graph, given these, as it is compiled: an attention and its score are one op, and on
+    a GPU products of few rows are sums."""
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
@@ -173,6 +179,8 @@ def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     copy.output(tuple(copy.call_function(torch.ops.aten.contiguous.default, (o,)) for o in outputs))  # type: ignore[union-attr]
     for node, value in zip((n for n in copy.nodes if n.op == "placeholder"), values, strict=True):
         node.meta = {"val": value, "example_value": value}
+    if any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values):
+        fuse_few_rows(copy)
     for node in copy.nodes:
         if node.op != "placeholder":
             node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
