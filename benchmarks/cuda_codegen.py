@@ -82,7 +82,7 @@ class Codegen:
                         tokens[call.variant, position].append(row[index].computed(site))
         for variant, call in first.items():
             asked = [tokens[variant, position] for position in range(len(call.segment.sites))]
-            yield call, self._generate(call, [round(sum(k) / len(k)) if k else 0 for k in asked])
+            yield call, self.generated(call, [round(sum(k) / len(k)) if k else 0 for k in asked])
 
     def step(self, index: int, of: Mapping[Any, Generated]) -> list[Launch]:
         """What a step launches, with what each variant does."""
@@ -90,7 +90,8 @@ class Codegen:
         calls = tuple(c for c in calls if not (index and c.segment.constant))
         return [launch for call in calls for launch in of[call.variant].launches]
 
-    def _generate(self, call: SegmentCall, tokens: Sequence[int]) -> Generated:
+    def generated(self, call: SegmentCall, tokens: Sequence[int]) -> Generated:
+        """A call of a variant; ``tokens``: how many each site computes."""
         variant = self.executor.variants.build(call.segment, call.forms, self.executor.plan)
         examples = list(_examples(variant, tokens))
         if self._held:

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -33,16 +34,39 @@ BLOCKS = {
     "held: ToCa, random: template1[reuse; partial]": (10, 1.33),
     "held: TaylorSeer: template1[compute, differences too [output]; compute, differences too [output]]": (10, 6.51),
 }
+# Of whole steps that compute no branch, however deep the model is: launches.
+STEPS = {"Fora": 8, "BlockCache": 8}
+
+
+def traced(depth: int = 2) -> Any:
+    with torch.device("meta"):
+        model = PlainDiT(size=(32, 32), width=128, depth=depth).eval().to(torch.bfloat16)
+        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    with torch.no_grad():
+        opt(*given)
+    return opt
+
+
+def launched(depth: int) -> dict[str, int]:
+    """What the last step launches that computes no branch, by policy."""
+    opt = traced(depth)
+    found = {}
+    with fake_gpu() as made:
+        codegen = Codegen(opt, made)
+        for name in STEPS:
+            opt.policy = POLICIES[name]
+            (call,) = codegen.schedule.joined(codegen.schedule.calls[-1])
+            assert isinstance(call.segment, Chain)
+            code = codegen.generated(call, [0] * len(call.segment.sites))
+            found[name] = len(code.launches)
+            assert counts(code.launches)["Triton"] == code.source.count(".run(")
+    return found
 
 
 def generate() -> dict[str, Generated]:
-    with torch.device("meta"):
-        model = PlainDiT(size=(32, 32), width=128, depth=2).eval().to(torch.bfloat16)
-        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), torch.empty(2), torch.empty(2, dtype=torch.int64)
-    opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    opt = traced()
     found: dict[str, Generated] = {}
-    with torch.no_grad():
-        opt(*given)
     with fake_gpu() as made:
         codegen = Codegen(opt, made)
         for name in ("FullCompute", "ToCa, attention", "ToCa, random", "TaylorSeer"):
@@ -93,6 +117,12 @@ def test_launches_do_not_grow(generated: dict[str, Generated]) -> None:
         assert counted[name]["launches"] <= launches, name
         assert counted[name]["MB moved"] <= moved, name
         assert counted[name]["host copies"] == 0
+
+
+def test_a_step_without_branches_launches_as_much_at_any_depth(process: ProcessPoolExecutor) -> None:
+    found = process.submit(launched, 5).result()
+    assert found.keys() == STEPS.keys()
+    assert all(found[name] <= most for name, most in STEPS.items()), found
 
 
 def test_a_score_costs_half_of_its_attention(generated: dict[str, Generated]) -> None:

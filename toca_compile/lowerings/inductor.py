@@ -118,7 +118,7 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
     ]
     graph = with_values(module.graph, values)
     own = fx.GraphModule(module, graph)
-    with settings(), config.patch(_SIDE_BY_SIDE), tracing(TracingContext(mode)):
+    with settings(), config.patch(_SIDE_BY_SIDE if _on_gpu(values) else {}), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
 
@@ -179,7 +179,7 @@ def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
     copy.output(tuple(copy.call_function(torch.ops.aten.contiguous.default, (o,)) for o in outputs))  # type: ignore[union-attr]
     for node, value in zip((n for n in copy.nodes if n.op == "placeholder"), values, strict=True):
         node.meta = {"val": value, "example_value": value}
-    if any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values):
+    if _on_gpu(values):
         fuse_few_rows(copy)
     for node in copy.nodes:
         if node.op != "placeholder":
@@ -208,6 +208,10 @@ def _keep_apart(graph: fx.Graph) -> None:
 def _is_view(node: fx.Node) -> bool:
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
     return any(told.alias_info is not None for told in returns) and not is_mutable(node)
+
+
+def _on_gpu(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values)
 
 
 def told(graph: fx.Graph, examples: Sequence[Any]) -> tuple[str, Any]:
