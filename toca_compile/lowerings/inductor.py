@@ -35,10 +35,11 @@ from toca_compile.lowerings.registry import lowering
 
 _ARTIFACTS: OrderedDict[tuple[Any, ...], Callable[..., Sequence[Any]]] = OrderedDict()
 _KEPT = 512  # artifacts that are found again; models that run hold their own
-# On a GPU, kernels that need nothing of one another are one launch; each has blocks of its own sizes.
-_SIDE_BY_SIDE: dict[str, Any] = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
+SIDE_BY_SIDE: dict[str, Any] = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
+"""Inductor's settings for a GPU: kernels that need nothing of one another are one launch, each with blocks of its own
+sizes. What is compared with has them too."""
 if hasattr(config, "combo_kernel_max_num_nodes"):  # since torch 2.13; before, eight
-    _SIDE_BY_SIDE["combo_kernel_max_num_nodes"] = 64
+    SIDE_BY_SIDE["combo_kernel_max_num_nodes"] = 64
 _LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
@@ -118,7 +119,7 @@ def _compile(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., S
     ]
     graph = with_values(module.graph, values)
     own = fx.GraphModule(module, graph)
-    with settings(), config.patch(_SIDE_BY_SIDE if _on_gpu(values) else {}), tracing(TracingContext(mode)):
+    with settings(), config.patch(SIDE_BY_SIDE if _on_gpu(values) else {}), tracing(TracingContext(mode)):
         return standalone_compile(own, values, dynamic_shapes="from_tracing_context")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toca_compile.api import explain, optimize
 from toca_compile.ir.plan import Policy
+from toca_compile.lowerings.inductor import SIDE_BY_SIDE
 from toca_compile.model import OptimizedModel
 from toca_compile.progress import plain_line, shortened, shown
 from toca_compile.quality.metrics import psnr
@@ -158,8 +159,11 @@ def compare_pipeline(
 
 
 def uncached(model: Any, lowering: str) -> Any:
-    """The model to compare with: compiled where the others are."""
-    return torch.compile(model, dynamic=False) if lowering == "inductor" else model
+    """The model to compare with: compiled where the others are, with the same settings."""
+    if lowering != "inductor":
+        return model
+    on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
+    return torch.compile(model, dynamic=False, options=SIDE_BY_SIDE if on_gpu else None)
 
 
 def write_pictures(out: Path, rows: Sequence[Row]) -> None:
