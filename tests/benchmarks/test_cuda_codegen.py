@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cuda_codegen import POLICIES, Codegen, counts
 from fake_gpu import Generated, assemble, fake_gpu
 
 import toca_compile
+from tests.kernels.interpreted import told_by
 from tests.models import PlainDiT
 from toca_compile import FullCompute
 from toca_compile.ir.printer import variant_name
@@ -62,6 +64,30 @@ def launched(depth: int) -> dict[str, int]:
             found[name] = len(code.launches)
             assert counts(code.launches)["Triton"] == code.source.count(".run(")
     return found
+
+
+def generate_to(file: str) -> None:
+    """Write a step's code, inputs for it, and what its graph makes of them on the CPU."""
+    with torch.device("meta"):
+        model = PlainDiT(depth=3).eval()
+        given = torch.empty(2, 2, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    opt: Any = toca_compile.optimize(model, FullCompute(), lowering="eager")
+    with torch.no_grad():
+        opt(*given)
+    opt.policy = POLICIES["Fora"]
+    with fake_gpu() as made:
+        codegen = Codegen(opt, made)
+        (call,) = codegen.schedule.joined(codegen.schedule.calls[-1])
+        code = codegen.generated(call, [0] * len(call.segment.sites))
+    module = codegen.executor.variants.build(call.segment, call.forms, codegen.executor.plan).module
+    for node in module.graph.nodes:
+        node.kwargs = {k: torch.device("cpu") if k == "device" else value for k, value in node.kwargs.items()}
+    module.recompile()
+    torch.manual_seed(0)
+    values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    inputs = [torch.randn(v.shape) if v.is_floating_point() else torch.randint(11, v.shape) for v in values]
+    with torch.no_grad():
+        torch.save((code.source, inputs, list(module(*inputs))), file)
 
 
 def generate() -> dict[str, Generated]:
@@ -123,6 +149,14 @@ def test_a_step_without_branches_launches_as_much_at_any_depth(process: ProcessP
     found = process.submit(launched, 5).result()
     assert found.keys() == STEPS.keys()
     assert all(found[name] <= most for name, most in STEPS.items()), found
+
+
+def test_kernels_make_what_the_graph_makes(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    file = str(tmp_path / "step.pt")
+    process.submit(generate_to, file).result()
+    assert "Combo" in torch.load(file)[0]  # loops side by side are among them
+    told = told_by(f"from tests.benchmarks.run_generated import difference; print(difference({file!r}))")
+    assert float(told) < 1e-6
 
 
 def test_a_score_costs_half_of_its_attention(generated: dict[str, Generated]) -> None:
