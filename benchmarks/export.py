@@ -130,16 +130,22 @@ def first_step(form: str, path: Path) -> tuple[float, float]:
     return loaded - start, time.perf_counter() - loaded
 
 
+def written(policy: str, paths: dict[str, Path]) -> Rows:
+    """Seconds to write each file that is not there yet."""
+    rows: Rows = []
+    for form, path in paths.items():
+        if not path.exists():
+            start = time.perf_counter()
+            export(policy, form, path)
+            rows.append({"what": form, "s": time.perf_counter() - start})
+    return rows
+
+
 def files(policy: str, paths: dict[str, Path], repeats: int) -> Rows:
     """What each file costs, beside the live model."""
     rows: Rows = []
     for form, path in paths.items():
-        row: dict[str, Any] = {"what": form, "export s": ""}
-        if not path.exists():
-            start = time.perf_counter()
-            export(policy, form, path)
-            row["export s"] = time.perf_counter() - start
-        row["file MB"] = path.stat().st_size / 1e6
+        row: dict[str, Any] = {"what": form, "file MB": path.stat().st_size / 1e6}
         row["load s"], row["first step s"] = first_step(form, path)
         rows.append(row)
     calls = {form: bind(pictures, load(form, path)) for form, path in paths.items()}
@@ -188,6 +194,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = {form: (given.folder or folder) / f"{given.policy}.{form}.pt2" for form in FILES}
+        new = written(given.policy, paths)
+        if new:
+            save("export", "cpu", {f"{given.policy}: writing the files" + note: new})
         save("export", "cpu", {f"{given.policy}: files" + note: files(given.policy, paths, given.repeats)})
         first = processes(given.policy, paths, folder)
         save("export", "cpu", {f"{given.policy}: a process to its first picture" + note: first})

@@ -83,3 +83,12 @@ def test_a_gate_that_nobody_registered_is_named(model: nn.Module) -> None:
     policy = Composition(4, Adaptive(by=Mine()), (Rule(SkipBlocks(0, 1)),))
     with pytest.raises(toca_compile.PolicyError, match="Mine cannot be saved: it has not registered itself"):
         loaded(model, policy, INPUTS)
+
+
+@pytest.mark.parametrize("policy", POLICIES[3:6], ids=lambda policy: type(policy).__name__)
+def test_with_an_open_batch_it_decides_alike(model: nn.Module, live: Any, policy: Any) -> None:
+    batch = {name: {0: torch.export.Dim("batch", min=2, max=5)} for name in "xty"}
+    own, live.policy = loaded(model, policy, INPUTS, dynamic=batch), policy
+    for count in (2, 5):
+        assert torch.equal(sample(own, STEPS, noise(count)), sample(live, STEPS, noise(count)))
+        assert [r.kind for r in own.steps] == [r.kind for r in live.steps]
