@@ -584,7 +584,7 @@ def _computed(body: _Body, test: Test) -> None:
 
 def _told_by_past(body: _Body, memory: History, kind: Number, index: int) -> fx.Node:
     """A number of ``History.numbers``."""
-    name = f"{kind.value} {index}"
+    name = kind.named(index)
     if name not in body.named:
         told = _of_series(body, memory, kind, index) if isinstance(memory, CacheSpec) else _of_pair(body, kind, index)
         body.named[name] = told

@@ -202,7 +202,7 @@ class _Laid:
         measured = self._measured(step)
         if (kind, index) in measured:
             return measured[kind, index]
-        return f"{kind.value} {index}" if moves is None else moves[kind, index]
+        return kind.named(index) if moves is None else moves[kind, index]
 
     def _measured(self, step: int) -> Numbers:
         """The numbers that measuring needs in a step."""

@@ -346,7 +346,7 @@ class LoadedModel(RunControls, nn.Module):
 
 def _named(numbers: Numbers) -> dict[str, int]:
     """As the table calls them."""
-    return {f"{kind.value} {i}": number for (kind, i), number in numbers.items()}
+    return {kind.named(i): number for (kind, i), number in numbers.items()}
 
 
 def laid_as(value: Tensor, stride: Sequence[int]) -> Tensor:

@@ -38,6 +38,10 @@ class Number(Enum):
         """Whether it may lie in memory, for a graph that is recorded once: K is a shape."""
         return self is not Number.K
 
+    def named(self, index: int) -> str:
+        """As a table calls one that only a run tells."""
+        return f"{self.value} {index}"
+
 
 @dataclass(frozen=True)
 class Slot:
