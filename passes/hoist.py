@@ -9,6 +9,7 @@ runtime leaves out those whose values it has kept from the same inputs (``runtim
     embed → [norm, linear(silu(t)), q, k(text), …] → …    ⇒    [k(text)], [t], [linear(silu(t))], embed → [norm, q, …]
 """
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -27,11 +28,12 @@ def hoist(
     sites: tuple[Site, ...],
     types: AxisTypes,
     varying: AbstractSet[fx.Node],
-    clock: AbstractSet[fx.Node],
+    clock: Mapping[fx.Node, bool],
 ) -> tuple[Segment, ...]:
     """The segments with those that are constant during a run in front, and behind them those that are timed.
 
-    ``varying`` are the inputs that are no parameters, ``clock`` those of them that tell the timestep.
+    ``varying`` are the inputs that are no parameters, ``clock`` those of them that tell the timestep, and whether the
+    host knows their numbers.
     """
     reads = _reads(graph, varying)
     below = _closed({s.add for s in sites}, graph)
@@ -41,14 +43,15 @@ def hoist(
     branches = {n for s in sites for n in s.region}
     cached = below | _closed(branches, graph)
     free = [n for n in graph.nodes if n.op == "call_function" and n not in cached]
-    constant = {n for n in free if reads[n] and not reads[n] & (moving | clock)}
+    constant = {n for n in free if reads[n] and not reads[n] & (moving | clock.keys())}
     # Only what a branch reads is worth it.
     read = [n for n in constant if any(u in branches and u not in constant for u in n.users)]
     constants = _worthwhile(read)
     timed: set[fx.Node] = set()
-    if roots and _on_host(clock):
-        timed = _as_they_lie(_without_tokens([n for n in free if not reads[n] & (moving - clock)], sites, types), graph)
-    read = [n for n in timed if reads[n] & clock and not timed.issuperset(n.users)]
+    if roots and clock and all(clock.values()):
+        still = [n for n in free if not reads[n] & (moving - clock.keys())]
+        timed = _as_they_lie(_without_tokens(still, sites, types), graph)
+    read = [n for n in timed if reads[n] & clock.keys() and not timed.issuperset(n.users)]
     found = _in_front(segments, constants, timed=False)
     before = {n for s in found if s.constant for n in s.nodes}
     return _in_front(found, _worthwhile(read) - before, timed=True)
@@ -100,12 +103,6 @@ def _is_turned(value: object) -> bool:
         return False
     strides = [s for s, size in zip(value.stride(), value.shape, strict=True) if size > 1 and s]
     return strides != sorted(strides, reverse=True)
-
-
-def _on_host(clock: AbstractSet[fx.Node]) -> bool:
-    """Whether the time is known without waiting for a device."""
-    values = [value_of(n) for n in clock]
-    return bool(values) and all(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in values)
 
 
 def _worthwhile(read: list[fx.Node]) -> set[fx.Node]:

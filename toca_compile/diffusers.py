@@ -24,6 +24,8 @@ from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import FLOW, Signature
 from toca_compile.model import AROUND_CALL, Controls, Handle
+from toca_compile.runtime.host_known import HostKnown, known_to_host
+from toca_compile.runtime.sight import on_host
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +226,10 @@ def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     runs = [_Run(model, pipe.scheduler, arguments) for model in models]
 
     with contextlib.ExitStack() as stack:
+        stack.callback(_forget_timesteps, pipe.scheduler)
         for method, act in (("step", _Run.next_step), ("set_timesteps", _Run.restart)):
-            telling = _Telling(pipe.scheduler, method, functools.partial(_each, runs, act))
+            then = functools.partial(_know_timesteps, pipe.scheduler) if method == "set_timesteps" else _nothing
+            telling = _Telling(pipe.scheduler, method, functools.partial(_each, runs, act), then)
             stack.enter_context(_shadowed(pipe.scheduler, method, telling))
         for run in runs:
             stack.callback(run.close)
@@ -240,17 +244,37 @@ def _each(runs: list["_Run"], act: Callable[["_Run"], None]) -> None:
         act(run)
 
 
-class _Telling:
-    """A method of an object that says when it is called. A copy of the object has the method itself: pipelines copy
-    their scheduler for what they denoise beside the picture (sound), and its steps are none of the picture's."""
+def _know_timesteps(scheduler: Any) -> None:
+    """Let the host know the numbers of a scheduler's timesteps, and so of what a pipeline tells its models of them."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    known = known_to_host(timesteps)
+    if known is not timesteps and "timesteps" in vars(scheduler):
+        scheduler.timesteps = known
 
-    def __init__(self, owner: Any, name: str, tell: Callable[[], None]) -> None:
-        self.owner, self.method, self.tell = owner, getattr(owner, name), tell
+
+def _forget_timesteps(scheduler: Any) -> None:
+    if isinstance(getattr(scheduler, "timesteps", None), HostKnown):
+        scheduler.timesteps = scheduler.timesteps.plain
+
+
+def _nothing() -> None:
+    return None
+
+
+class _Telling:
+    """A method of an object that says when it is called, and when it is done. A copy of the object has the method
+    itself: pipelines copy their scheduler for what they denoise beside the picture (sound), and its steps are none of
+    the picture's."""
+
+    def __init__(self, owner: Any, name: str, tell: Callable[[], None], then: Callable[[], None] = _nothing) -> None:
+        self.owner, self.method, self.tell, self.then = owner, getattr(owner, name), tell, then
         functools.update_wrapper(self, self.method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.tell()
-        return self.method(*args, **kwargs)
+        result = self.method(*args, **kwargs)
+        self.then()
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.method, memo) if id(self.owner) in memo else self
@@ -315,7 +339,8 @@ class _Run:
         """Say which timesteps will come, where what is made of them for all at once pays: a lowering that does not
         compile stays equal to the model to the last bit."""
         timesteps = self.scheduler.timesteps
-        if self.model._session.compiles and isinstance(timesteps, torch.Tensor) and timesteps.device.type == "cpu":
+        visible = isinstance(timesteps, HostKnown) or (isinstance(timesteps, torch.Tensor) and on_host(timesteps))
+        if self.model._session.compiles and visible:
             self.model._session.control.announce(timesteps.tolist())
 
     def _policy(self, call: Signature) -> Policy:

@@ -46,6 +46,7 @@ from toca_compile.policies.full import FullCompute
 from toca_compile.progress import working
 from toca_compile.runtime.controls import RunControls
 from toca_compile.runtime.executor import Executor
+from toca_compile.runtime.host_known import HostKnown, known_to_host, plainly
 from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
 
@@ -137,8 +138,12 @@ class Calls:
         if session.strict:
             _check_mode(model)
         self._watch_numbers(args, kwargs)
-        control = session.control
-        control.begin_call(_leaves(args, kwargs))
+        control, leaves = session.control, _leaves(args, kwargs)
+        known: dict[int, Any] = {}
+        if any(isinstance(value, HostKnown) for value in leaves.values()):
+            args, kwargs, known = plainly(args, kwargs)
+            leaves = _leaves(args, kwargs)
+        control.begin_call(leaves, known)
         failed, shapes, self._dispatched = True, [], False
         try:
             with _UNFUSED, self._limits:
@@ -190,7 +195,8 @@ class Calls:
 
         Of a step that takes branches from caches, signature and run are looked at alone: the model is looked at, its
         hooks and by Dynamo's guards, where a step computes everything, and what is cached is of the model as it was."""
-        entries, signature, self._dispatched = self._entries, _signature(args, kwargs), True
+        entries, self._dispatched = self._entries, True
+        signature = _signature(args, kwargs, self.session.control.known)
         last = self._last
         if last is not None and last.signature == signature and last.is_cached(self.session.control):
             try:
@@ -364,16 +370,20 @@ class Controls(RunControls):
     def _control(self) -> StepControl:
         return self._session.control
 
-    def begin(self, timesteps: Iterable[float] | torch.Tensor) -> None:
+    def begin(self, timesteps: Iterable[float] | torch.Tensor) -> Any:
         """A sampling begins, in this thread or task, and its timesteps are these: what follows from them alone
         (embeddings, modulations, gates) is made for all of them at once by its first call.
 
         Pipelines of diffusers announce those of their scheduler by themselves. Rows differ from those made step by step
-        by rounding (1e-6 in float32). Where the model is told the time in a form that is not recognised, or on an
-        accelerator, whose values the host does not see, nothing is made ahead.
+        by rounding (1e-6 in float32). Where the model is told the time in a form that is not recognised, nothing is
+        made ahead; nor on an accelerator, whose numbers the host does not see, but for a loop over what is returned:
+        ``for t in opt.begin(scheduler.timesteps)``.
 
         Args:
             timesteps: as the scheduler has them, in the order of sampling.
+
+        Returns:
+            The timesteps; of a tensor on an accelerator, one of the same memory whose numbers the host knows.
 
         Raises:
             TocaError: they are no numbers.
@@ -386,6 +396,7 @@ class Controls(RunControls):
         with self._session.control.lock:
             self._session.control.reset(mine=True)
             self._session.control.announce(announced)
+        return known_to_host(timesteps)
 
     @property
     def policy(self) -> Policy:
@@ -583,9 +594,9 @@ def _check_mode(model: nn.Module) -> None:
         raise InferenceModeError(GRAD_ENABLED)
 
 
-def _signature(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells traced calls apart: kinds of inputs, and modes."""
-    kinds = tuple((k, _kind(v)) for k, v in _leaves(args, kwargs).items())
+def _signature(args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[int, Any]) -> tuple[Any, ...]:
+    """What tells traced calls apart: kinds of inputs, which of them the host knows (``known``), and modes."""
+    kinds = tuple((k, _kind(v), id(v) in known) for k, v in _leaves(args, kwargs).items())
     modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *(
         torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")
     )  # fmt: skip

@@ -40,6 +40,7 @@ from toca_compile.rules.registry import RULES
 from toca_compile.runtime.executor import FOLLOWED, Executor
 from toca_compile.runtime.graphs import MODES, Capture, Graphs, capture_for, without
 from toca_compile.runtime.peers import Peers, peers_of
+from toca_compile.runtime.sight import on_host
 from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
@@ -221,9 +222,10 @@ class Session:
             inputs = flat(inputs)
         manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
         with working("proving what may be cached"):
-            layouts = self._layouts(static_inputs, inputs)
+            layouts, as_host = self._layouts(static_inputs, inputs), self.control.times.as_host
+            known = tuple(isinstance(x, torch.Tensor) and on_host(as_host(x)) for x in inputs)
             program = manager.run(
-                Program(graph, static_inputs, tuple(inputs), self.grid, fragment=self.broken, layouts=layouts)
+                Program(graph, static_inputs, tuple(inputs), self.grid, known, self.broken, layouts=layouts)
             )
         self.programs.append(program)
         for node in program.module.graph.nodes:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import toca_compile
+from tests.apart import apart
 from tests.pipelines import run
 from tests.pipelines.builders import TABLE, follow, kinds, made
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, ToCa
@@ -81,6 +82,11 @@ def interrupted(pipe: Any, call: dict[str, Any], step: int) -> torch.Tensor:
     return run(pipe, call, CALLS, callback_on_step_end=interrupt)
 
 
+# Of all, tried once: it is seen in each that has modulations but for three, which write a timestep's number down anew.
+ELSEWHERE = ["DiT", "PixArt-α", "FLUX", "Wan 2.2", "CogVideoX", "AuraFlow"]
+READ_BY_THE_PIPELINE = {"AuraFlow", "HunyuanDiT", "EasyAnimate"}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_a_pipeline(name: str) -> None:
     pipe, call = made(name)
@@ -120,14 +126,32 @@ def test_a_pipeline(name: str) -> None:
     assert kinds(pipe) == [[PLANNED[-1][1][:n]] * passes for n in steps]
 
     # announced
-    follow(pipe, FullCompute())  # no forecast grows what the rounding of rows made at once differs by
-    for model in optimized_components(pipe).values():
-        model.reset()
-    with patch.object(Session, "compiles", True), patch.object(Conditioning, "_make", side_effect=AssertionError):
-        announced = run(pipe, call, CALLS)
-    # A random network and its sampler make more of a row's rounding, 1e-6, than of its own numbers.
-    assert (announced - plain).abs().max() <= 1e-4 * plain.abs().max()
+    announced(pipe, call, plain)
     tables = [
         t for m in optimized_components(pipe).values() for ts in m._toca.session.control.tables.values() for t in ts
     ]
     assert bool(tables) == (name not in UNCONDITIONED)
+
+
+def announced(pipe: Any, call: dict[str, Any], plain: torch.Tensor) -> None:
+    """Nothing that follows from the time is made in a step."""
+    follow(pipe, FullCompute())  # no forecast grows what the rounding of rows made at once differs by
+    for model in optimized_components(pipe).values():
+        model.reset()
+    with patch.object(Session, "compiles", True), patch.object(Conditioning, "_make", side_effect=AssertionError):
+        out = run(pipe, call, CALLS)
+    # A random network and its sampler make more of a row's rounding, 1e-6, than of its own numbers.
+    assert (out - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_pipeline_on_an_accelerator(name: str) -> None:
+    """The host knows the timesteps there, though it reads nothing that the model is told, and lets go of them."""
+    pipe, call = made(name)
+    plain = run(pipe, call, CALLS)
+    toca_compile.optimize(pipe, FullCompute(), lowering="eager")
+    with apart():
+        announced(pipe, call, plain)
+        assert type(pipe.scheduler.timesteps) is torch.Tensor
+        kept = [model._toca.session.control.conditioning_bytes for model in optimized_components(pipe).values()]
+    assert any(kept) == (name not in READ_BY_THE_PIPELINE)

@@ -62,15 +62,16 @@ def find_scores(program: Program) -> Program:
 
 
 def find_clock(program: Program) -> Program:
-    """The inputs that tell the timestep."""
+    """The inputs that tell the timestep: those whose numbers the host knows, if there are any."""
     assert program.types is not None
-    return replace(program, clock=_find_clock.find_clock(program.varying, program.types, program.sites))
+    clock = _find_clock.find_clock(program.varying, program.types, program.sites)
+    return replace(program, clock=tuple(n for n in clock if n in program.on_host) or clock)
 
 
 def hoist(program: Program) -> Program:
     """What does not change during a run, or follows from the timestep beside it, stands first, to be computed once."""
     assert program.types is not None
-    varying, clock = frozenset(program.varying), frozenset(program.clock)
+    varying, clock = frozenset(program.varying), {n: n in program.on_host for n in program.clock}
     graph, types = program.module.graph, program.types
     return replace(program, segments=_hoist.hoist(graph, program.segments, program.sites, types, varying, clock))
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from toca_compile.ir.table import Call
-from toca_compile.runtime.conditioning import Conditioning, Seen, Table, ahead, time_of
+from toca_compile.runtime.conditioning import Conditioning, Seen, Table
+from toca_compile.runtime.times import ahead, time_of
 
 if TYPE_CHECKING:
     from toca_compile.exported.write import Traced

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import fx
 
 from toca_compile.ir.actions import Action, Keep
 from toca_compile.ir.gates import FirstBlocks, Gate
-from toca_compile.ir.graph import ancestors
+from toca_compile.ir.graph import ancestors, value_of
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.state import Slot
 from toca_compile.ir.types import Attention, AxisTypes, Layout, Site
@@ -49,6 +50,7 @@ class Program:
     static_inputs: tuple[bool, ...]  # which placeholders are parameters and buffers
     inputs: tuple[Any, ...] = ()
     grid: tuple[int, int] | None = None
+    known: tuple[bool, ...] = ()  # of which placeholders the host knows the numbers; as they lie, if nobody says
     fragment: bool = False  # whether it is one graph of several that Dynamo made of a model
     types: AxisTypes | None = None
     attentions: tuple[Attention, ...] = ()
@@ -64,6 +66,12 @@ class Program:
         return tuple(n for n in self.module.graph.nodes if n.op == "placeholder")
 
     @property
+    def on_host(self) -> frozenset[fx.Node]:
+        """Its inputs whose numbers the host knows."""
+        known = self.known or [_is_on_host(value_of(n)) for n in self.placeholders]
+        return frozenset(n for n, told in zip(self.placeholders, known, strict=True) if told)
+
+    @property
     def writes(self) -> tuple[fx.Node, ...]:
         """What the inputs ``written`` become."""
         results: Any = self.module.graph.output_node().args[0]
@@ -73,6 +81,10 @@ class Program:
     def varying(self) -> tuple[fx.Node, ...]:
         """Its inputs that are no parameters or buffers."""
         return tuple(n for n, fixed in zip(self.placeholders, self.static_inputs, strict=True) if not fixed)
+
+
+def _is_on_host(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ timestep, and rows are kept from one sampling to the next. Where the timesteps a
 with other labels or weights), the rows of all are made at once, so that each layer is one product for all of them.
 """
 
-import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from toca_compile.runtime.sight import on_host
 from toca_compile.runtime.step_control import RunConstants
+from toca_compile.runtime.times import Clocks, Time, Times
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ LIMIT = 512 << 20
 TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have labels of their own
 _LARGE = 1 << 20  # numbers of an input beyond which not all are compared
 _SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
-_LARGEST = 4096  # numbers of a time that is looked up
 _AT_ONCE = 64  # rows
 
-Time = tuple[Any, ...]
-Clocks = dict[Time, tuple[torch.Tensor, ...]]  # the inputs that tell each time
+ALONE = Times(waits=True)
+"""A step whose inputs tell all that is known."""
+
 Row = dict[int, torch.Tensor]  # by place among a step's values
 
 
@@ -97,13 +97,15 @@ def _sampled(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Table:
-    """The rows for some labels and weights. ``clocks``: the inputs that told the time of each."""
+    """The rows for some labels and weights. ``clocks``: the inputs that told the time of each; ``uses``: steps that
+    took one."""
 
     labels: Seen
     weights: Seen
     rows: dict[Time, Row] = field(default_factory=dict)
     clocks: Clocks = field(default_factory=dict)
     bytes: int = 0
+    uses: int = 0
 
     def keep(self, time: Time, clocks: tuple[torch.Tensor, ...], row: Row) -> bool:
         """Keep a row, or what is new of it, if there is room; whether there was."""
@@ -132,6 +134,10 @@ class Conditioning:
         self._clock, self._labels, self._weights = clock, labels, weights
         self._at_once = at_once
 
+    def sees_weights(self, values: Sequence[Any]) -> bool:
+        """Whether the weights among the values of a step lie on the host, so that any change of them shows."""
+        return not self._weights or on_host(values[self._weights[0]])
+
     def fill(
         self,
         values: list[Any],
@@ -140,7 +146,7 @@ class Conditioning:
         tables: list[Table],
         *,
         full: bool,
-        announced: Sequence[float] = (),
+        times: Times = ALONE,
     ) -> None:
         """Put the values at the places ``wanted`` of one step.
 
@@ -150,15 +156,16 @@ class Conditioning:
             tables: those of the graph, the last used first; a new one is added.
             full: whether the step computes everything. Only then weights are looked at: what other steps take from
                 caches was made with those of the last full step too.
-            announced: the timesteps of the sampling, as far as they are known.
+            times: what the host knows of the step's time, and of those to come.
         """
         table = self._table(values, tables, full=full)
+        table.uses += 1
         clock = [values[i] for i in self._clock]
-        time = time_of(clock)
+        time = times.time(clock)
         row = table.rows.get(time) if time is not None else None
         if row is None and time is not None and not table.rows and self._at_once:
             known = next((other.clocks for other in tables[1:] if time in other.clocks), {})
-            self._make_rows(table, known if len(known) > 1 else ahead(clock, announced), values, parts)
+            self._make_rows(table, known if len(known) > 1 else times.ahead(clock), values, parts)
             row = table.rows.get(time)
         if row is None or not wanted <= row.keys():
             row = self._make(values, parts, wanted, row or {})
@@ -175,6 +182,8 @@ class Conditioning:
                 tables.insert(0, tables.pop(i))
                 return table
         tables.insert(0, Table(Seen(labels), Seen(weights)))
+        # Of labels that are others at each step, or cannot be told to be the same, only one row is ever asked for.
+        self._at_once &= not any(len(table.rows) > 1 and table.uses == 1 for table in tables[TABLES:])
         del tables[TABLES:]
         return tables[0]
 
@@ -225,37 +234,3 @@ class Conditioning:
                 row = {p: own[p][i] if p in several else own[p] for p in places}
                 if not table.keep(time, known[time], row):
                     return
-
-
-def time_of(clock: Sequence[torch.Tensor]) -> Time | None:
-    """The time as it is looked up; None where it is too much to compare."""
-    if sum(c.numel() for c in clock) > _LARGEST:
-        return None
-    return tuple(x for c in clock for x in c.reshape(-1).tolist())
-
-
-# What pipelines give their models for a timestep of the scheduler.
-_GIVEN: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000, lambda t: (1000 - t) / 1000,
-)  # fmt: skip
-
-
-def ahead(clock: Sequence[torch.Tensor], announced: Sequence[float], *, before: bool = False) -> Clocks:
-    """The inputs that will tell the times announced, from this one on, if one of them can be recognised in how this one
-    is told, the earliest; nothing otherwise. What tells no timestep (a guidance scale) stays as it is. A wrong guess is
-    a row that nobody looks up. ``before``: also those before this one."""
-    if not announced or not all(bool((c == c.reshape(-1)[:1]).all()) for c in clock):
-        return {}
-    ways: dict[int, Clocks] = {}
-    for given, dtype in itertools.product(_GIVEN, (None, torch.float32)):
-        told = [given(torch.tensor(announced).to(dtype or c.dtype)).to(c.dtype) for c in clock]
-        met = [(t == c.reshape(-1)[0]).nonzero() for t, c in zip(told, clock, strict=True)]
-        if any(len(at) for at in met):
-            start = 0 if before else min(int(at[0]) for at in met if len(at))
-            columns = [
-                [torch.full_like(c, x) for x in t[start:].tolist()] if len(at) else [c.clone()] * (len(t) - start)
-                for t, at, c in zip(told, met, clock, strict=True)
-            ]
-            rows = zip(*columns, strict=True)
-            ways.setdefault(start, {}).update({time: row for row in rows if (time := time_of(row)) is not None})
-    return ways[min(ways)] if ways else {}

@@ -367,7 +367,7 @@ class Executor:
             self._keep(inputs, step.values, run, key)
         full = all(action.dense for action in schedule.unskipped[index])
         done = self._front
-        self._condition(step, bound, key, full=full and calls is uncut)
+        self._condition(step, bound, (run, key), full=full and calls is uncut)
         if schedule.probe is not None and calls is not uncut:
             ahead = schedule.joined(calls)
             stop = schedule.until(ahead, schedule.skips.start - 1)
@@ -384,7 +384,7 @@ class Executor:
             if not skips:
                 calls = uncut
                 bound = self._bound(calls, now, run, key)
-                self._condition(step, bound, key, full=full)
+                self._condition(step, bound, (run, key), full=full)
                 self._record(run, key, schedule, schedule.unskipped[index])
         kept = self._kept_storages(step, run) if self.program.fragment else frozenset[int]()
         if self.graphs is not None and fixed is not None and self._is_planned(schedule):
@@ -457,13 +457,15 @@ class Executor:
         kept = (*run.buffers.values(), *step.values[self._inputs :])
         return frozenset(x.untyped_storage()._cdata for x in kept if isinstance(x, torch.Tensor))
 
-    def _condition(self, step: "_Step", bound: "_BoundCalls", key: tuple[int, ...], *, full: bool) -> None:
+    def _condition(self, step: "_Step", bound: "_BoundCalls", of: tuple[Run, tuple[int, ...]], *, full: bool) -> None:
         """Put what follows from the time where the step reads it."""
         if bound.timed:
+            run, key = of
             parts = bound.calls[self._constant : self._front]
-            tables = self.control.tables.setdefault(key, [])
-            announced = self.control.announced
-            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, announced=announced)
+            # Between two runs weights may change where the host does not look: what was made with them goes with a run.
+            kept = self.control.tables if self._conditioning.sees_weights(step.values) else run.tables
+            tables, times = kept.setdefault(key, []), self.control.times
+            self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, times=times)
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
         """Whether a step skips the blocks that its plan lets it skip."""

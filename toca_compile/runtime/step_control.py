@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from toca_compile.ir.types import StepKind
 from toca_compile.progress import stages
 from toca_compile.runtime.clock import Clock, device_of
 from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on_host
+from toca_compile.runtime.times import Times
 
 log = logging.getLogger(__name__)
 
+NOTHING: Mapping[int, Any] = MappingProxyType({})
 _KEPT = 4096  # records kept: an endless run has no last step
 _RESTARTS = 3  # samplings in a row that end after their first step: then something is wrong, and said
 
@@ -136,6 +139,7 @@ class Run:
     drift: dict[tuple[Any, ...], float] = field(default_factory=dict)  # what a gate has added up since such a step
     bound: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict)  # the executors' own
     fixed: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the same: memory of CUDA graphs
+    tables: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict)  # and what follows from the time
     spent: bool = False  # its buffers were freed
 
     @property
@@ -148,7 +152,7 @@ class Run:
         for name in [n for n in self.buffers if n[: len(key)] == key and State.STAMP not in n]:
             del self.buffers[name]
         self.spent |= self.steps is not None and self.step >= self.steps - 1
-        for kept in (self.kept, self.computed, self.drift, self.bound, self.fixed):
+        for kept in (self.kept, self.computed, self.drift, self.bound, self.fixed, self.tables):
             for name in [n for n in kept if n[: len(key)] == key]:
                 del kept[name]
 
@@ -169,11 +173,13 @@ class Unexpected(Exception):
 
 
 class _Call(threading.local):
-    """The model call that a thread is in. ``unguarded``: made without Dynamo's guards."""
+    """The model call that a thread is in. ``unguarded``: made without Dynamo's guards; ``known``: inputs on an
+    accelerator whose numbers the host knows, by ``id``."""
 
     bounded = False
     unguarded = False
     inputs: Mapping[Any, Any] | None = None
+    known: Mapping[int, Any] = NOTHING
     run: Run | None = None
     stream: _Stream | None = None
     clock: Clock | None = None
@@ -221,6 +227,10 @@ def _owner() -> Any:
     return _HERE.owner
 
 
+def _bytes(tables: Mapping[Any, Sequence[Any]]) -> int:
+    return sum(table.bytes for of_graph in tables.values() for table in of_graph)
+
+
 def _called(context: str, lane: tuple[int, int]) -> str:
     """The name of a lane's records: the context's for its first picture and pass."""
     picture, number = lane
@@ -244,6 +254,7 @@ class StepControl:
         self._directions: dict[Any, float] = {}
         self._call = _Call()
         self._peak = 0
+        self._conditioned = 0
         self.calls = 0  # that are over
         self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
         self._announced: weakref.WeakKeyDictionary[Any, tuple[float, ...]] = weakref.WeakKeyDictionary()
@@ -279,6 +290,16 @@ class StepControl:
     def announced(self) -> tuple[float, ...]:
         """The timesteps that the caller has announced."""
         return self._announced.get(_owner(), ())
+
+    @property
+    def known(self) -> Mapping[int, Any]:
+        """In the call that this thread is in, inputs on an accelerator whose numbers the host knows, by ``id``."""
+        return self._call.known
+
+    @property
+    def times(self) -> Times:
+        """What the host knows of the time in that call."""
+        return Times(self.announced, self.known)
 
     def undo(self, context: str) -> None:
         """As if there had been no call in this context."""
@@ -338,8 +359,9 @@ class StepControl:
 
     @property
     def conditioning_bytes(self) -> int:
-        """Bytes of what is kept by time, from one sampling to the next (``conditioning.py``)."""
-        return sum(table.bytes for tables in self.tables.values() for table in tables)
+        """Bytes of what is kept by time (``conditioning.py``): from one sampling to the next, or at most in one."""
+        self._note_peak()
+        return max(_bytes(self.tables), self._conditioned)
 
     @property
     def peak_bytes(self) -> int:
@@ -350,6 +372,7 @@ class StepControl:
 
     def _note_peak(self) -> None:
         self._peak = max(self._peak, self.cache_bytes)
+        self._conditioned = max(self._conditioned, sum(_bytes(run.tables) for run in self.runs))
 
     @property
     def runs(self) -> list[Run]:
@@ -365,10 +388,12 @@ class StepControl:
 
     # -- what the model object does -----------------------------------------------------------------------------------
 
-    def begin_call(self, inputs: Mapping[Any, Any]) -> None:
-        """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again."""
+    def begin_call(self, inputs: Mapping[Any, Any], known: Mapping[int, Any] = NOTHING) -> None:
+        """A model call begins. Without this (a bare torch.compile), a call begins when a graph comes round again.
+        ``known``: those of the inputs that lie on an accelerator and whose numbers the host knows, by ``id``."""
         call = self._call
         call.bounded, call.inputs, call.run, call.stream, call.seen = True, inputs, None, None, {}
+        call.known = known
         call.clock, call.stages = Clock(device_of(inputs.values())), stages()
 
     def coming(self) -> Run | None:
@@ -414,6 +439,7 @@ class StepControl:
                 self._note_peak()
                 call.run.forget()
         call.bounded, call.inputs, call.run, call.stream, call.seen = False, None, None, None, {}
+        call.known = NOTHING
         return reached
 
     def void(self) -> None:
@@ -457,6 +483,8 @@ class StepControl:
             call.clock = Clock(device_of(inputs.values()))
         if call.run is None:
             seen = call.inputs if call.bounded and call.inputs is not None else inputs
+            if call.known:
+                seen, clock = {k: self.times.as_host(v) for k, v in seen.items()}, list(map(self.times.as_host, clock))
             call.run = self._run(place if not call.bounded else (graph,), steps, seen, clock)
         return call.run, (*place, count)
 
@@ -575,7 +603,7 @@ class StepControl:
 
     def _begin_records(self, owner: Any, context: str) -> None:
         """A sampling begins: what is recorded is this one, not an earlier one of the same thread."""
-        self._peak = 0
+        self._peak = self._conditioned = 0
         over = owner in self._void or any(o() is owner and r.context == context for o, r in self._records)
         kept = [(o, r) for o, r in self._records if o() is not None and not (over and o() is owner)]
         self._records = deque(kept, maxlen=_KEPT)
