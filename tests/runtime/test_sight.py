@@ -259,10 +259,11 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("context", ["own", "same", None])
-def test_threads_have_runs_of_their_own(traced: Traced, context: str | None) -> None:
-    _, other = traced(PlainDiT, POLICY)
+def test_threads_have_runs_of_their_own(context: str | None) -> None:
+    # Which rows of modulations are made at once depends on which thread comes first, and so does their rounding.
+    other = optimized(randomize(PlainDiT()), hoist=False)
     expected = [steps(other, noise(seed=s), TIMES, torch.full((2,), s)) for s in range(3)]
-    opt = optimized(randomize(PlainDiT()))  # traced in threads
+    opt = optimized(randomize(PlainDiT()), hoist=False)  # traced in threads
 
     def job(s: int) -> Tensor:
         x = noise(seed=s)
