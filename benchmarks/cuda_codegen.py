@@ -32,6 +32,7 @@ from toca_compile.ir.types import Site
 from toca_compile.lowerings import inductor
 from toca_compile.lowerings.fused_scores import fuse_scores
 from toca_compile.passes.variants.in_memory import in_memory
+from toca_compile.runtime.host_known import HostKnown
 from toca_compile.runtime.schedule import Schedule, SegmentCall
 
 Rows = list[dict[str, Any]]
@@ -45,6 +46,7 @@ POLICIES: dict[str, Policy] = {
     "TaylorToCa, queries": TaylorToCa(12, 3, 1, 0.1, keys="update"),
     "BlockCache": BlockCache(12, first=0, interval=3, order=1),
 }
+UNCACHED = "none: all that the model computes"
 BLOCKS = 2  # of each kind: deeper models launch more of the same
 KINDS = {"triton": "Triton", "gemm": "GEMM", "attention": "attention", "other": "other", "host copy": "host copies"}
 
@@ -85,9 +87,10 @@ class Codegen:
             yield call, self.generated(call, [round(sum(k) / len(k)) if k else 0 for k in asked])
 
     def step(self, index: int, of: Mapping[Any, Generated]) -> list[Launch]:
-        """What a step launches, with what each variant does."""
+        """What a step launches, with what each variant does. What follows from the text or from the time alone is made
+        in the first, for all steps of the run."""
         calls = self.schedule.joined(self.schedule.calls[index])
-        calls = tuple(c for c in calls if not (index and c.segment.constant))
+        calls = tuple(c for c in calls if not (index and (c.segment.constant or c.segment.timed)))
         return [launch for call in calls for launch in of[call.variant].launches]
 
     def generated(self, call: SegmentCall, tokens: Sequence[int]) -> Generated:
@@ -136,21 +139,31 @@ def counts(launches: Sequence[Launch]) -> dict[str, Any]:
     return {**numbers, "MB moved": sum(launch.moved for launch in launches) / 1e6}
 
 
-def optimized(system: System) -> Any:
-    """The system's model on the meta device, traced."""
+def optimized(system: System, *, known: bool = True) -> Any:
+    """The system's model on the meta device, traced. ``known``: with timesteps whose numbers the host knows, as in a
+    pipeline; without, a step computes all that the model does."""
     opt: Any = toca_compile.optimize(system.model, FullCompute(), lowering="eager")
+    t = timesteps(len(system.latents))
     with torch.no_grad():
-        system.call(opt, system.latents, torch.empty(len(system.latents), device="meta"))
+        system.call(opt, system.latents, t if known else t.plain)
     return opt
+
+
+def timesteps(samples: int) -> Any:
+    """A timestep for each sample, on the meta device, and known to the host."""
+    return HostKnown.of(torch.empty(samples, device="meta"), torch.full((samples,), 500.0))
 
 
 def measure(system: System, assembled: set[tuple[str, int]], keep: Path | None) -> tuple[Rows, Rows]:
     """A row for each variant, and one for each policy and kind of step."""
-    opt = optimized(system)
+    opt, plain = optimized(system), optimized(system, known=False)
     variants: Rows = []
     steps: Rows = []
     seen = set()
     with fake_gpu() as made:
+        codegen = Codegen(plain, made)
+        of = {call.variant: generated for call, generated in codegen.variants()}
+        steps.append({"policy": UNCACHED, "step": "full", **counts(codegen.step(0, of))})
         codegen = Codegen(opt, made)
         for name, policy in POLICIES.items():
             opt.policy = policy

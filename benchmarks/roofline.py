@@ -86,12 +86,13 @@ WAYS = {"CUDA graphs": graphed, "launched": launched}
 
 def predict(system: System) -> tuple[Rows, Rows]:
     """For each policy a row for each kind of step, and one for each GPU of a whole run."""
-    opt = optimized(system)
+    opt, plain = optimized(system), optimized(system, known=False)
     steps: Rows = []
     runs: Rows = []
     with fake_gpu() as made:
-        codegen = Codegen(opt, made)
+        codegen = Codegen(plain, made)
         full = codegen.step(0, {call.variant: generated for call, generated in codegen.variants()})
+        codegen = Codegen(opt, made)
         steps.append({"policy": "FullCompute", "step": "full", **_row(full, toca_compile.explain(opt).flops("full"))})
         for name, policy in policies(system).items():
             opt.policy = policy

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from cuda_codegen import POLICIES, Codegen, counts
+from cuda_codegen import POLICIES, Codegen, counts, timesteps
 from fake_gpu import Generated, assemble, fake_gpu
 
 import toca_compile
@@ -43,7 +43,7 @@ STEPS = {"Fora": 8, "BlockCache": 8}
 def traced(depth: int = 2) -> Any:
     with torch.device("meta"):
         model = PlainDiT(size=(32, 32), width=128, depth=depth).eval().to(torch.bfloat16)
-        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        given = torch.empty(2, 2, 32, 32, dtype=torch.bfloat16), timesteps(2), torch.empty(2, dtype=torch.int64)
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
     with torch.no_grad():
         opt(*given)
@@ -70,7 +70,7 @@ def generate_to(file: str) -> None:
     """Write a step's code, inputs for it, and what its graph makes of them on the CPU."""
     with torch.device("meta"):
         model = PlainDiT(depth=3).eval()
-        given = torch.empty(2, 2, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        given = torch.empty(2, 2, 8, 8), timesteps(2), torch.empty(2, dtype=torch.int64)
     opt: Any = toca_compile.optimize(model, FullCompute(), lowering="eager")
     with torch.no_grad():
         opt(*given)
