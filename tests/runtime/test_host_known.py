@@ -143,6 +143,14 @@ def test_which_timesteps_become_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known_to_host(made) is made
 
 
+def test_in_inference_mode_parts_are_known_and_what_is_computed_is_not() -> None:
+    times = known()
+    with torch.inference_mode():
+        assert times[1].expand(2).host.tolist() == [500, 500]
+        assert type(times[1] / 1000) is Tensor
+        assert float(times[1] / 1000) == 0.5
+
+
 def test_a_call_is_made_with_ordinary_tensors() -> None:
     t, x = known()[0], torch.ones(2)
     args, kwargs, told = plainly((x, t), {"again": t, "nested": {"t": t[None]}})

@@ -212,8 +212,8 @@ def _notes(report: "Report") -> list[str]:
         notes.append(f"verified on random values: {variants} in {sum(session.checked):.2f} s")
     if not session.control.time_is_visible:
         notes.append(
-            "the timestep is no host value: an abandoned sampling looks like its continuation; call reset(), or tell "
-            "cache_context(name, step_index=…)"
+            "the timestep is no host value: an abandoned sampling looks like its continuation; loop over what "
+            "begin(timesteps) returns, or call reset(), or tell cache_context(name, step_index=…)"
         )
     if session.broken:
         notes.append(session.split(session.graphs))

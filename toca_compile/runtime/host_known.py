@@ -59,10 +59,8 @@ class HostKnown(Tensor):
 
     @classmethod
     def of(cls, values: Tensor, host: Tensor | None = None) -> Tensor:
-        """A tensor whose numbers the host knows (``host``) or reads now. One made in inference mode stays as it is:
-        of that nobody knows whether it was written to."""
-        if values.is_inference():
-            return values
+        """A tensor whose numbers the host knows (``host``) or reads now. One made in inference mode stays as it is, and
+        so does what is made there of others: of that nobody knows whether it was written to."""
         return _known(values, read(values) if host is None else host, None)
 
     @property
@@ -160,7 +158,7 @@ def _is_simple(index: Any) -> bool:
 
 
 def _known(values: Tensor, host: Tensor, origin: _Origin | None) -> Tensor:
-    if values.shape != host.shape or values.dtype != host.dtype:
+    if values.is_inference() or values.shape != host.shape or values.dtype != host.dtype:
         return values
     with torch._C.DisableTorchFunctionSubclass():
         found = values.as_subclass(HostKnown)

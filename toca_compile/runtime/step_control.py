@@ -563,7 +563,8 @@ class StepControl:
             run = stream.runs[which] = Run(context, steps)
         elif not watch.time_is_visible and run.step == 1:
             self._warn(
-                "the timestep is no host value here, so an abandoned sampling cannot be told from its continuation: "
+                "the timestep is no host value here, so an abandoned sampling cannot be told from its continuation, "
+                "and what follows from the time is computed in each step: loop over what begin(timesteps) returns; or "
                 "call reset() when you abandon one, or tell cache_context(name, step_index=…)"
             )
         stream.now.add(which)
