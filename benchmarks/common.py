@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,11 @@ def arguments(batch: int, size: int, device: str = "cpu", dtype: torch.dtype = t
         "timestep": torch.full((batch,), 500, device=device),
         "class_labels": torch.arange(batch, device=device) % 1000,
     }
+
+
+def begun(model: Any, timesteps: torch.Tensor) -> torch.Tensor:
+    """A sampling's timesteps, of which an optimised model is told, as a pipeline tells it those of its scheduler."""
+    return cast(torch.Tensor, model.begin(timesteps)) if hasattr(model, "begin") else timesteps
 
 
 _SPREADS: list[float] = []  # of what was timed in this process: half of the middle half's width, over the median

@@ -11,14 +11,14 @@
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial as bind
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, dit, interleaved, save
+from common import arguments, begun, dit, interleaved, save
 
 import toca_compile
 from toca_compile import FullCompute, ToCa, preset
@@ -67,15 +67,17 @@ def sampled(opt: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack(outs)
 
 
-def in_turn(calls: Sequence[Callable[[], Any]]) -> None:
-    """One after the other."""
-    for call in calls:
-        call()
+def run(model: Any, inputs: dict[str, Any], steps: int) -> None:
+    """The model calls of a sampling, at timesteps that lie where the model does."""
+    own = inputs | {"timestep": None}
+    for t in begun(model, torch.linspace(999, 0, steps, device="cuda").long()):
+        own["timestep"] = t.expand(len(inputs["timestep"]))
+        model(**own)
 
 
 def by_kind(opt: Any, inputs: dict[str, Any], steps: int) -> dict[str, float]:
     """Median seconds of each kind of step in a run, as the run itself records them."""
-    in_turn([bind(opt, **inputs)] * steps)
+    run(opt, inputs, steps)
     times: dict[str, list[float]] = {}
     for record in opt.steps:
         times.setdefault(record.kind.value, []).append(record.seconds)
@@ -98,15 +100,15 @@ def speed(repeats: int) -> Rows:
                 launched = toca_compile.optimize(model, preset(name))
                 steps = preset(name).num_steps
                 for _ in range(3):  # a step is run, then recorded, then replayed
-                    in_turn([bind(opt, **inputs)] * steps)
-                in_turn([bind(launched, **inputs)] * steps)
+                    run(opt, inputs, steps)
+                run(launched, inputs, steps)
                 kinds = by_kind(opt, inputs, steps)
                 report = toca_compile.explain(opt)
                 calls: dict[Any, Callable[[], Any]] = {
                     "baseline": bind(baseline, **inputs),
-                    "baseline run": bind(in_turn, [bind(baseline, **inputs)] * steps),
-                    "run": bind(in_turn, [bind(opt, **inputs)] * steps),
-                    "launched run": bind(in_turn, [bind(launched, **inputs)] * steps),
+                    "baseline run": bind(run, baseline, inputs, steps),
+                    "run": bind(run, opt, inputs, steps),
+                    "launched run": bind(run, launched, inputs, steps),
                 }
                 median = interleaved(calls, repeats, "cuda")
                 clock, flops = median["baseline run"] / median["run"], report.flop_speedup()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import dit, interleaved, save
+from common import begun, dit, interleaved, save
 from torch import Tensor
 
 import toca_compile
@@ -141,9 +141,8 @@ SYSTEMS = {"dit": system_dit, "pixart": system_pixart, "opensora": system_openso
 def sample(system: System, model: Any, steps: int) -> Tensor:
     """A whole sampling by Euler steps."""
     x = system.latents
-    for i in range(steps):
-        t = torch.full((len(x),), 1000.0 * (1 - i / steps), device=x.device)
-        x = x - system.call(model, x, t) / steps
+    for t in begun(model, 1000.0 * (1 - torch.arange(steps, device=x.device) / steps)):
+        x = x - system.call(model, x, t.expand(len(x))) / steps
     return x
 
 
