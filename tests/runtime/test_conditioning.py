@@ -144,6 +144,25 @@ def test_rows_beyond_the_limit_are_made_at_each_step(model: nn.Module, monkeypat
     assert 0 < tables[0].bytes <= conditioning.LIMIT
 
 
+def test_where_times_are_known_rows_beyond_the_limit_take_the_place_of_others(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))
+    opt.begin(TIMES)
+    expected = steps(opt, noise(), TIMES, LABELS)
+    (tables,) = opt._toca.session.control.tables.values()
+    opt.reset()
+    monkeypatch.setattr(conditioning, "LIMIT", 3 * tables[0].bytes // 8)
+    opt.begin(TIMES)
+    with made() as found:
+        out = steps(opt, noise(), TIMES, LABELS)
+    assert found == ["rows"] * 3
+    (tables,) = opt._toca.session.control.tables.values()
+    assert 0 < tables[0].bytes <= conditioning.LIMIT
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, steps(fresh, noise(), TIMES, LABELS), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("given", [list, torch.tensor, iter, lambda t: [1000, *t]])
 def test_announced_times_make_all_rows_at_once(traced: Traced, given: Callable[[list[int]], Any]) -> None:
     opt, fresh = (traced(PlainDiT, POLICY, which=i)[1] for i in range(2))

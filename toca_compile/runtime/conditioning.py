@@ -21,7 +21,9 @@ from toca_compile.runtime.times import Clocks, Time, Times
 log = logging.getLogger(__name__)
 
 LIMIT = 512 << 20
-"""Bytes of rows that a table holds; the row of a timestep beyond that is made in each step."""
+"""Bytes of rows that a table holds. Where the times to come are known, those of the next steps take the place of others
+then; else the row of a timestep beyond that is made in each step."""
+_SHARE = 32  # of a GPU's memory, if that is more
 TABLES = 4  # of one graph: guidance passes, pictures and prompts in turns have labels of their own
 _LARGE = 1 << 20  # numbers of an input beyond which not all are compared
 _SAMPLED = 128  # numbers of a weight that are looked at: each is a cache line
@@ -89,6 +91,13 @@ def _is_watched(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and on_host(value) and value.is_contiguous() and not value.is_inference()
 
 
+def _limit(like: torch.Tensor) -> int:
+    """Bytes that a table may hold where a tensor lies."""
+    if like.device.type != "cuda":
+        return LIMIT
+    return max(LIMIT, torch.cuda.get_device_properties(like.device).total_memory // _SHARE)
+
+
 def _sampled(weight: torch.Tensor) -> torch.Tensor:
     """Numbers of a weight at even distances, from changing places in its rows."""
     flat = weight.detach().view(-1)
@@ -98,24 +107,30 @@ def _sampled(weight: torch.Tensor) -> torch.Tensor:
 @dataclass
 class Table:
     """The rows for some labels and weights. ``clocks``: the inputs that told the time of each; ``uses``: steps that
-    took one."""
+    took one; ``limit``: bytes that it may hold, ``full``: whether it was asked to hold more."""
 
     labels: Seen
     weights: Seen
+    limit: int = LIMIT
     rows: dict[Time, Row] = field(default_factory=dict)
     clocks: Clocks = field(default_factory=dict)
     bytes: int = 0
     uses: int = 0
+    full: bool = False
+
+    def clear(self) -> None:
+        """Make room for all other rows."""
+        self.rows, self.clocks, self.bytes, self.full = {}, {}, 0, False
 
     def keep(self, time: Time, clocks: tuple[torch.Tensor, ...], row: Row) -> bool:
         """Keep a row, or what is new of it, if there is room; whether there was."""
         new = {place: value for place, value in row.items() if place not in self.rows.get(time, ())}
         size = sum(value.numel() * value.element_size() for value in new.values())
-        if self.bytes + size <= LIMIT:
+        self.full |= self.bytes + size > self.limit
+        if not self.full:
             self.bytes += size
             self.rows[time], self.clocks[time] = row, clocks
-            return True
-        return False
+        return not self.full
 
 
 class Conditioning:
@@ -125,13 +140,20 @@ class Conditioning:
         clock: the graph's inputs that tell the time, by number.
         labels: its other inputs that are no parameters and that the segments read.
         weights: the parameters that they read.
+        row_bytes: of all values of a row.
         at_once: whether the parts can be computed for several times at once, as far as is known.
     """
 
     def __init__(
-        self, clock: Sequence[int], labels: Sequence[int], weights: Sequence[int], *, at_once: bool = True
+        self,
+        clock: Sequence[int],
+        labels: Sequence[int],
+        weights: Sequence[int],
+        row_bytes: int = 0,
+        *,
+        at_once: bool = True,
     ) -> None:
-        self._clock, self._labels, self._weights = clock, labels, weights
+        self._clock, self._labels, self._weights, self._row_bytes = clock, labels, weights, row_bytes
         self._at_once = at_once
 
     def sees_weights(self, values: Sequence[Any]) -> bool:
@@ -163,9 +185,12 @@ class Conditioning:
         clock = [values[i] for i in self._clock]
         time = times.time(clock)
         row = table.rows.get(time) if time is not None else None
-        if row is None and time is not None and not table.rows and self._at_once:
+        if row is None and time is not None and (table.full or not table.rows) and self._at_once:
             known = next((other.clocks for other in tables[1:] if time in other.clocks), {})
-            self._make_rows(table, known if len(known) > 1 else times.ahead(clock), values, parts)
+            known = known if len(known) > 1 else times.ahead(clock)
+            if len(known) > 1:
+                table.clear()
+                self._make_rows(table, known, values, parts)
             row = table.rows.get(time)
         if row is None or not wanted <= row.keys():
             row = self._make(values, parts, wanted, row or {})
@@ -181,7 +206,7 @@ class Conditioning:
             if table.labels.holds(labels) and (table.weights.holds(weights) if full or i else True):
                 tables.insert(0, tables.pop(i))
                 return table
-        tables.insert(0, Table(Seen(labels), Seen(weights)))
+        tables.insert(0, Table(Seen(labels), Seen(weights), _limit(values[self._clock[0]])))
         # Of labels that are others at each step, or cannot be told to be the same, only one row is ever asked for.
         self._at_once &= not any(len(table.rows) > 1 and table.uses == 1 for table in tables[TABLES:])
         del tables[TABLES:]
@@ -207,9 +232,9 @@ class Conditioning:
 
     def _make_rows(self, table: Table, known: Clocks, values: Sequence[Any], parts: Sequence[Part]) -> None:
         """Make the rows of several times with these labels and weights."""
-        times = list(known)
-        for first in range(0, len(times) if len(times) > 1 else 0, _AT_ONCE):
-            chosen = times[first : first + _AT_ONCE]
+        times, several_fit = list(known), min(_AT_ONCE, table.limit // max(self._row_bytes, 1))
+        for first in range(0, len(times), several_fit) if several_fit > 1 else ():
+            chosen = times[first : first + several_fit]
             own = list(values)
             for i, clocks in zip(self._clock, zip(*(known[time] for time in chosen), strict=True), strict=True):
                 own[i] = torch.stack(clocks)

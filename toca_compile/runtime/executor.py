@@ -186,7 +186,7 @@ class Executor:
         given = sorted(self._place[n] for n in ancestors(made) if n in self._place)
         labels = [i for i in given if i in self._varying and i not in self._clock]
         weights = [i for i in given if i not in self._varying]
-        self._conditioning = Conditioning(self._clock, labels, weights)
+        self._conditioning = Conditioning(self._clock, labels, weights, bytes_of(n.meta["val"] for n in made))
         held = [n for n in graph.nodes if n.op == "get_attr"]
         self._constants = [(n, operator.attrgetter(str(n.target))(program.module)) for n in held]
         for segment in program.segments:
