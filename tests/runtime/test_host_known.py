@@ -153,9 +153,10 @@ def test_in_inference_mode_parts_are_known_and_what_is_computed_is_not() -> None
 
 def test_a_call_is_made_with_ordinary_tensors() -> None:
     t, x = known()[0], torch.ones(2)
-    args, kwargs, told = plainly((x, t), {"again": t, "nested": {"t": t[None]}})
+    args, kwargs, told = plainly((x, t), {"again": t, "nested": {"t": t[None]}, "each": torch.stack(list(known()))})
     assert args[0] is x
     assert type(args[1]) is type(kwargs["nested"]["t"]) is Tensor
     assert kwargs["again"] is args[1]
     assert told[id(args[1])] is t
+    assert type(kwargs["each"]) is Tensor
     assert len(told) == 2

@@ -70,6 +70,11 @@ class HostKnown(Tensor):
             return self._host if self._version == self._written else None
 
     @property
+    def foreseen(self) -> bool:
+        """Whether it is known what will be in its place."""
+        return self._origin is not None and self.host is not None
+
+    @property
     def plain(self) -> Tensor:
         """The same memory as an ordinary tensor."""
         return self.as_subclass(Tensor)
@@ -185,7 +190,9 @@ def known_to_host(timesteps: Any) -> Any:
 
 
 def plainly(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any], dict[int, Any]]:
-    """A call's inputs as ordinary tensors, and those of them that the host knows, by ``id`` of the ordinary one."""
+    """A call's inputs as ordinary tensors, and those of them that the host knows, by ``id`` of the ordinary one. Where
+    it is not known what will be in its place (each sample has a time of its own), it is as if the host knew nothing:
+    what follows from such a time is asked for once, and compiled with the rest of the step that is least work."""
     made: dict[int, Tensor] = {}
     known: dict[int, Any] = {}
 
@@ -193,7 +200,8 @@ def plainly(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[An
         if isinstance(value, HostKnown):
             if id(value) not in made:
                 made[id(value)] = value.plain
-                known[id(made[id(value)])] = value
+                if value.foreseen:
+                    known[id(made[id(value)])] = value
             return made[id(value)]
         return value
 
