@@ -25,7 +25,7 @@ from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, fill_dims, mixes, row_factors, token_dims
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, layered_rows, mixes, row_factors, token_dims
 from toca_compile.rules.registry import RULES, Work, work_of
 
 aten = torch.ops.aten
@@ -55,6 +55,12 @@ def find_sites(
         rows = row_factors(graph, types)
         if fragment or attentions or mixes(types, rows):  # what queries run over may be padded, and in no stream
             token_factors, found = rows, _residuals(graph, types, rows)
+    if not found:
+        rows = layered_rows(types, static)
+        found = _residuals(graph, types, rows)
+        features = {f for r in found for f in types.type_of(r.add)[-1]}  # where no norm tells
+        token_factors = rows - features or rows
+        found = [r for r in found if any(f in token_factors for dim in types.type_of(r.add) for f in dim)]
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
     for residual in _choose(found, attentions):
