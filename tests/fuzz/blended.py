@@ -157,6 +157,8 @@ class Blended:
             if self.orders or cached:
                 raise Ambiguous("forecasts or cached keys beside skipped blocks")
             blocks = self.twin.spec.blocks
+            if any(block.pool for block in blocks):
+                raise Ambiguous("a range of blocks that begins or ends with fewer tokens")
             if any(block.skip == "cat" for block in blocks):
                 raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
             if any(block.skip for block in blocks) and any(r.add == "in_place" for b in blocks for r in b.branches):
