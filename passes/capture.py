@@ -74,6 +74,8 @@ def capture(
     functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
     with preserve_node_meta(), tracing(None), mode:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
+    # The graph keeps the mode, which would know the model's parameters by weak references: torch swaps no such tensor.
+    mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
     placeholders = gm.graph.find_nodes(op="placeholder")
     for i in mutated:
         why = "a cached step would skip that" if not any(writable[i : i + 1]) else _shared(gm, inputs, i)
