@@ -26,10 +26,9 @@ from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Sit
 from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
 from toca_compile.passes.proof.tokens import axis_of, fill_dims, layered_rows, mixes, row_factors, token_dims
-from toca_compile.rules.registry import RULES, Work, work_of
+from toca_compile.rules.registry import RULES, computes, is_foreign
 
 aten = torch.ops.aten
-_ARITHMETIC = {Work.CONTRACT, Work.ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def find_sites(
     found = _residuals(graph, types, token_factors) or _residuals(graph, types, token_factors, mixed=True)
     if not found:
         rows = row_factors(graph, types)
-        if fragment or attentions or mixes(types, rows):  # what queries run over may be padded, and in no stream
+        # What queries run over may be padded, and in no stream; another library's op may be an attention.
+        if fragment or attentions or mixes(types, rows) or any(map(is_foreign, graph.nodes)):
             token_factors, found = rows, _residuals(graph, types, rows)
     if not found:
         rows = layered_rows(types, static)
@@ -66,7 +66,7 @@ def find_sites(
     for residual in _choose(found, attentions):
         branch = residual.branch.to(_before_tail(residual.branch, static))
         output, region = branch.output, branch.region
-        if not any(work_of(n) in _ARITHMETIC for n in region):
+        if not any(computes(n) for n in region):
             continue
         choices = token_dims(types, output, value_of(output).shape, token_factors)
         if not choices:
@@ -86,7 +86,7 @@ def find_sites(
         sites.append(
             Site(
                 index=len(sites),
-                name=common_module(n for n in region if work_of(n) in _ARITHMETIC) or f"site{len(sites)}",
+                name=common_module(n for n in region if computes(n)) or f"site{len(sites)}",
                 kind=_kind(inside, factors, proof, types),
                 axis=axes[factors],
                 batch=batch,
@@ -166,7 +166,7 @@ def _computes(proof: RowProof, branch: Branch) -> bool:
     own = _users_within(branch.source, proof.rows)
     after = {n for node in proof.stale_inputs for n in (node, *_users_within(node, branch.region))} - {branch.output}
     apart = all(user in branch.region for node in after for user in node.users)
-    return apart and any(work_of(n) in _ARITHMETIC for n in own)
+    return apart and any(computes(n) for n in own)
 
 
 def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int], *, mixed: bool = False) -> list[_Residual]:
@@ -217,8 +217,9 @@ def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
 
 def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
     """Of nested candidates, the sites (case 4)."""
-    residuals = [r for r in residuals if any(work_of(n) in _ARITHMETIC for n in r.branch.region)]
-    attends = {r.add: any(a.node in r.branch.region for a in attentions) for r in residuals}
+    residuals = [r for r in residuals if any(computes(n) for n in r.branch.region)]
+    mixing = {a.node for a in attentions}
+    attends = {r.add: any(n in mixing or is_foreign(n) for n in r.branch.region) for r in residuals}
     kept: list[_Residual] = []
     for residual in sorted(residuals, key=lambda r: len(r.branch.region)):
         inner = [k for k in kept if k.add in residual.branch.region]
@@ -233,7 +234,7 @@ def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> li
 def _more_work(outer: _Residual, inner: _Residual) -> bool:
     """Whether ``outer`` does arithmetic on what ``inner`` adds: a branch through attention and MLP both, whose first
     addition is no step of the residual stream."""
-    return any(work_of(n) in _ARITHMETIC for n in _users_within(inner.add, outer.branch.region))
+    return any(computes(n) for n in _users_within(inner.add, outer.branch.region))
 
 
 def _before_tail(branch: Branch, static: frozenset[fx.Node]) -> fx.Node:

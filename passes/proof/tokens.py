@@ -16,8 +16,9 @@ from toca_compile.rules.registry import RULES, Work, work_of
 
 
 def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
-    """What the rows of layers with weights run over beside samples, which lie in the first dimension, and what no layer
-    takes for features: those are what its weight is told by, too. Places that a convolution looks around are not."""
+    """What the rows of layers with weights run over beside samples, which lie in the first dimension everywhere (frames
+    do in places), and what no layer takes for features: those are what its weight is told by, too. Places that a
+    convolution looks around are not."""
     rows: set[int] = set()
     others: set[int] = set()
     for node in graph.nodes:
@@ -32,7 +33,6 @@ def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
                     rows |= set(types.label(node, x))
                 elif x in weighed:
                     others |= set(types.label(node, x))
-            others |= set(types.type_of(operand_nodes(node)[0])[0])
     return rows - others
 
 
@@ -48,11 +48,8 @@ def layered_rows(types: AxisTypes, static: AbstractSet[fx.Node]) -> set[int]:
             continue
         both = list(zip(operand_nodes(node), spec.operands, strict=True))
         weighed = {x for operand, dims in both if operand in static for dim in dims for x in dim}
-        for operand, (first, *dims) in both:
-            if operand in static or not weighed:
-                continue
-            others |= {f for x in first for f in types.label(node, x)}
-            for x in (x for dim in dims for x in dim):
+        for operand, dims in both:
+            for x in (x for dim in dims[1:] for x in dim if operand not in static and weighed):
                 found = mixed if x not in made else others if x in weighed else rows
                 found.update(types.label(node, x))
     found = rows & mixed - others
