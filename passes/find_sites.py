@@ -194,8 +194,12 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int], *, mi
             while source is not None and not above[end] & bit[source]:
                 source = chain.get(source, uncast(source))
             if mixed and source is None:
-                shape, both = value_of(node).shape, above[residual] & above[end]
-                source = next((n for n in reversed(nodes) if both & bit[n] and _is_like(n, shape)), None)
+                # The last value of the kind that both come from, if all such do: a shift by the time is no stream.
+                shape, whole = value_of(node).shape, above[residual] | above[end]
+                like = [n for n in nodes if whole & bit[n] and _is_like(n, shape)]
+                both = [n for n in like if above[residual] & above[end] & bit[n]]
+                if both and all(above[n] & bit[both[-1]] or above[both[-1]] & bit[n] for n in like):
+                    source = both[-1]
             if source is None:
                 continue
             chain[node] = residual

@@ -151,6 +151,10 @@ class Blended:
         if (self.orders or cached) and self.skips is None:
             if self.parts.alternate or any(r.depths != (0.0, 1.0) for r in self.parts.rules):
                 raise Ambiguous("forecasts or cached keys by depth or in turns")
+        for block in self.twin.spec.blocks:
+            attends = [b for b in block.branches if b.body in ("attention", "cross", "fused")]
+            if block.pool and not (attends and len(block.branches) > 1):
+                raise Ambiguous("a block on fewer tokens that is one branch of those before it")
         if self.skips is not None:
             if self.twin.spec.text == "joint" or self.twin.spec.shared_weights:
                 raise Ambiguous("several streams through skipped blocks")
