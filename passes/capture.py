@@ -7,7 +7,6 @@ and no aliasing ops; every node keeps the user's source line and module path. Al
 """
 
 import copy
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
-from toca_compile.errors import RuleError, UnsupportedGraphError
+from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
-from toca_compile.passes.infer_axes import call_of
+from toca_compile.passes.tracing.cuts import cut_alone, whole_of
 from toca_compile.passes.tracing.inline import Inlining
 from toca_compile.passes.tracing.wrappers import dispatched
 from toca_compile.rules.registry import RULES, Work, work_of
@@ -75,6 +74,8 @@ def capture(
     functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
     with preserve_node_meta(), tracing(None), mode:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
+    # The graph keeps the mode, which would know the model's parameters by weak references: torch swaps no such tensor.
+    mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
     placeholders = gm.graph.find_nodes(op="placeholder")
     for i in mutated:
         why = "a cached step would skip that" if not any(writable[i : i + 1]) else _shared(gm, inputs, i)
@@ -96,7 +97,8 @@ def capture(
     captured.graph.eliminate_dead_code()  # an op that an autocast casts the operands of is traced once without, in vain
     for node in captured.graph.nodes:
         _canonical(node)
-        whole = _whole(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
+        cut_alone(node)
+        whole = whole_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
         if whole is not None:
             node.replace_all_uses_with(whole)
     captured.graph.eliminate_dead_code()
@@ -190,36 +192,6 @@ def _canonical(node: fx.Node) -> None:
         node.kwargs = {"dtype": made.dtype, "device": made.device}
     elif work_of(node) in (Work.CONTRACT, Work.ATTENTION):
         _cast_operands(node)
-
-
-def _whole(node: fx.Node) -> fx.Node | None:
-    """The value that a slice of all of it is, or a concatenation of its parts in order; None for any other op."""
-    parts = operand_nodes(node) if node.target is aten.cat.default else [node]
-    cuts = [_cut(part) for part in parts]
-    source, at = cuts[0][0] if cuts and cuts[0] else None, 0
-    for cut in cuts:
-        if source is None or cut is None or cut[:3] != (source, cuts[0][1], at):  # type: ignore[index]
-            return None
-        at += cut[3]
-    return source if source is not None and source.meta["val"].shape == node.meta["val"].shape else None
-
-
-def _cut(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
-    """Of a slice, or one of several: of what, along which dimension, from where on, how much."""
-    cut: Any = node.args[0] if node.target is operator.getitem else node
-    rule = RULES.get(cut.target)
-    if rule is None or rule.pointwise or rule.work is not Work.NONE:
-        return None
-    try:
-        spec = rule.spec(call_of(cut))
-    except RuleError:
-        return None
-    dims = spec.results[node.args[1] if cut is not node else 0]  # type: ignore[index]
-    found = [(d, label) for d, dim in enumerate(dims) for label in dim if label in spec.windows]
-    if len(found) != 1 or spec.windows[found[0][1]].step != 1:
-        return None
-    ((dim, label),) = found
-    return operand_nodes(cut)[0], dim, spec.windows[label].start, spec.sizes[label]
 
 
 def _cast_operands(product: fx.Node) -> None:

@@ -25,11 +25,10 @@ from toca_compile.ir.names import distinct_names
 from toca_compile.ir.types import Attention, AxisTypes, FactorPos, RowProof, Site, TokenAxis
 from toca_compile.passes.proof.follow import Blocked, Branch
 from toca_compile.passes.proof.prove import batch_of, prove, prove_queries
-from toca_compile.passes.proof.tokens import axis_of, fill_dims, mixes, row_factors, token_dims
-from toca_compile.rules.registry import RULES, Work, work_of
+from toca_compile.passes.proof.tokens import axis_of, fill_dims, layered_rows, mixes, row_factors, token_dims
+from toca_compile.rules.registry import RULES, computes, is_foreign
 
 aten = torch.ops.aten
-_ARITHMETIC = {Work.CONTRACT, Work.ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,21 @@ def find_sites(
     found = _residuals(graph, types, token_factors) or _residuals(graph, types, token_factors, mixed=True)
     if not found:
         rows = row_factors(graph, types)
-        if fragment or attentions or mixes(types, rows):  # what queries run over may be padded, and in no stream
+        # What queries run over may be padded, and in no stream; another library's op may be an attention.
+        if fragment or attentions or mixes(types, rows) or any(map(is_foreign, graph.nodes)):
             token_factors, found = rows, _residuals(graph, types, rows)
+    if not found:
+        rows = layered_rows(types, static)
+        found = _residuals(graph, types, rows)
+        features = {f for r in found for f in types.type_of(r.add)[-1]}  # where no norm tells
+        token_factors = rows - features or rows
+        found = [r for r in found if any(f in token_factors for dim in types.type_of(r.add) for f in dim)]
     axes: dict[tuple[int, ...], TokenAxis] = {}
     sites: list[Site] = []
     for residual in _choose(found, attentions):
         branch = residual.branch.to(_before_tail(residual.branch, static))
         output, region = branch.output, branch.region
-        if not any(work_of(n) in _ARITHMETIC for n in region):
+        if not any(computes(n) for n in region):
             continue
         choices = token_dims(types, output, value_of(output).shape, token_factors)
         if not choices:
@@ -80,7 +86,7 @@ def find_sites(
         sites.append(
             Site(
                 index=len(sites),
-                name=common_module(n for n in region if work_of(n) in _ARITHMETIC) or f"site{len(sites)}",
+                name=common_module(n for n in region if computes(n)) or f"site{len(sites)}",
                 kind=_kind(inside, factors, proof, types),
                 axis=axes[factors],
                 batch=batch,
@@ -160,7 +166,7 @@ def _computes(proof: RowProof, branch: Branch) -> bool:
     own = _users_within(branch.source, proof.rows)
     after = {n for node in proof.stale_inputs for n in (node, *_users_within(node, branch.region))} - {branch.output}
     apart = all(user in branch.region for node in after for user in node.users)
-    return apart and any(work_of(n) in _ARITHMETIC for n in own)
+    return apart and any(computes(n) for n in own)
 
 
 def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int], *, mixed: bool = False) -> list[_Residual]:
@@ -188,8 +194,12 @@ def _residuals(graph: fx.Graph, types: AxisTypes, token_factors: set[int], *, mi
             while source is not None and not above[end] & bit[source]:
                 source = chain.get(source, uncast(source))
             if mixed and source is None:
-                shape, both = value_of(node).shape, above[residual] & above[end]
-                source = next((n for n in reversed(nodes) if both & bit[n] and _is_like(n, shape)), None)
+                # The last value of the kind that both come from, if all such do: a shift by the time is no stream.
+                shape, whole = value_of(node).shape, above[residual] | above[end]
+                like = [n for n in nodes if whole & bit[n] and _is_like(n, shape)]
+                both = [n for n in like if above[residual] & above[end] & bit[n]]
+                if both and all(above[n] & bit[both[-1]] or above[both[-1]] & bit[n] for n in like):
+                    source = both[-1]
             if source is None:
                 continue
             chain[node] = residual
@@ -211,8 +221,9 @@ def _is_below(above: Mapping[fx.Node, int], bit: int, node: fx.Node) -> bool:
 
 def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> list[_Residual]:
     """Of nested candidates, the sites (case 4)."""
-    residuals = [r for r in residuals if any(work_of(n) in _ARITHMETIC for n in r.branch.region)]
-    attends = {r.add: any(a.node in r.branch.region for a in attentions) for r in residuals}
+    residuals = [r for r in residuals if any(computes(n) for n in r.branch.region)]
+    mixing = {a.node for a in attentions}
+    attends = {r.add: any(n in mixing or is_foreign(n) for n in r.branch.region) for r in residuals}
     kept: list[_Residual] = []
     for residual in sorted(residuals, key=lambda r: len(r.branch.region)):
         inner = [k for k in kept if k.add in residual.branch.region]
@@ -227,7 +238,7 @@ def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> li
 def _more_work(outer: _Residual, inner: _Residual) -> bool:
     """Whether ``outer`` does arithmetic on what ``inner`` adds: a branch through attention and MLP both, whose first
     addition is no step of the residual stream."""
-    return any(work_of(n) in _ARITHMETIC for n in _users_within(inner.add, outer.branch.region))
+    return any(computes(n) for n in _users_within(inner.add, outer.branch.region))
 
 
 def _before_tail(branch: Branch, static: frozenset[fx.Node]) -> fx.Node:

@@ -10,7 +10,7 @@ import toca_compile
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.runs import both_ways
 from tests.sampling import noise, sample
-from toca_compile import FullCompute, InferenceModeError, NoSiteError, PolicyError, ToCa, TocaError
+from toca_compile import BlockCache, Fora, FullCompute, InferenceModeError, NoSiteError, PolicyError, ToCa, TocaError
 
 POLICY = ToCa(num_steps=8, interval=4, fresh_ratio=0.3, schedule="constant")
 
@@ -193,10 +193,67 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 attended.register_fake(lambda q, k, v: torch.empty_like(q))
 
 
-def test_an_op_without_a_rule_is_named_where_it_hides_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_of_another_library_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of it, but the rows of layers tell the tokens, and keeping what a branch makes asks no more."""
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attended)
-    with torch.no_grad(), pytest.raises(NoSiteError, match=r"toca_tests\.attended\.default") as error:
-        call(toca_compile.optimize(randomize(PlainDiT()), POLICY, lowering="eager"))
+    model = randomize(PlainDiT())
+    opt = toca_compile.optimize(model, POLICY, lowering="eager")
+    torch.testing.assert_close(*both_ways(opt, lambda opt: sample(opt, 8, noise())))
+    sites = toca_compile.explain(opt).sites
+    assert [(s.tokens, "partial" in s.actions) for s in sites] == [(16, False), (16, True)] * 2
+    assert all("toca_tests.attended.default has no rule (models.py:" in str(s.reason) for s in sites[::2])
+    opt.policy = Fora(4, 4)
+    with torch.no_grad():
+        x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
+        for _ in range(4):
+            assert torch.equal(opt(x, t, y), model(x, t, y))
+
+
+class Fused(nn.Module):
+    """An MLP that is one op of another library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mystery(x)
+
+
+def test_a_branch_that_is_one_op_of_another_library_is_a_site() -> None:
+    model = PlainDiT()
+    for block in model.blocks:
+        block.mlp = Fused()
+    opt = toca_compile.optimize(randomize(model), FullCompute(), lowering="eager")
+    x, t, y = noise(), torch.full((2,), 500), torch.arange(2)
+    with torch.no_grad():
+        assert torch.equal(opt(x, t, y), model(x, t, y))
+        sites = toca_compile.explain(opt).sites
+        assert [("queries" in s.actions, "reuse" in s.actions) for s in sites] == [(True, True), (False, True)] * 2
+        for policy in (Fora(4, 4), BlockCache(4, first=0, interval=2, order=1)):
+            opt.policy = policy
+            for _ in range(4):
+                torch.testing.assert_close(opt(x, t, y), model(x, t, y))
+    assert sites[1].name == "blocks.0.mlp"
+
+
+@torch.library.custom_op("toca_tests::added", mutates_args=())
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """An addition of another library."""
+    return x + y
+
+
+added.register_fake(lambda x, y: torch.empty_like(x))
+
+
+class Adding(PlainBlock):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = added(x, gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)[0])
+        return added(x, gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+
+def test_an_op_without_a_rule_is_named_where_it_hides_all_sites() -> None:
+    model = PlainDiT()
+    model.blocks = nn.ModuleList(Adding(16, 2) for _ in range(2))
+    with torch.no_grad(), pytest.raises(NoSiteError, match=r"toca_tests\.added\.default") as error:
+        call(toca_compile.optimize(randomize(model), POLICY, lowering="eager"))
     assert "right module" not in str(error.value)
 
 

@@ -20,7 +20,6 @@ from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_lis
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import guard_failures
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from toca_compile.errors import (
@@ -74,7 +73,6 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     session.recompiles += session.control.calls > 0
     _note_break(session, gm)
     session.broken |= _is_nested()
-    _let_go(gm)
     try:
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             raise InferenceModeError(GRAD_ENABLED)
@@ -96,7 +94,12 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
             return _raising(error)
         session.warn_once(f"{str(error).rstrip('.')}. The graph runs uncached.")
         return _plain(session, gm, inputs)
-    return _Graph(executor, None if session.bounded else session)
+    finally:
+        _let_go(gm)
+    module = None if session.bounded else compiled_module()
+    if module is not None:
+        _hold(_BY_MODULE, module, session)
+    return _Graph(executor, None if session.bounded or module is not None else session)
 
 
 def _fit(session: Session, inputs: Sequence[Any]) -> None:
@@ -141,14 +144,12 @@ def _note_break(session: Session, gm: fx.GraphModule) -> None:
 
 
 def _let_go(gm: fx.GraphModule) -> None:
-    """Drop the weak references by which Dynamo knows tensors of subclasses again: the graph, which is kept, holds its
-    fake tensors and they those, and ``module.to`` swaps the parameters of quantised layers, which torch refuses for a
-    tensor that one refers to."""
+    """Drop the weak references by which Dynamo knows tensors again: the graph, which is kept, holds fake tensors, and
+    they those; and ``module.to`` swaps the parameters of quantised layers, or all where it is asked to
+    (``set_swap_module_params_on_conversion``), which torch refuses for a tensor that one refers to."""
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     for mode in {value.fake_mode for value in values if isinstance(value, FakeTensor)}:
-        known = mode.fake_tensor_converter.meta_converter.describer.lookup_tensor
-        for tensor in [tensor for tensor in known if is_traceable_wrapper_subclass(tensor)]:
-            del known[tensor]
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def _plain(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -176,16 +177,21 @@ def session_of(owner: Any, options: dict[str, Any] | None = None) -> Session:
     return session
 
 
-# Sessions of bare torch.compile calls, by the first parameter of their model: they live as long as it does.
+# Sessions of bare torch.compile calls, by the model, or of functions by the first parameter: they live as long as it.
+_BY_MODULE: "weakref.WeakKeyDictionary[torch.nn.Module, list[Session]]" = weakref.WeakKeyDictionary()
 _BY_PARAMETER = WeakTensorKeyDictionary()
+
+
+def _hold(keeper: Any, key: Any, session: Session) -> None:
+    held = keeper.setdefault(key, [])
+    held += [session] if session not in held else []
 
 
 def compiled_session(model: Any) -> Session | None:
     """The session of a model's own ``model.compile(backend="toca")``, after its first call."""
     if getattr(model, "_compiled_call_impl", None) is None:
         return None
-    sessions = [s for p in model.parameters() for s in _BY_PARAMETER.get(p, ())]
-    return sessions[-1] if sessions else None
+    return next(reversed(_BY_MODULE.get(model, [])), None)
 
 
 class _Graph:
@@ -204,9 +210,7 @@ class _Graph:
                 "returned, or make it again"
             )
         if self._starting and executor.parameter(inputs) is not None:
-            held = _BY_PARAMETER.setdefault(executor.parameter(inputs), [])
-            held += [s for s in self._starting if s not in held]
-            self._starting.clear()
+            _hold(_BY_PARAMETER, executor.parameter(inputs), self._starting.pop())
         return executor(*inputs)
 
 

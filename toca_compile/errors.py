@@ -55,8 +55,9 @@ GRAD_ENABLED = (
     "torch.inference_mode()"
 )
 NO_SITE = (
-    "has no residual branch on an axis of tokens (which an attention's queries run over, or a convolution or a running "
-    "sum mixes), so there is nothing to cache. toca_compile is for diffusion transformers; is this the right module?"
+    "has no residual branch on an axis of tokens (which an attention's queries run over, or a convolution, a running "
+    "sum or a layer mixes), so there is nothing to cache. toca_compile is for diffusion transformers; is this the "
+    "right module?"
 )
 
 

@@ -544,6 +544,16 @@ class OptimizedModel(Handle, OptimizedModule):  # type: ignore[misc]  # (compile
         self._session.control.reset()
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of the model. ``torch.func.functional_call`` comes here with a tensor that is no parameter."""
+        try:
+            super().__setattr__(name, value)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; torch.func.functional_call of an optimised model takes the names that its own "
+                f"named_parameters() has: '_orig_mod.{name}'"
+            ) from None
+
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """diffusers calls this when a pipeline is done: of the thread that it ran in, nothing is kept."""
         self._session.control.reset(mine=True)

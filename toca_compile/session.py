@@ -302,9 +302,10 @@ class Session:
         if not self.broken:
             return ""
         why = "; ".join(self.breaks) or 'TORCH_LOGS="graph_breaks" tells where'
+        into = "" if graphs == 1 else f" into {graphs or 'several'} graphs"
         return (
-            f"torch.compile split it into {graphs or 'several'} graphs, and a branch that begins in one and ends in "
-            f"another is no site: {why}"
+            f"torch.compile split it{into}, and a branch that begins in one and ends in another is no site: {why}. "
+            "What cannot be traced may be made an op (torch.library.custom_op)"
         )
 
     def warn_once(self, message: str) -> None:

@@ -44,6 +44,8 @@ def prove(
     if walk.again():
         return prove(types, branch, tokens, batch, walk)
     nodes = list(traces[0])
+    if branch.source not in nodes and walk.whole_reads:
+        return Blocked(max(reader for reader, _ in walk.whole_reads), "mixes the tokens")
     if branch.source not in nodes or any(n not in t for t in traces for n in nodes):
         return Blocked(branch.output, "does not need the tokens of its input")
     proof = RowProof(

@@ -2,10 +2,11 @@
 
 They are the index space of an attention's queries. A fragment of a model that torch.compile split within its attention
 holds none that would tell, nor does a model that mixes its tokens by convolutions or running sums alone: there they are
-the rows of its linear layers.
+the rows of its linear layers. Where layers run over tokens as others do over features, the norms tell which is which.
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import fx
 
@@ -15,8 +16,9 @@ from toca_compile.rules.registry import RULES, Work, work_of
 
 
 def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
-    """What the rows of layers with weights run over beside samples, which lie in the first dimension, and what no layer
-    takes for features: those are what its weight is told by, too. Places that a convolution looks around are not."""
+    """What the rows of layers with weights run over beside samples, which lie in the first dimension everywhere (frames
+    do in places), and what no layer takes for features: those are what its weight is told by, too. Places that a
+    convolution looks around are not."""
     rows: set[int] = set()
     others: set[int] = set()
     for node in graph.nodes:
@@ -31,8 +33,27 @@ def row_factors(graph: fx.Graph, types: AxisTypes) -> set[int]:
                     rows |= set(types.label(node, x))
                 elif x in weighed:
                     others |= set(types.label(node, x))
-            others |= set(types.type_of(operand_nodes(node)[0])[0])
     return rows - others
+
+
+def layered_rows(types: AxisTypes, static: AbstractSet[fx.Node]) -> set[int]:
+    """What some layers take row by row and others mix, beside samples (an MLP mixer's tokens, and its features alike):
+    without what norms run over, if anything is left then. ``static``: what is made of weights alone."""
+    rows, mixed, others, normed = set[int](), set[int](), set[int](), set[int]()
+    for node, spec in types.specs.items():
+        made = {x for dim in spec.results[0] for x in dim}
+        if work_of(node) is Work.NORM and RULES[node.target].trailing:  # type: ignore[index]
+            normed |= {f for x in spec.mixed for f in types.label(node, x)}
+        if work_of(node) is not Work.CONTRACT:
+            continue
+        both = list(zip(operand_nodes(node), spec.operands, strict=True))
+        weighed = {x for operand, dims in both if operand in static for dim in dims for x in dim}
+        for operand, dims in both:
+            for x in (x for dim in dims[1:] for x in dim if operand not in static and weighed):
+                found = mixed if x not in made else others if x in weighed else rows
+                found.update(types.label(node, x))
+    found = rows & mixed - others
+    return found - normed or found
 
 
 def mixes(types: AxisTypes, rows: set[int]) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 import toca_compile
 from tests.models import PlainDiT, Texted, randomize
-from toca_compile import Composition, Fora, FullCompute, NoSiteError, ToCa
-from toca_compile.policies import Every, Queries, Rule, Share
+from toca_compile import BlockCache, Composition, Fora, FullCompute, NoSiteError, TaylorSeer, ToCa
+from toca_compile.policies import Every, Queries, Rule, Selector, Share
 
 STEPS = 4
+POLICIES: dict[str, Any] = {
+    "frrr": Fora(STEPS, STEPS),
+    "frff": TaylorSeer(STEPS, 2, 1),
+    "fsfs": BlockCache(STEPS, first=0, interval=2, order=1),
+    "fppp": Composition(STEPS, Every(STEPS), (Rule(Queries()),), which=Selector("random"), how_many=Share(0.5)),
+}
 TOCA = ToCa(STEPS, 4, 0.5, schedule="constant", bonus=0.0)
 
 
@@ -83,6 +89,7 @@ def test_blocks_on_either_side_of_a_break_are_sites() -> None:
     assert [s.kind for s in report.sites] == ["self_attention", "mlp"] * 2
     assert "split it into" in str(report)
     assert "test_graph_breaks.py:" in str(report)
+    assert "custom_op" in str(report)
 
 
 @torch.no_grad()
@@ -100,6 +107,83 @@ def test_a_branch_without_attention_is_a_site_of_its_fragment() -> None:
     opt.policy = Fora(STEPS, STEPS)
     for i in range(STEPS):
         assert torch.equal(opt(*tokens(0)), net(*tokens(0))), i
+
+
+class Experts(nn.Module):
+    """Each token goes to the expert that its router says, and which tokens an expert takes depends on the data."""
+
+    every: ClassVar[dict[int, "Experts"]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        out, which = torch.zeros_like(flat), self.router(flat).argmax(-1)
+        for i, expert in enumerate(self.experts):
+            index = torch.nonzero(which == i).flatten()
+            out[index] = expert(flat[index])
+        return out.view_as(x)
+
+
+@torch.library.custom_op("toca_tests::experts", mutates_args=())
+def experts(x: Tensor, layer: int) -> Tensor:
+    """The experts of a layer as one op."""
+    return Experts.every[layer](x)
+
+
+experts.register_fake(lambda x, layer: torch.empty_like(x))
+
+
+class Mixture(nn.Module):
+    """Attention, and experts that are an op or not."""
+
+    def __init__(self, as_op: bool, layer: int) -> None:
+        super().__init__()
+        self.qkv, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.mlp, self.as_op, self.layer = Experts(), as_op, layer
+        Experts.every[layer] = self.mlp
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + c * self.out(F.scaled_dot_product_attention(*self.qkv(self.norm(x)).chunk(3, -1)))
+        return x + c * (experts(self.norm(x), self.layer) if self.as_op else self.mlp(self.norm(x)))
+
+
+class Mixtures(nn.Module):
+    def __init__(self, as_op: bool) -> None:
+        super().__init__()
+        self.blocks, self.time = nn.ModuleList(Mixture(as_op, i) for i in range(2)), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        c = self.time(t[:, None, None] / 1000)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+@pytest.mark.parametrize("as_op", [False, True])
+@torch.no_grad()
+def test_what_cannot_be_traced_may_be_an_op(as_op: bool) -> None:
+    """Its branch is a site then: it is reused or forecast, and blocks are skipped as in one graph."""
+    net = randomize(Mixtures(as_op))
+    opt = toca_compile.optimize(net, FullCompute(), lowering="eager")
+    for i in range(2):
+        assert torch.equal(opt(*tokens(i)[:2]), net(*tokens(i)[:2]))
+    report = toca_compile.explain(opt)
+    if not as_op:
+        assert "made an op (torch.library.custom_op)" in " ".join(str(report).split())
+        return
+    assert "split it" not in str(report)
+    assert [s.kind for s in report.sites] == ["self_attention", "mixer"] * 2
+    assert "toca_tests.experts.default has no rule (test_graph_breaks.py:" in str(report.sites[1].reason)
+    plain = net(*tokens(0)[:2])
+    for kinds, policy in POLICIES.items():
+        opt.policy = policy
+        for _ in range(STEPS):
+            torch.testing.assert_close(opt(*tokens(0)[:2]), plain)
+        assert "".join(r.kind.value[0] for r in opt.steps) == kinds
 
 
 class Nothing(nn.Module):

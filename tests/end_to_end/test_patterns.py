@@ -739,3 +739,84 @@ def test_streams_that_are_mixed_at_each_branch(style: type[nn.Module]) -> None:
     attention, mlp = check(style(), [PARTIAL, FRESH])
     assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
     assert [s.tokens for s in (attention, mlp)] == [TOKENS, TOKENS]
+
+
+class Packed(Block):
+    """Several pictures in one sequence: each attends within itself (NaViT, OmniGen's and Z-Image's batches)."""
+
+    sizes: tuple[int, ...] = (6, 7, 3)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        return self.out(self.apart(q, k, v).transpose(1, 2).flatten(2))
+
+    def apart(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pictures = zip(*(part.split(self.sizes, 2) for part in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*picture) for picture in pictures], 2)
+
+
+class PackedAlike(Packed):
+    sizes = (8, 8)
+
+
+class PackedInto(Packed):
+    """What each picture gives is written where it lies."""
+
+    def apart(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, at = torch.empty_like(q), 0
+        for size in self.sizes:
+            here = (slice(None), slice(None), slice(at, at + size))
+            out[here] = F.scaled_dot_product_attention(q[here], k[here], v[here])
+            at += size
+        return out
+
+
+@pytest.mark.parametrize("style", [Packed, PackedAlike, PackedInto])
+def test_pictures_in_one_sequence_that_attend_within_themselves(style: type[nn.Module]) -> None:
+    attention, mlp = check(style(), [PARTIAL, FRESH, UPDATE])
+    assert [(s.kind, s.tokens) for s in (attention, mlp)] == [("self_attention", TOKENS), ("mlp", TOKENS)]
+    assert ("queries" in attention.actions, "partial" in mlp.actions) == (True, True)
+
+
+class MixedByLayer(Block):
+    """No attention: an MLP over the tokens of each channel (MLP-Mixer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.along = nn.Sequential(nn.Linear(TOKENS, 24), nn.GELU(), nn.Linear(24, TOKENS))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.along(x.mT).mT
+
+
+class MixedByMatrix(Block):
+    """One matrix over the tokens, and no norm to tell which are the features (ResMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.matrix = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(TOKENS, TOKENS))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.matrix @ (x * self.scale)
+        return x + self.mlp(x)
+
+
+class Gated(Block):
+    """Half of the hidden units are mixed over tokens and gate the others (gMLP); an MLP behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.inner, self.along = nn.Linear(WIDTH, 24), nn.LayerNorm(12), nn.Conv1d(TOKENS, TOKENS, 1)
+        self.narrow = nn.Linear(12, WIDTH)
+
+    def attend(self, x: Tensor) -> Tensor:
+        u, v = F.gelu(self.wide(x)).chunk(2, -1)
+        return self.narrow(u * self.along(self.inner(v)))
+
+
+@pytest.mark.parametrize("style", [MixedByLayer, MixedByMatrix, Gated])
+def test_tokens_that_a_layer_mixes(style: type[nn.Module]) -> None:
+    mixer, mlp = check(style(), [PARTIAL])
+    assert [(s.kind, s.tokens) for s in (mixer, mlp)] == [("mixer", TOKENS), ("mlp", TOKENS)]
+    assert ("partial" in mixer.actions, "partial" in mlp.actions) == (False, True)
+    assert "mixes the tokens (test_patterns.py:" in str(mixer.reason)

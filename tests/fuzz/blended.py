@@ -151,12 +151,18 @@ class Blended:
         if (self.orders or cached) and self.skips is None:
             if self.parts.alternate or any(r.depths != (0.0, 1.0) for r in self.parts.rules):
                 raise Ambiguous("forecasts or cached keys by depth or in turns")
+        for block in self.twin.spec.blocks:
+            attends = [b for b in block.branches if b.body in ("attention", "cross", "fused")]
+            if block.pool and not (attends and len(block.branches) > 1):
+                raise Ambiguous("a block on fewer tokens that is one branch of those before it")
         if self.skips is not None:
             if self.twin.spec.text == "joint" or self.twin.spec.shared_weights:
                 raise Ambiguous("several streams through skipped blocks")
             if self.orders or cached:
                 raise Ambiguous("forecasts or cached keys beside skipped blocks")
             blocks = self.twin.spec.blocks
+            if any(block.pool for block in blocks):
+                raise Ambiguous("a range of blocks that begins or ends with fewer tokens")
             if any(block.skip == "cat" for block in blocks):
                 raise Ambiguous("a range of blocks may begin behind what joins an earlier stream")
             if any(block.skip for block in blocks) and any(r.add == "in_place" for b in blocks for r in b.branches):

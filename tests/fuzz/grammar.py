@@ -19,7 +19,7 @@ class Attention:
     """How queries meet keys. ``scope``: among which tokens; ``gate``: each head's, by what its queries are made of."""
 
     core: str = "sdpa"  # matmul einsum bmm linear prefix mha sigmoid flex
-    scope: str = "all"  # window shifted tiles space time
+    scope: str = "all"  # window shifted tiles space time packed packed_into
     mask: str = ""  # additive boolean padding causal tril per_head
     rope: str = ""  # halves interleaved complex plane
     qk_norm: str = ""  # rms layer l2
@@ -37,7 +37,7 @@ class Branch:
     ``island``: what runs in another precision; ``wrap``: what surrounds the body.
     """
 
-    body: str = "mlp"  # attention cross swiglu geglu conv fused experts routed shared
+    body: str = "mlp"  # attention cross swiglu geglu conv fused experts routed shared mixer gmlp
     attention: Attention = Attention()
     norm: str = "layer"  # none rms manual tokens group l2
     place: str = "pre"  # post sandwich
@@ -56,18 +56,21 @@ class Branch:
 class Block:
     """Branches one after another, side by side, or summed before they are added; or torch's own encoder layer.
 
-    ``skip``: how the stream of an earlier block comes in again, at the start.
+    ``skip``: how the stream of an earlier block comes in again, at the start. ``pool``: how two tokens become one before
+    the block, whose output is added where they were.
     """
 
     branches: tuple[Branch, ...] = (Branch(),)
     style: str = "serial"  # parallel sum joint encoder
     skip: str = ""  # cat add
     breaks: bool = False
+    pool: str = ""  # merge mean
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A model called as ``model(x, t, y)``. Tokens are ``frames`` × ``height`` × ``width``."""
+    """A model called as ``model(x, t, y)``. Tokens are ``frames`` × ``height`` × ``width``. ``time_token``: the time is
+    one more, too; ``streams``: how many there are side by side, which each branch mixes (hyper-connections)."""
 
     blocks: tuple[Block, ...] = (Block((Branch(body="attention"), Branch())),)
     seed: int = 0
@@ -87,6 +90,8 @@ class Spec:
     words: int = 5
     registers: int = 0
     shared_weights: bool = False
+    time_token: bool = False
+    streams: int = 1
 
     @property
     def tokens(self) -> int:
@@ -117,7 +122,7 @@ def draw(seed: int) -> Spec:
     some = next((block for block in blocks if block.style != "encoder"), Block())
     blocks = blocks if some in blocks else [*blocks, some]
     blocks = [_with_more(_with_op(block, seed) if block == some else block, seed) for block in blocks]
-    return Spec(
+    spec = Spec(
         tuple(blocks), seed, batch, frames, height, width, r.choice([8, 8, 16]), layout,
         r.choice(["tokens", "tokens", "picture"]) if frames == 1 else "tokens",
         r.choice(["sine", "sine", "sine", "linear", "none"]), r.choice(["b", "b", "b", "b1", "scalar"]), text,
@@ -125,6 +130,48 @@ def draw(seed: int) -> Spec:
         r.random() < 0.15, r.choice([5, 5, 7, frames * height * width]), registers,
         len(set(blocks)) == 1 and depth > 1 and r.random() < 0.2,
     )  # fmt: skip
+    return _with_structure(spec, random.Random(f"structure {seed}"))
+
+
+def _with_structure(spec: Spec, r: random.Random) -> Spec:
+    """With what is not of one branch, drawn apart as well: what mixes tokens in an attention's place, pictures packed
+    into one sequence, the time as a token, streams side by side, blocks on fewer tokens."""
+    mixer, packed = r.choice(["mixer", "gmlp"]), r.choice(["packed", "packed_into"])
+    few, what = (
+        r.choice(["merge", "mean"]),
+        r.choice(["", "", "", "mixer", "packed", "time", "streams", "pool", "pool"]),
+    )
+    everywhere = r.random() < 0.5
+
+    def changed(branch: Branch, first: bool) -> Branch:
+        if what == "mixer" and branch.body == "attention" and (first or everywhere):
+            return dataclasses.replace(branch, body=mixer, attention=Attention())
+        if what == "packed" and branch.body in ("attention", "fused") and (first or everywhere):
+            return dataclasses.replace(branch, attention=dataclasses.replace(branch.attention, scope=packed))
+        if what == "streams":
+            return dataclasses.replace(branch, place="pre", add="plain")
+        if what == "pool":  # what a token is modulated by would be pooled, too
+            told = {"token": "block", "frame": "block", "input": "block"}
+            modulation, gate = (told.get(kind, kind) for kind in (branch.modulation, branch.gate))
+            return dataclasses.replace(branch, modulation=modulation, gate=gate)
+        return branch
+
+    plain = spec.text in ("", "cross") and not spec.registers
+    inner = what == "pool" and plain and spec.layout == "bnc" and spec.height * spec.width % 2 == 0
+    if what == "time" and spec.layout == "bnc":
+        return dataclasses.replace(spec, time_token=True)
+    serial = all(block.style == "serial" and not block.skip for block in spec.blocks)
+    if what == "streams" and not (serial and spec.layout == "bnc"):
+        return spec
+    blocks = [
+        dataclasses.replace(
+            block,
+            branches=tuple(changed(branch, i == 0) for branch in block.branches),
+            pool=few if inner and block.style == "serial" and not block.skip and (i == len(spec.blocks) // 2) else "",
+        )
+        for i, block in enumerate(spec.blocks)
+    ]
+    return dataclasses.replace(spec, blocks=tuple(blocks), streams=2 if what == "streams" else 1)
 
 
 def _with_op(block: Block, seed: int) -> Block:

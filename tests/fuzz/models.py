@@ -257,6 +257,8 @@ class Attend(nn.Module):
             f = next((w for w in (2, 3, 5) if n % w == 0), 1)
         if scope == "tiles":
             return self._tiled(q, k, v)
+        if scope in ("packed", "packed_into"):
+            return self._merged(self._packed(q, k, v, [n // 3, n - n // 3] if n < 9 else [n // 3, 2, n - n // 3 - 2]))
         if scope == "all" or f == 1:
             return self._merged(self._attend(q, self._thinned(k), self._thinned(v), self._mask(n, k)))
         if scope == "shifted":
@@ -273,6 +275,18 @@ class Attend(nn.Module):
         else:
             out = out.reshape(b, f, -1, n // f, d).transpose(1, 2).reshape(b, -1, n, d)
         return self._merged(out.roll(-2, 2) if scope == "shifted" else out)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
+        """Attention in each of several pictures of one sequence."""
+        pictures = zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True)
+        own = [self._attend(*picture, mask=None) for picture in pictures]
+        if self.spec.scope == "packed":
+            return torch.cat(own, 2)
+        out, at = torch.empty_like(q, dtype=own[0].dtype), 0
+        for part in own:
+            out[:, :, at : at + part.shape[2]] = part
+            at += part.shape[2]
+        return out
 
     def _tiled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention in tiles of 2 × 2 tokens of the picture, which is made even where it is not; or in pairs of tokens
@@ -369,6 +383,8 @@ class Perceptron(nn.Module):
         if body == "conv":
             conv = nn.Conv2d if place.layout == "bchw" else nn.Conv1d
             layers: list[nn.Module] = [conv(channels, hidden, 1), conv(hidden, channels, 1)]
+        elif body == "mixer":
+            layers = [nn.Linear(place.tokens, 10), nn.Linear(10, place.tokens)]
         else:
             layers = [nn.Linear(channels, hidden), nn.Linear(hidden if body != "glu" else channels, channels)]
         self.up, self.down = layers
@@ -379,15 +395,25 @@ class Perceptron(nn.Module):
             )
         if body in ("swiglu", "geglu"):
             self.gate = nn.Linear(channels, hidden, bias=False)
+        if body == "gmlp":
+            self.along, self.wide = nn.Linear(place.tokens, place.tokens), nn.Linear(channels, hidden)
         self.inside = (
-            Mix(inside, place.tokens, channels if body == "glu" else hidden, place.grid, seed) if inside else None
+            Mix(inside, place.tokens, channels if body in ("glu", "mixer") else hidden, place.grid, seed)
+            if inside
+            else None
         )
 
     def forward(self, h: Tensor) -> Tensor:
         """The same shape."""
         if self.body == "conv":
             return self._conv(h)
+        if self.body == "mixer":
+            y = self.down(F.gelu(self.up(h.transpose(1, 2)))).transpose(1, 2)
+            return y if self.inside is None else self.inside(y)
         y = self.up(h)
+        if self.body == "gmlp":
+            gate = F.layer_norm(self.wide(h), (y.shape[-1],)).transpose(1, 2)
+            y = y * self.along(gate).transpose(1, 2)
         if self.body == "swiglu":
             y = F.silu(self.gate(h)) * y
         elif self.body == "geglu":
@@ -439,9 +465,12 @@ class Fused(nn.Module):
 class Residual(nn.Module):
     """One branch."""
 
-    def __init__(self, spec: Branch, channels: int, place: Place, path: str, seed: int) -> None:
+    def __init__(self, spec: Branch, channels: int, place: Place, path: str, seed: int, streams: int = 1) -> None:
         super().__init__()
-        self.spec, self.place, self.path, self.keep = spec, place, path, as_it_is
+        self.spec, self.place, self.path, self.keep, self.streams = spec, place, path, as_it_is, streams
+        if streams > 1:
+            self.read, self.write = (nn.Parameter(torch.zeros(streams, 1)) for _ in range(2))
+            self.mix = nn.Parameter(torch.zeros(streams, streams))
         self.norm = Norm(spec.norm, channels, place)
         if spec.place == "sandwich":
             self.norm_out = Norm("rms" if spec.norm == "none" else spec.norm, channels, place)
@@ -513,6 +542,9 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, c: dict[str, Tensor], text: Tensor | None) -> Tensor:
         """The stream with the branch added."""
+        if self.streams > 1:
+            out = self.value((self.read * x).sum(2), c, text)
+            return x + 0.3 * (self.mix @ x) + self.write * out[:, :, None]
         y = self.value(x, c, text)
         how = self.spec.add
         if how == "reversed":
@@ -577,8 +609,14 @@ class Stage(nn.Module):
 
     def __init__(self, spec: Block, model: Spec, place: Place, words: Place | None, path: str, seed: int) -> None:
         super().__init__()
-        self.spec, self.place, self.path, self.keep = spec, place, path, as_it_is
         c = model.channels
+        if spec.pool:
+            place = Place(model.layout, model.frames, model.height, model.width // 2)
+            if model.width % 2:
+                place = Place(model.layout, model.frames, model.height // 2, model.width)
+            if spec.pool == "merge":
+                self.down, self.up = nn.Linear(2 * c, c), nn.Linear(c, 2 * c)
+        self.spec, self.place, self.path, self.keep = spec, place, path, as_it_is
         if spec.skip:
             self.skip = nn.Linear(2 * c if spec.skip == "cat" else c, c)
         if spec.style == "joint" and words is not None:
@@ -589,8 +627,20 @@ class Stage(nn.Module):
             self.layer = nn.TransformerEncoderLayer(c, 2, 2 * c, batch_first=True, norm_first=seed % 2 == 0)
             return
         self.branches = nn.ModuleList(
-            Residual(branch, c, place, f"{path}.branches.{i}", seed + 7 * i) for i, branch in enumerate(spec.branches)
+            Residual(branch, c, place, f"{path}.branches.{i}", seed + 7 * i, model.streams)
+            for i, branch in enumerate(spec.branches)
         )
+
+    def fewer(self, x: Tensor) -> Tensor:
+        """Two tokens as one."""
+        pairs = x.unflatten(1, (-1, 2))
+        return self.down(pairs.flatten(2)) if self.spec.pool == "merge" else pairs.mean(2)
+
+    def as_many(self, x: Tensor) -> Tensor:
+        """One token as two."""
+        if self.spec.pool == "merge":
+            return self.up(x).unflatten(-1, (2, -1)).flatten(1, 2)
+        return x.repeat_interleave(2, 1)
 
     def forward(
         self, x: Tensor, s: Tensor | None, earlier: Tensor, c: dict[str, Tensor], text: Tensor | None
@@ -610,9 +660,11 @@ class Stage(nn.Module):
         if self.spec.style == "encoder":
             return self.place.lay(self.layer(self.place.flat(x))), s
         if self.spec.style == "serial":
+            whole = x
+            x = self.fewer(x) if self.spec.pool else x
             for branch in self.branches:
                 x = branch(x, c, text)
-            return x, s
+            return whole + self.as_many(x) if self.spec.pool else x, s
         values = [branch.value(x, c, text) for branch in self.branches]
         if self.spec.style == "parallel":
             for value in values:
@@ -632,7 +684,7 @@ class Transformer(nn.Module):
         self.spec = spec
         c = spec.channels
         joined = spec.words if spec.text in ("before", "after") else 0
-        extra = joined + spec.registers
+        extra = joined + spec.registers + spec.time_token
         self.place = Place(spec.layout if not extra else "bnc", spec.frames, spec.height, spec.width, extra)
         words = Place("bnc", 1, 1, spec.words) if spec.text == "joint" else None
         self.embed = nn.Conv2d(2, c, 2, 2) if spec.given == "picture" else nn.Linear(4, c)
@@ -700,17 +752,21 @@ class Transformer(nn.Module):
         c, text = self._condition(x, t, y)
         if spec.registers:
             h = torch.cat([self.registers.expand(h.shape[0], -1, -1), h], 1)
+        if spec.time_token:
+            h = torch.cat([c["sample"][:, None].to(h.dtype), h], 1)
         if text is not None and spec.text in ("before", "after"):
             h = torch.cat([text, h] if spec.text == "before" else [h, text], 1)
         s = text if spec.text == "joint" else None
         h = self.place.lay(h)
+        if spec.streams > 1:
+            h = h.unsqueeze(2).expand(-1, -1, spec.streams, -1)
         streams: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             streams.append(h)
             earlier = streams[max(0, len(self.blocks) - 2 - i)] if i else h
             h, s = self.run_block(i, block, h, s, (earlier, c, text))
-        h = self.place.flat(h)
-        h = h[:, : spec.tokens] if spec.text == "after" else h[:, self.place.extra :]
+        h = self.place.flat(h.sum(2) if spec.streams > 1 else h)
+        h = h[:, int(spec.time_token) :][:, : spec.tokens] if spec.text == "after" else h[:, self.place.extra :]
         return self.head(self.norm(h))
 
 

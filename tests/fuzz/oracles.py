@@ -39,7 +39,8 @@ HARMLESS = (
     "joined between the blocks",
     "in this graph no site can",
     "so nothing is cached",  # a drawn policy may compute every step
-    "changes its input",  # a fragment behind a graph break runs as it is
+    "changes its input",
+    "changes one of its inputs",  # a fragment behind a graph break runs as it is
 )
 
 

@@ -18,6 +18,10 @@ JOINT = Composition(
 )  # fmt: skip
 
 FINDS: dict[str, tuple[Spec, list[Any]]] = {
+    "a shift of each frame, which is added to what is normed and scaled, is no branch of a stream": (
+        Spec((Block((Branch(modulation="frame", add="alpha"), Branch(before="attends", add="scaled"))),)),
+        [Fora(4, 3)],
+    ),
     "a product without a bias of what is half already, in an autocast": (
         Spec((Block((Branch(inside="squeeze", island="autocast"), Branch("attention"))),)),
         [FullCompute()],

@@ -78,6 +78,17 @@ def work_of(node: fx.Node) -> Work:
     return rule.work if rule is not None else Work.NONE
 
 
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node is an op of another library, of which no rule tells what it does."""
+    op = node.target
+    return isinstance(op, OpOverload) and op not in RULES and op.namespace not in ("aten", "prims", "prim")
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether what a node makes is worth keeping: a product, an attention, or whatever another library's op does."""
+    return work_of(node) in (Work.CONTRACT, Work.ATTENTION) or is_foreign(node)
+
+
 def register(
     ops: OpOverload | Iterable[OpOverload],
     *samples: Sample,

@@ -7,7 +7,6 @@ with other labels or weights), the rows of all are made at once, so that each la
 """
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from toca_compile.runtime.sight import on_host
-from toca_compile.runtime.step_control import RunConstants
+from toca_compile.runtime.step_control import Known, RunConstants
 from toca_compile.runtime.times import Clocks, Time, Times
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Seen:
             ways[next((way for way in (_is_small, _is_watched) if way(value)), None)].append(i)
         self._small, self._watched, self._others = ways.values()
         self._values = [inputs[i].clone() for i in self._small]
-        self._made = [(weakref.ref(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
+        self._made = [(Known(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
         # Views: as long as the objects and their addresses are the same, they show what the weights are now.
         self._views = [_sampled(inputs[i]) for i in self._watched]
         self._numbers = self._sample()
@@ -68,7 +67,7 @@ class Seen:
         return (
             all(torch.equal(value, inputs[i]) for value, i in zip(self._values, self._small, strict=True))
             and all(
-                made() is inputs[i] and (version, address) == (inputs[i]._version, inputs[i].data_ptr())
+                made.is_this(inputs[i]) and (version, address) == (inputs[i]._version, inputs[i].data_ptr())
                 for (made, version, address), i in zip(self._made, self._watched, strict=True)
             )
             and all(torch.equal(a, b) for a, b in zip(self._numbers, self._sample(), strict=True))

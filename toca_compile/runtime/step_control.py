@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from toca_compile.ir.history import Past
 from toca_compile.ir.plan import kind_of
@@ -98,15 +99,31 @@ def _state(value: Any) -> Any:
     if value.is_inference():
         return None
     content = _content(value)
-    return weakref.ref(value), value._version, _address(value), None if content is None else content.clone()
+    return Known(value), value._version, _address(value), None if content is None else content.clone()
 
 
 def _unchanged(old: Any, new: Any) -> bool:
     if not isinstance(new, torch.Tensor):
         return type(old) is type(new) and bool(old == new)
-    if old is None or old[0]() is not new or old[1:3] != (new._version, _address(new)):
+    if old is None or not old[0].is_this(new) or old[1:3] != (new._version, _address(new)):
         return False
     return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
+
+
+class Known:
+    """Which tensor it was, without keeping it. A parameter is told by its number in the process and its memory: torch
+    swaps none that something refers to weakly (``set_swap_module_params_on_conversion``)."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        own = isinstance(value, torch.nn.Parameter) and is_plain(value) and not value.is_meta
+        self._memory = StorageWeakRef(value.untyped_storage()) if own else None
+        self._object = id(value) if own else weakref.ref(value)
+
+    def is_this(self, value: torch.Tensor) -> bool:
+        """Whether this is the same object; of a parameter, given that it lies where that lay."""
+        if self._memory is not None:
+            return self._object == id(value) and not self._memory.expired()
+        return self._object() is value  # type: ignore[operator]
 
 
 def _address(value: torch.Tensor) -> int:
