@@ -28,18 +28,23 @@ class PlainBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The projected output, and the post-softmax map ``[batch, heads, queries, keys]``: what an oracle needs."""
+    def attention(self, x: Tensor) -> Tensor:
+        """The projected output."""
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v)
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
-        return self.proj(out.transpose(1, 2).reshape(b, n, c)), weights
+        return self.proj(out.transpose(1, 2).reshape(b, n, c))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The post-softmax map ``[batch, heads, queries, keys]``: what an oracle needs."""
+        b, n, c = x.shape
+        q, k, _ = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """One block on ``[batch, tokens, width]``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)[0]
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 

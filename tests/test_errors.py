@@ -140,7 +140,7 @@ class Mysterious(PlainDiT):
 class MysteriousBlock(PlainBlock):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)[0]
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(mystery(self.norm2(x) * (1 + scale2) + shift2))
 
 

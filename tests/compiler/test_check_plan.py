@@ -224,13 +224,13 @@ def test_an_honest_plan_of_the_users_own_is_followed(made: Callable[[], Any], sc
 class MixedKeys(PlainBlock):
     """Keys and values are made of all tokens up to theirs."""
 
-    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         shape = (b, n, self.heads, c // self.heads)
         q = self.qkv(x)[..., :c].reshape(shape).transpose(1, 2)
         k, v = (self.qkv(x.cumsum(1))[..., i * c : (i + 1) * c].reshape(shape).transpose(1, 2) for i in (1, 2))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
-        return self.proj(out), out
+        return self.proj(out)
 
 
 def test_keys_that_a_mixer_makes_cannot_be_updated_for_some_tokens() -> None:

@@ -42,12 +42,12 @@ PARTIAL: dict[str, Any] = {
 class Gathered(PlainBlock):
     """Its queries are those of this process's tokens, and read the keys of all."""
 
-    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         k, v = (collectives.all_gather_tensor(one.contiguous(), 2, dist.group.WORLD) for one in (k, v))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
-        return self.proj(out), out
+        return self.proj(out)
 
 
 class Parted(PlainDiT):

@@ -102,10 +102,10 @@ def test_k_norm_needs_a_fused_attention(traced: Traced) -> None:
 class EinsumBlock(PlainBlock):
     """Heads behind tokens: the rows of values are not laid out as in a fused attention."""
 
-    def attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).unbind(2)
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5).softmax(-1)
-        return self.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)), weights
+        return self.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
 
 
 class ByEinsum(PlainDiT):
@@ -249,8 +249,8 @@ class MultiheadBlock(PlainBlock):
         super().__init__(16, 2)
         self.weights, self.inner = weights, nn.MultiheadAttention(16, 2, batch_first=True)
 
-    def attention(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out: tuple[torch.Tensor, torch.Tensor] = self.inner(x, x, x, need_weights=self.weights)
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x, x, x, need_weights=self.weights)[0]
         return out
 
 

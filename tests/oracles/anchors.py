@@ -145,7 +145,7 @@ class AnchorOracle:
                 y = norm(h) * (1 + scale) + shift
 
                 def compute(y: Tensor = y, block: Any = block, attends: bool = name == "attn") -> Tensor:
-                    made: Tensor = block.attention(y)[0] if attends else block.mlp(y)
+                    made: Tensor = block.attention(y) if attends else block.mlp(y)
                     return made
 
                 # As one stack the blocks are only run where they are computed.

@@ -130,7 +130,7 @@ class PlainOracle:
             shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).unsqueeze(1).chunk(6, dim=-1)
 
             def attend(z: Tensor, block=block, shift=shift1, scale=scale1) -> Tensor:  # type: ignore[no-untyped-def]
-                return block.attention(block.norm1(z) * (1 + scale) + shift)[0]
+                return block.attention(block.norm1(z) * (1 + scale) + shift)
 
             def feed(z: Tensor, block=block, shift=shift2, scale=scale2) -> Tensor:  # type: ignore[no-untyped-def]
                 return block.mlp(block.norm2(z) * (1 + scale) + shift)

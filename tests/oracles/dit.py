@@ -42,9 +42,10 @@ class Oracle:
         for i, block in enumerate(self.model.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).unsqueeze(1).chunk(6, dim=-1)
             if full:
-                out, weights = block.attention(block.norm1(h) * (1 + scale1) + shift1)
+                into = block.norm1(h) * (1 + scale1) + shift1
+                out = block.attention(into)
                 caches.keep(("attn", i), out)
-                caches.score[i] = weights.mean(1).sum(1)
+                caches.score[i] = block.attention_map(into).mean(1).sum(1)
                 h = h + gate1 * out
                 caches.keep(i, block.mlp(block.norm2(h) * (1 + scale2) + shift2))
             else:

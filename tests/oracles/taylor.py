@@ -45,7 +45,7 @@ class TaylorOracle:
                 if not full:
                     out = self.forecast((name, i))
                 elif name == "attn":
-                    out = self.full((name, i), block.attention(block.norm1(h) * (1 + scale1) + shift1)[0])
+                    out = self.full((name, i), block.attention(block.norm1(h) * (1 + scale1) + shift1))
                 else:
                     out = self.full((name, i), block.mlp(block.norm2(h) * (1 + scale2) + shift2))
                 h = h + gate * out

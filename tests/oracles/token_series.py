@@ -98,7 +98,7 @@ class TokenSeriesOracle:
             shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).unsqueeze(1).chunk(6, dim=-1)
             into = block.norm1(h) * (1 + scale1) + shift1
             if full:
-                out = self.full(("attn", i), block.attention(into)[0])
+                out = self.full(("attn", i), block.attention(into))
                 self.kv[i] = self.projected(block, into)[1:]
             elif self.keys is None:
                 out = self.forecast(("attn", i))

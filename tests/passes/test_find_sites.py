@@ -43,7 +43,7 @@ class HalfBlock(PlainBlock):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         y = (self.norm1(x.float()) * (1 + scale1) + shift1).type_as(x)
-        x = (x.float() + self.attention(y)[0] * gate1).type_as(x)
+        x = (x.float() + self.attention(y) * gate1).type_as(x)
         y = (self.norm2(x.float()) * (1 + scale2) + shift2).type_as(x)
         return (x.float() + self.mlp(y) * gate2).type_as(x)
 
