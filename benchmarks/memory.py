@@ -30,6 +30,7 @@ POLICIES: dict[str, Any] = {
     "ToCa, attention": ToCa(STEPS, 3, 0.1),
     "TaylorSeer, order 1": TaylorSeer(STEPS, 3, 1),
     "TaylorSeer, order 1, in bfloat16": TaylorSeer(STEPS, 3, 1, cache_dtype="bfloat16"),
+    "TaylorSeer, order 1, in float8": TaylorSeer(STEPS, 3, 1, cache_dtype="float8_e4m3fn"),
     "blocks, order 1": BlockCache(STEPS, 0, interval=3, order=1),
 }
 Rows = list[dict[str, Any]]
