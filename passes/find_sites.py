@@ -75,7 +75,7 @@ def find_sites(
         tried = []
         for tokens in choices:
             proof, batch = _prove(types, branch, tokens, inside)
-            tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch, inside)))
+            tried.append((tokens, proof, batch, _queries(types, branch, tokens, proof, batch)))
         able = [t for t in tried if isinstance(t[1], RowProof)]
         able += sorted((t for t in tried if isinstance(t[3], RowProof)), key=_parted)
         whole = [t for t in tried if fill_dims(types, output, t[0])]
@@ -139,7 +139,6 @@ def _queries(
     tokens: tuple[FactorPos, ...],
     proof: RowProof | Blocked,
     batch: Product,
-    inside: tuple[Attention, ...],
 ) -> RowProof | Blocked | None:
     """For a branch that is not token-wise as it is: the proof that it is, given keys and values of all tokens.
     ``batch``: the factors that number the site's samples; one selection serves both proofs."""
@@ -149,12 +148,7 @@ def _queries(
     if isinstance(proof, RowProof) and _factors(types, branch.output, carried) != batch:
         # What is held hides it from the first proof: keys, say, that are made across samples.
         return Blocked(proof.stale_inputs[0], "mixes samples that the rest of the branch keeps apart")
-    found = prove_queries(types, branch, tokens, carried)
-    windows = [a for a in inside if set(a.axis) < set(_factors(types, branch.output, tokens))]
-    if isinstance(found, Blocked) and windows:
-        size = types.factors.size(windows[0].axis)
-        return Blocked(windows[0].node, f"attends within groups of {size} tokens")
-    return found
+    return prove_queries(types, branch, tokens, carried)
 
 
 def _factors(types: AxisTypes, node: fx.Node, places: Iterable[FactorPos]) -> Product:

@@ -509,7 +509,7 @@ class Padded(Windows):
 @pytest.mark.parametrize(
     ("style", "why"),
     [
-        (Moved, "attends within groups of 4 tokens"),
+        (Moved, "aten.roll.default mixes the tokens"),
         (Padded, "rearranges the tokens"),
     ],
 )
