@@ -355,6 +355,8 @@ def owner_of(twin: Twin, site: Any) -> str:
         owners = [path for path in owners if branches[path].tokens == site.tokens]
     if len(owners) != 1:
         raise Ambiguous("a site that is no single branch of the model")
+    if name.rpartition(".")[2] in ("before", "inside", "after"):
+        raise Ambiguous("a site that is an op within a branch, which adds to what it is given")
     return owners[0]
 
 
