@@ -12,7 +12,7 @@ computed as often as that costs. PSNR to the uncached samples; nothing is timed,
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ RULES: dict[str, tuple[Any, int]] = {
     "Newton o3": (Polynomial(), 4), "Taylor o2": (Taylor(), 3), "HiCache": (Hermite(), 3), "FoCa": (Foca(), 3),
 }  # fmt: skip
 COSTS = {"fashion_dit": (25, 17, 10), "emoji_flux": (14, 10, 7)}
+
+
+class Run(Protocol):
+    """One sampling, in which something else may be added than what the blocks compute."""
+
+    def added(self, blocks: Callable[[slice], Tensor], n: int) -> Tensor:
+        """What the blocks add to the stream of ``2 n`` samples. ``blocks``: computes it of some of them."""
+        ...
 
 
 class Halves:
@@ -66,7 +74,7 @@ class Stack(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.halves: Halves | None = None
+        self.halves: Run | None = None
         self.joint: list[nn.Module] = list(model.transformer_blocks)
         self.single: list[nn.Module] = list(getattr(model, "single_transformer_blocks", ()))
         if not self.single:
@@ -95,9 +103,10 @@ class Judge:
         self.steps, self.seeds, self.samples = trained.steps, seeds, samples
         self.model, self.sampler = trained.load()
         self.stack = Stack(self.model)
-        self.reference = {seed: self._sampled(seed) for seed in seeds}
+        self.reference = {seed: self.sampled(seed) for seed in seeds}
 
-    def _sampled(self, seed: int) -> Tensor:
+    def sampled(self, seed: int) -> Tensor:
+        """The samples of a seed, as the stack computes them now."""
         pictures: Tensor = self.sampler(self.model, self.steps, seed, self.samples)
         return pictures
 
@@ -106,7 +115,7 @@ class Judge:
         found = []
         for seed in self.seeds:
             self.stack.halves = Halves(both, one, rule, apart, swapped)
-            found.append(psnr(self._sampled(seed), self.reference[seed]))
+            found.append(psnr(self.sampled(seed), self.reference[seed]))
         return statistics.mean(found)
 
     def even(self, count: int) -> list[int]:
