@@ -36,20 +36,28 @@ class Values(Series):
 
     def forecast(self, age: fx.Node | None = None) -> fx.Node:
         builder, at, kept = self.builder, self.position, self.history.kept
-        values = [self.output, *(builder.call(aten.select.int, self.ring, 0, i) for i in range(kept - 1))]
+        values = self._values()
         if self.history.measured is not None:
             table = builder.slot(State.HISTORY, at, 2)
             row = builder.call(toca.weights_at.default, table, builder.slot(Number.MOVE, at, 0))
             return self._sum([builder.call(toca.weighted_by.default, value, row, i) for i, value in enumerate(values)])
         channels, groups = self.history.channels, []
         for group in range(max(channels, default=0) + 1):
-            numbers = [builder.slot(Number.MOVE, at, group * kept + i) for i in range(kept)]
-            groups.append(
-                self._sum(
-                    [builder.call(toca.weighted.default, v, number) for v, number in zip(values, numbers, strict=True)]
-                )
-            )
+            groups.append(self._weighted(values, group * kept))
         return builder.call(toca.by_channel.default, groups, list(channels)) if channels else groups[0]
+
+    def correction(self, value: fx.Node) -> fx.Node:
+        return self._weighted([*self._values(), value], self.history.kept)
+
+    def _values(self) -> list[fx.Node]:
+        kept = range(self.history.kept - 1)
+        return [self.output, *(self.builder.call(aten.select.int, self.ring, 0, i) for i in kept)]
+
+    def _weighted(self, values: Sequence[fx.Node], first: int) -> fx.Node:
+        """The sum of values, by as many numbers of the step."""
+        numbers = [self.builder.slot(Number.MOVE, self.position, first + i) for i in range(len(values))]
+        both = zip(values, numbers, strict=True)
+        return self._sum([self.builder.call(toca.weighted.default, value, number) for value, number in both])
 
     def _sum(self, parts: Sequence[fx.Node]) -> fx.Node:
         return reduce(lambda a, b: self.builder.call(aten.add.Tensor, a, b), parts)

@@ -54,6 +54,10 @@ class Series:
         """The value as it is expected now; the buffer itself where nothing moves it."""
         return self.output
 
+    def correction(self, value: fx.Node) -> fx.Node:
+        """What a step that computed the value makes up for, before it is kept."""
+        raise NotImplementedError
+
     def keep(self, value: fx.Node, *, moving: bool, age: fx.Node | None = None) -> None:
         """The whole value was computed. ``moving``: what moves it is made too."""
         self.builder.call(toca.store_.default, self.output, value)

@@ -2,6 +2,7 @@
 what the range added to the residual stream, or as it is::
 
     keep:   store_(cache, x_out − x_in)        at a step that computes the range (and the rest of its history)
+            x_out + Σ cᵢ · kept valueᵢ         where that step makes up for forecasts before it
     skip:   x_out = x_in + cache               at a step that skips it
 
 Beside them stand those of what a gate measures (``gauge.py``).
@@ -30,14 +31,20 @@ def stand_in(segment: StandIn, forms: tuple[Form, ...]) -> Variant:
 
 
 def keep_range(found: BlockRange, memory: History) -> Variant:
-    """Keeps the outputs: values are the range's inputs and outputs."""
+    """Keeps the outputs, and where the memory corrects yields them corrected: values are the range's inputs and
+    outputs."""
     builder = Builder((*found.inputs, *found.outputs))
+    results = []
     for i, stream in enumerate(found.streams):
-        value = builder.env[stream.output]
+        left = value = builder.env[stream.output]
+        series = series_of(builder, i, memory, stream.places)
         if stream.entry is not None:
-            value = builder.call(aten.sub.Tensor, value, _entered(builder, stream.entry, stream.output))
-        series_of(builder, i, memory, stream.places).keep(value, moving=True)
-    return builder.finish(())
+            value = builder.call(aten.sub.Tensor, left, _entered(builder, stream.entry, stream.output))
+            if memory.corrects:  # where nothing was told since the step before, by nothing: what left stays to the bit
+                left = builder.call(aten.add.Tensor, left, builder.cast(series.correction(value), stream.output))
+        results.append(left)
+        series.keep(value, moving=True)
+    return builder.finish(results if memory.corrects else ())
 
 
 def skip_range(found: BlockRange, memory: History) -> Variant:

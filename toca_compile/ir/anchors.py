@@ -23,8 +23,20 @@ from toca_compile.ir.types import Site, StepKind
 ONE = 1 << 32
 """Weights are handed over as whole multiples of 2⁻³²: a whole number may change without a recompile."""
 MAX_ANCHORS = 32
+_PARABOLA = 3  # values that it goes through
 AHEAD = 64
 """For how many steps after a full one there are weights that follow from the values."""
+
+
+def lagrange(full: Sequence[int], step: int) -> list[float]:
+    """How much the values at some steps count in the polynomial through them."""
+    found = []
+    for i, own in enumerate(full):
+        weight = 1.0
+        for j, other in enumerate(full):
+            weight *= (step - other) / (own - other) if i != j else 1.0
+        found.append(weight)
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Ring(History):
     dtype: Annotated[torch.dtype, Dtype()] | None = None
     by: Weights | None = None
     device: DeviceName | None = None
+    correct: float = 0.0
 
     @property
     def numbers_kept(self) -> frozenset[int]:
@@ -99,6 +112,10 @@ class Ring(History):
     @property
     def moves(self) -> bool:
         return True
+
+    @property
+    def corrects(self) -> bool:
+        return self.correct > 0
 
     @property
     def by_sample(self) -> bool:
@@ -130,12 +147,29 @@ class Ring(History):
         if self.measured is not None:
             return numbers | self._spacing(past, step)
         rules = self.by.by_group() if self.by is not None else ()
-        numbers |= {(Number.MOVE, i): 0 for i in range(self.kept * max(len(rules), 1))}
+        count = 2 * self.kept + 1 if self.corrects else self.kept * max(len(rules), 1)
+        numbers |= {(Number.MOVE, i): 0 for i in range(count)}
         if not past.full:
             return numbers
         for group, rule in enumerate(rules):
             numbers |= self._placed(past, rule.weights(past.full[-self.kept :], step), group)
+        if self.corrects:
+            *old, new = self._correction(past.full[-self.kept :], step, rules[0])
+            numbers |= self._placed(past, old, 1)
+            numbers[Number.MOVE, 2 * self.kept] = round(new * ONE)
         return numbers
+
+    def _correction(self, full: Sequence[int], step: int, rule: Weights) -> list[float]:
+        """How much of each kept value, and last of the new one, a step that computes it adds to it: what it is known to
+        have been at the steps since the last, by the parabola through the new value and two before, less what was told
+        of it then. A sampler moves the picture as far at each of them."""
+        found = [0.0] * (len(full) + 1)
+        near = [*full, step][-_PARABOLA:]
+        for between in range(full[-1] + 1, step):
+            known = [0.0] * (len(found) - len(near)) + lagrange(near, between)
+            told = [*rule.weights(full, between), 0.0]
+            found = [f + self.correct * (k - t) for f, k, t in zip(found, known, told, strict=True)]
+        return found
 
     def steered(self, past: Past, share: float) -> Numbers:
         if self.by is None or not self.by.steered or min(len(past.full), self.kept) < 2:
@@ -179,7 +213,8 @@ class Ring(History):
         return super().joined(other)
 
     def form(self) -> History:
-        return replace(self, by=self.by.form() if self.by is not None and self.kept > 1 else None)
+        by = self.by.form() if self.by is not None and self.kept > 1 else None
+        return replace(self, by=by, correct=float(self.corrects))
 
 
 @dataclass(frozen=True)
@@ -197,10 +232,19 @@ class BandRing(Ring):
 @register
 @dataclass(frozen=True)
 class Anchors(Action):
-    """A forecast from the values of the last ``kept`` full steps, or as many as there are, weighted as ``by`` says."""
+    """A forecast from the values of the last ``kept`` full steps, or as many as there are, weighted as ``by`` says.
+
+    Args:
+        by: the rule.
+        kept: how many values.
+        correct: of blocks that are skipped as one, and which steps is planned beforehand: a computed step makes up for
+            this share of what the forecasts since the one before it are then known to have been wrong by. 0: it does
+            not, and is the model's own.
+    """
 
     by: Weights | None = None
     kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 3
+    correct: Annotated[float, NumberField(0, 1)] = 0.0
 
     kind = StepKind.FORECAST
     word = "forecast"
@@ -209,20 +253,24 @@ class Anchors(Action):
     def check(self) -> None:
         if type(self.by) is Weights:
             raise PolicyError("by must be a rule for the weights, such as Polynomial()")
+        if self.correct and (self.kept < 2 or isinstance(self.by, Measured) or (self.by and self.by.channels())):
+            raise PolicyError("correct needs two values or more, and one rule for all channels, of the steps alone")
 
     def needs(self, defaults: CacheSpec) -> Keep:
         if self.by is None:
             raise PolicyError("Anchors needs a rule for the weights: Anchors(by=Polynomial())")
-        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device))
+        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device, self.correct))
 
     def refused(self, site: Site) -> str | None:
+        if self.correct:
+            return "is corrected with all that stands beside it: SkipBlocks(do=Anchors(…, correct=…))"
         return Ring(self.kept, by=self.by).refused(site.output.meta["val"])
 
     def for_run(self, num_steps: int) -> Action:
         return replace(self, by=self.by.for_run(num_steps)) if self.by is not None else self
 
     def form(self) -> Action:
-        return replace(self, by=None, kept=1)
+        return replace(self, by=None, kept=1, correct=0.0)
 
     def __str__(self) -> str:
         return "forecast by anchors"

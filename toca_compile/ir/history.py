@@ -69,6 +69,12 @@ class History:
         return self.depth > 0
 
     @property
+    def corrects(self) -> bool:
+        """Whether a step that computes the value hands on another, which makes up for what was told since the last
+        such step (of a range of blocks alone)."""
+        return False
+
+    @property
     def by_sample(self) -> bool:
         """Whether what is kept of a sample, and told from it, is the same whatever samples stand beside it."""
         return True

@@ -197,8 +197,8 @@ class BlockRange:
         """All of which something is kept."""
         return self.streams if self.change is None else (*self.streams, self.change)
 
-    def segment(self, does: str) -> "StandIn":
-        """The segment that does this for the range."""
+    def segment(self, does: str, *, corrects: bool = False) -> "StandIn":
+        """The segment that does this for the range. ``corrects``: to keep what leaves it changes that, too."""
         measured = self.probe.given if self.probe is not None else ()
         if self.probe is not None and self.probe.leaves is not None and does == "keep change":
             measured = (*measured, self.probe.leaves)
@@ -208,7 +208,7 @@ class BlockRange:
             template=-1,
             inputs=tuple(dict.fromkeys(given)),
             nodes=(),
-            outputs=self.outputs if does == "skip" else (),
+            outputs=self.outputs if does == "skip" or corrects else (),
             sites=tuple(s.index for s in owners),
             does=does,
             range=self,

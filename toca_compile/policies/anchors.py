@@ -11,7 +11,7 @@ from math import factorial
 from typing import Annotated
 
 from toca_compile.errors import PolicyError
-from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, Measured, Weights
+from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, Measured, Weights, lagrange
 from toca_compile.ir.fields import Factor, Fraction, Number, Steps, Whole, told
 from toca_compile.ir.registry import register
 
@@ -28,14 +28,8 @@ class Polynomial(Weights):
 
     def weights(self, full: Sequence[int], step: int) -> Vector:
         if self.last is not None and self.last < len(full):
-            return [0.0] * (len(full) - self.last) + Polynomial().weights(full[-self.last :], step)
-        found = []
-        for i, own in enumerate(full):
-            weight = 1.0
-            for j, other in enumerate(full):
-                weight *= (step - other) / (own - other) if i != j else 1.0
-            found.append(weight)
-        return found
+            return [0.0] * (len(full) - self.last) + lagrange(full[-self.last :], step)
+        return lagrange(full, step)
 
 
 @register

@@ -123,6 +123,10 @@ class Composition(CachingPolicy):
                     "whether a step is full is decided when its first blocks have run, so that the others can only be "
                     "skipped: Adaptive goes with one rule, SkipBlocks"
                 )
+            if ranges[0].history(CacheSpec()).corrects:
+                raise PolicyError(
+                    "correct needs to know which steps are skipped, and a threshold decides: leave it out"
+                )
             if self.when.by.first and not all(do.first for do in ranges):
                 raise PolicyError("Adaptive is measured on the first blocks: SkipBlocks(first=1) or more")
             if self.when.by.behind and not all(do.last for do in ranges):

@@ -62,7 +62,7 @@ class Schedule:
         self.plan, self.range = planned.plan, planned.range
         plan, found = planned.plan, planned.range
         self.owners: tuple[Site | Stream, ...] = (*program.sites, *(found.owners if found is not None else ()))
-        self.segments, self.skips = _with_stand_ins(program.segments, found)
+        self.segments, self.skips = _with_stand_ins(program.segments, found, corrects=plan.skip.memory.corrects)
         kept = [i for i, s in enumerate(self.segments) if isinstance(s, StandIn) and s.does == "keep change"]
         self._left_out = frozenset((*self.skips, *kept))
         self.keeps = _keeps(program.sites, plan)
@@ -305,11 +305,13 @@ class Schedule:
                 )
 
 
-def _with_stand_ins(segments: tuple[Segment, ...], found: BlockRange | None) -> tuple[tuple[Segment, ...], range]:
+def _with_stand_ins(
+    segments: tuple[Segment, ...], found: BlockRange | None, *, corrects: bool
+) -> tuple[tuple[Segment, ...], range]:
     """The segments with those that stand in for a range, and the places of those that are left out with it."""
     if found is None:
         return segments, range(0)
-    before = {found.first: [found.segment("skip")], found.last: [found.segment("keep")]}
+    before = {found.first: [found.segment("skip")], found.last: [found.segment("keep", corrects=corrects)]}
     if found.probe is not None:
         before.setdefault(found.probe.kept, []).append(found.segment("keep change"))
     ordered: list[Segment] = []

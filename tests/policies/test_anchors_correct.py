@@ -1,0 +1,123 @@
+"""Anchors that correct: a computed step makes up for the forecasts before it, against a literal loop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_compile
+from tests.in_memory import loaded
+from tests.models import PlainDiT, randomize
+from tests.runs import TIMES, kinds, steps
+from tests.sampling import noise
+from tests.shared import Traced
+from toca_compile import Composition, PolicyError
+from toca_compile.policies import Adaptive, Anchors, Every, Foca, Hermite, Listed, Polynomial, Rule, SkipBlocks
+
+STEPS = len(TIMES)
+
+
+def policy(do: Anchors, full: Sequence[int] = (0, 1, 4, 7)) -> Composition:
+    """Blocks forecast between these steps."""
+    return Composition(STEPS, Listed(tuple(full)), (Rule(SkipBlocks(do=do)),))
+
+
+@torch.no_grad()
+def literal(model: Any, do: Anchors, full: Sequence[int]) -> Tensor:
+    """The same sampling, written out: an Euler step of an eighth of the model's output at each time."""
+    x, known, told = noise(), dict[int, Tensor](), dict[int, Tensor]()
+
+    def summed(by: Any, kept: int, step: int) -> Tensor:
+        anchors = sorted(known)[-kept:]
+        return torch.stack([w * known[s] for w, s in zip(by.weights(anchors, step), anchors, strict=True)]).sum(0)
+
+    for step, time in enumerate(TIMES):
+        h, c = model.prepare(x, torch.full((2,), time), torch.arange(2))
+        if step in full:
+            out = h
+            for block in model.blocks:
+                out = block(out, c)
+            known[step] = added = out - h
+            for between, wrong in told.items():
+                added = added + do.correct * (summed(Polynomial(), 3, between) - wrong)
+            told.clear()
+        else:
+            added = told[step] = summed(do.by, do.kept, step)
+        x = x - model.finish(h + added, c)[:, : x.shape[1]] / STEPS
+    return x
+
+
+@pytest.mark.parametrize("do", [Anchors(Polynomial(), 3, 0.5), Anchors(Foca(), 3, 0.25), Anchors(Hermite(), 2, 1.0),
+                                Anchors(Polynomial(), 5, 0.7)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("full", [(0, 1, 4, 7), (0, 3, 5, 6), (0, 2)])
+def test_is_the_literal_loop(traced: Traced, do: Anchors, full: tuple[int, ...]) -> None:
+    model, opt = traced(PlainDiT, policy(do, full))
+    out = steps(opt, noise(), TIMES)
+    expected = literal(model, do, full)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    plain = literal(model, Anchors(do.by, do.kept), full)
+    assert not torch.allclose(expected, plain, rtol=1e-3, atol=1e-3)
+    opt.policy = policy(Anchors(do.by, do.kept), full)
+    torch.testing.assert_close(steps(opt, noise(), TIMES), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_behind_a_computed_one_is_the_model_to_the_bit(traced: Traced) -> None:
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5), range(STEPS)))
+    assert torch.equal(steps(opt, noise(), TIMES), steps(model, noise(), TIMES))
+
+
+def test_inputs_that_stay_give_the_models_output(traced: Traced) -> None:
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+    given = noise(), torch.full((2,), 500), torch.arange(2)
+    with torch.no_grad():
+        plain = model(*given)
+        for _ in TIMES:
+            torch.testing.assert_close(opt(*given), plain, rtol=1e-5, atol=1e-5)
+    assert kinds(opt) == "ffssfssf"
+
+
+def test_shares_compile_nothing_anew(traced: Traced) -> None:
+    _, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+    steps(opt, noise(), TIMES)
+    (executor,) = opt._session.executors
+    before = set(executor.ready)
+    opt.policy = policy(Anchors(Foca(), 3, 0.25), (0, 2, 3, 6))
+    steps(opt, noise(), TIMES)
+    assert set(executor.ready) == before
+
+
+def test_the_whole_step_as_a_graph_and_a_file_do_the_same(traced: Traced) -> None:
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+    given = {"x": noise(), "t": torch.full((2,), TIMES[0]), "y": torch.arange(2)}
+    expected = steps(opt, noise(), TIMES)
+    opt.lowering = "program"
+    torch.testing.assert_close(steps(opt, noise(), TIMES), expected, rtol=1e-5, atol=1e-5)
+    opt.lowering = "eager"
+    file = loaded(model, policy(Anchors(Polynomial(), 3, 0.5)), tuple(given.values()))
+    torch.testing.assert_close(steps(file, noise(), TIMES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kept_in_bfloat16(traced: Traced) -> None:
+    do = Anchors(Polynomial(), 3, 0.5)
+    model, opt = traced(PlainDiT, policy(do))
+    opt.policy = Composition(STEPS, Listed((0, 1, 4, 7)), (Rule(SkipBlocks(do=do)),), cache_dtype="bfloat16")
+    torch.testing.assert_close(steps(opt, noise(), TIMES), literal(model, do, (0, 1, 4, 7)), rtol=5e-2, atol=5e-2)
+
+
+def test_what_cannot_be_corrected_is_refused() -> None:
+    with pytest.raises(PolicyError, match="correct needs two values or more"):
+        Anchors(Polynomial(), 1, 0.5)
+    with pytest.raises(PolicyError, match="correct"):
+        Anchors(Polynomial(), 3, 1.5)
+    rules = (Rule(SkipBlocks(do=Anchors(Polynomial(), 3, 0.5))),)
+    with pytest.raises(PolicyError, match="a threshold decides"):
+        Composition(STEPS, Adaptive(0.1), rules)
+
+
+def test_single_sites_are_not_corrected() -> None:
+    model: nn.Module = randomize(PlainDiT())
+    wanted = Composition(STEPS, Every(3), (Rule(Anchors(Polynomial(), 3, 0.5)),))
+    with pytest.raises(PolicyError, match="SkipBlocks"):
+        steps(toca_compile.optimize(model, wanted, lowering="eager"), noise(), TIMES)
