@@ -14,9 +14,11 @@ from tests.runs import TIMES, kinds, steps
 from tests.sampling import noise
 from tests.shared import Traced
 from toca_compile import Composition, PolicyError
-from toca_compile.policies import Adaptive, Anchors, Every, Foca, Hermite, Listed, Polynomial, Rule, SkipBlocks
+from toca_compile.lowerings import LOWERINGS
+from toca_compile.policies import Adaptive, Anchors, Bands, Every, Foca, Hermite, Listed, Polynomial, Rule, SkipBlocks
 
 STEPS = len(TIMES)
+EAGER = LOWERINGS["eager"]
 
 
 def policy(do: Anchors, full: Sequence[int] = (0, 1, 4, 7)) -> Composition:
@@ -49,8 +51,8 @@ def literal(model: Any, do: Anchors, full: Sequence[int]) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("do", [Anchors(Polynomial(), 3, 0.5), Anchors(Foca(), 3, 0.25), Anchors(Hermite(), 2, 1.0),
-                                Anchors(Polynomial(), 5, 0.7)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("do", [Anchors(Polynomial(), 3, correct=0.5), Anchors(Foca(), 3, correct=0.25), Anchors(Hermite(), 2, correct=1.0),
+                                Anchors(Polynomial(), 5, correct=0.7)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("full", [(0, 1, 4, 7), (0, 3, 5, 6), (0, 2)])
 def test_is_the_literal_loop(traced: Traced, do: Anchors, full: tuple[int, ...]) -> None:
     model, opt = traced(PlainDiT, policy(do, full))
@@ -64,12 +66,12 @@ def test_is_the_literal_loop(traced: Traced, do: Anchors, full: tuple[int, ...])
 
 
 def test_a_step_behind_a_computed_one_is_the_model_to_the_bit(traced: Traced) -> None:
-    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5), range(STEPS)))
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, correct=0.5), range(STEPS)))
     assert torch.equal(steps(opt, noise(), TIMES), steps(model, noise(), TIMES))
 
 
 def test_inputs_that_stay_give_the_models_output(traced: Traced) -> None:
-    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, correct=0.5)))
     given = noise(), torch.full((2,), 500), torch.arange(2)
     with torch.no_grad():
         plain = model(*given)
@@ -78,29 +80,36 @@ def test_inputs_that_stay_give_the_models_output(traced: Traced) -> None:
     assert kinds(opt) == "ffssfssf"
 
 
-def test_shares_compile_nothing_anew(traced: Traced) -> None:
-    _, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+def test_other_shares_and_steps_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[Any] = []
+
+    def counted(variant: Any, examples: Any) -> Any:
+        lowered.append(variant)
+        return EAGER(variant, examples)
+
+    monkeypatch.setitem(LOWERINGS, "counted", counted)
+    do = Anchors(Polynomial(), 3, correct=0.5)
+    opt: Any = toca_compile.optimize(randomize(PlainDiT()), policy(do), lowering="counted")
     steps(opt, noise(), TIMES)
-    (executor,) = opt._session.executors
-    before = set(executor.ready)
-    opt.policy = policy(Anchors(Foca(), 3, 0.25), (0, 2, 3, 6))
+    before = len(lowered)
+    opt.policy = policy(Anchors(Foca(), 3, correct=0.25), (0, 2, 3, 6))
     steps(opt, noise(), TIMES)
-    assert set(executor.ready) == before
+    assert len(lowered) == before > 0
 
 
 def test_the_whole_step_as_a_graph_and_a_file_do_the_same(traced: Traced) -> None:
-    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, 0.5)))
+    model, opt = traced(PlainDiT, policy(Anchors(Polynomial(), 3, correct=0.5)))
     given = {"x": noise(), "t": torch.full((2,), TIMES[0]), "y": torch.arange(2)}
     expected = steps(opt, noise(), TIMES)
     opt.lowering = "program"
     torch.testing.assert_close(steps(opt, noise(), TIMES), expected, rtol=1e-5, atol=1e-5)
     opt.lowering = "eager"
-    file = loaded(model, policy(Anchors(Polynomial(), 3, 0.5)), tuple(given.values()))
+    file = loaded(model, policy(Anchors(Polynomial(), 3, correct=0.5)), tuple(given.values()))
     torch.testing.assert_close(steps(file, noise(), TIMES), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kept_in_bfloat16(traced: Traced) -> None:
-    do = Anchors(Polynomial(), 3, 0.5)
+    do = Anchors(Polynomial(), 3, correct=0.5)
     model, opt = traced(PlainDiT, policy(do))
     opt.policy = Composition(STEPS, Listed((0, 1, 4, 7)), (Rule(SkipBlocks(do=do)),), cache_dtype="bfloat16")
     torch.testing.assert_close(steps(opt, noise(), TIMES), literal(model, do, (0, 1, 4, 7)), rtol=5e-2, atol=5e-2)
@@ -108,16 +117,18 @@ def test_kept_in_bfloat16(traced: Traced) -> None:
 
 def test_what_cannot_be_corrected_is_refused() -> None:
     with pytest.raises(PolicyError, match="correct needs two values or more"):
-        Anchors(Polynomial(), 1, 0.5)
+        Anchors(Polynomial(), 1, correct=0.5)
     with pytest.raises(PolicyError, match="correct"):
-        Anchors(Polynomial(), 3, 1.5)
-    rules = (Rule(SkipBlocks(do=Anchors(Polynomial(), 3, 0.5))),)
+        Anchors(Polynomial(), 3, correct=1.5)
+    with pytest.raises(PolicyError, match="in bands"):
+        Bands(Hermite(), 3, correct=0.5)
+    rules = (Rule(SkipBlocks(do=Anchors(Polynomial(), 3, correct=0.5))),)
     with pytest.raises(PolicyError, match="a threshold decides"):
         Composition(STEPS, Adaptive(0.1), rules)
 
 
 def test_single_sites_are_not_corrected() -> None:
     model: nn.Module = randomize(PlainDiT())
-    wanted = Composition(STEPS, Every(3), (Rule(Anchors(Polynomial(), 3, 0.5)),))
+    wanted = Composition(STEPS, Every(3), (Rule(Anchors(Polynomial(), 3, correct=0.5)),))
     with pytest.raises(PolicyError, match="SkipBlocks"):
         steps(toca_compile.optimize(model, wanted, lowering="eager"), noise(), TIMES)

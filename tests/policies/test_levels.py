@@ -18,7 +18,7 @@ from toca_compile.diffusers import optimized_components
 from toca_compile.ir.anchors import Weights
 from toca_compile.ir.signature import FLOW, Signature
 from toca_compile.policies import LEVELS, Composition, EndAligned, Level, Rule, SkipBlocks, load_policy, save_policy
-from toca_compile.policies.anchors import Anchors, Foca, Hermite
+from toca_compile.policies.anchors import Anchors, Foca, Hermite, Polynomial
 
 STEPS = (1, 2, 3, 4, 8, 20, 28, 50)
 
@@ -71,12 +71,36 @@ def test_no_policy_is_balanced_and_says_once_what_it_means(caplog: pytest.LogCap
 )  # fmt: skip
 def test_a_rule_for_flow_matching(name: str, steps: int, rule: Weights) -> None:
     level = Level(name, steps)
-    for told in (Signature(), Signature(prediction="epsilon", sampler="DDIMScheduler")):
+    for told in (Signature(), Signature(prediction="v_prediction", sampler="DDIMScheduler")):
         assert level.for_call(told) == level
     flow = level.for_call(Signature(prediction=FLOW))
     assert flow.for_run(steps, True) == flow == Level(name, steps, flow=True)
     assert flow.full_steps() == level.full_steps()
-    assert [choice.rules[0].do for choice in flow.choices] == [SkipBlocks(do=Anchors(rule, 3)), Anchors(rule, 3)]
+    correct = 0.25 if isinstance(rule, Hermite) else 0.0
+    blocks = SkipBlocks(do=Anchors(rule, 3, correct=correct))
+    assert [choice.rules[0].do for choice in flow.choices] == [blocks, Anchors(rule, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rule"),
+    [("quality", 50, Foca()), ("balanced", 50, Foca()), ("fast", 50, Polynomial()), ("balanced", 28, Foca()),
+     ("balanced", 20, Polynomial()), ("max", 28, Polynomial()), ("quality", 8, Polynomial())],
+)  # fmt: skip
+def test_a_rule_where_noise_is_predicted(name: str, steps: int, rule: Weights) -> None:
+    level = Level(name, steps)
+    noise = level.for_call(Signature(prediction="epsilon", sampler="DDIMScheduler"))
+    assert noise.for_run(steps, True) == noise == Level(name, steps, noise=True)
+    assert noise.full_steps() == level.full_steps()
+    blocks = SkipBlocks(do=Anchors(rule, 3, correct=0.25))
+    assert [choice.rules[0].do for choice in noise.choices] == [blocks, Anchors(rule, 3)]
+
+
+def test_where_noise_is_predicted_sites_are_forecast_if_blocks_cannot_be_skipped() -> None:
+    opt = toca_compile.optimize(randomize(Pooled(depth=2)), Level("fast", 8, noise=True), lowering="eager")
+    sample(opt, 8, noise())
+    own = Composition(8, EndAligned(3, 2), (Rule(Anchors(Polynomial(), 3)),))
+    again = toca_compile.optimize(opt._orig_mod, own, lowering="eager")
+    torch.testing.assert_close(sample(opt, 8, noise()), sample(again, 8, noise()), rtol=0, atol=0)
 
 
 class FlowMatchEuler:

@@ -6,7 +6,7 @@ the values themselves lie beside the ring as a table, of which each step reads a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -99,7 +99,7 @@ class Ring(History):
     dtype: Annotated[torch.dtype, Dtype()] | None = None
     by: Weights | None = None
     device: DeviceName | None = None
-    correct: float = 0.0
+    correct: float = field(default=0.0, kw_only=True)
 
     @property
     def numbers_kept(self) -> frozenset[int]:
@@ -244,7 +244,7 @@ class Anchors(Action):
 
     by: Weights | None = None
     kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 3
-    correct: Annotated[float, NumberField(0, 1)] = 0.0
+    correct: Annotated[float, NumberField(0, 1)] = field(default=0.0, kw_only=True)
 
     kind = StepKind.FORECAST
     word = "forecast"
@@ -259,7 +259,7 @@ class Anchors(Action):
     def needs(self, defaults: CacheSpec) -> Keep:
         if self.by is None:
             raise PolicyError("Anchors needs a rule for the weights: Anchors(by=Polynomial())")
-        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device, self.correct))
+        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device, correct=self.correct))
 
     def refused(self, site: Site) -> str | None:
         if self.correct:

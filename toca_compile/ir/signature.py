@@ -16,6 +16,8 @@ from toca_compile.ir.fields import Checked, Count, Number, told
 Time = Annotated[float, Number(-1e9, 1e9)]
 FLOW = "flow_prediction"
 """As ``Signature.prediction``: the velocity of flow matching."""
+NOISE = "epsilon"
+"""In the same way: the noise."""
 _NEAR = 1e-3  # by which two times may differ, relative to the first of a run
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from toca_compile.errors import PolicyError
 from toca_compile.ir.actions import Keep
 from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, BandRing, Weights
 from toca_compile.ir.fields import Count, Fraction, Natural, Number, Whole
@@ -31,6 +32,11 @@ class Bands(Anchors):
     cutoff: Fraction = 0.25
 
     word = "forecast in bands"
+
+    def check(self) -> None:
+        super().check()
+        if self.correct:
+            raise PolicyError("what is told in bands is no sum of what is kept, so that nothing of it can be corrected")
 
     def needs(self, defaults: CacheSpec) -> Keep:
         ring = super().needs(defaults).history

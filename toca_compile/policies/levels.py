@@ -6,7 +6,7 @@ from typing import Annotated
 from toca_compile.ir.fields import OneOf, Steps
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.registry import register
-from toca_compile.ir.signature import FLOW, Signature
+from toca_compile.ir.signature import FLOW, NOISE, Signature
 from toca_compile.ir.types import Site
 from toca_compile.policies.anchors import Anchors, Foca, Hermite, Polynomial
 from toca_compile.policies.base import CachingPolicy
@@ -32,8 +32,13 @@ _WARMUP, _WIDE = 2, 6
 # FoCa's recursion drifts (benchmarks/results/levels.md).
 _NEAR, _FAR, _DRIFTS = Anchors(Foca(), 3), Anchors(Polynomial(), 3), 5
 # What flow matching predicts goes almost straight, and a polynomial overshoots where one gap is more than a seventh of
-# the run: Hermite's damped ones do not. Where noise is predicted they lag behind by 15 dB and more.
-_FLOW, _LONG = Anchors(Hermite(), 3), 1 / 7
+# the run: Hermite's damped ones do not. Where noise is predicted they lag behind by 15 dB and more. Whether a computed
+# step should make up for what was told before it depends on that, too: with FoCa's rule it loses 3 dB on flow.
+_CORRECT = 0.25
+_FLOW, _LONG = Anchors(Hermite(), 3, correct=_CORRECT), 1 / 7
+# Where noise is predicted FoCa's rule is beyond the polynomial up to three steps of an eighth of the run.
+_NOISE_NEAR, _NOISE_FAR = Anchors(Foca(), 3, correct=_CORRECT), Anchors(Polynomial(), 3, correct=_CORRECT)
+_NOISE_DRIFTS, _NOISE_LONG = 4, 1 / 8
 _LAST = 16  # from so many steps on, "quality" computes the last too
 
 
@@ -44,7 +49,9 @@ class Level(CachingPolicy):
     six is), and one of several counted back from the last but one; on the others what all blocks add to the stream is
     forecast from the last three computed steps by FoCa's rule, or Newton's polynomial where one of five or more is
     computed (each site's output, where the blocks cannot be skipped as a whole). With flow matching it is HiCache's
-    rule where these lie more than a seventh of the run apart, and FoCa's elsewhere. From 16 steps on ``"quality"``
+    rule where these lie more than a seventh of the run apart, and FoCa's elsewhere; where noise is predicted Newton's
+    from one of four steps or an eighth of the run on. HiCache's, and those for noise, are corrected by a quarter at
+    each computed step (``Anchors(correct=)``), where blocks are skipped as a whole. From 16 steps on ``"quality"``
     computes the last step too. Of how many steps one is computed:
 
     =========  =========  ==========  ======  =====
@@ -61,6 +68,7 @@ class Level(CachingPolicy):
         name: of the level.
         num_steps: model calls of one run. In a pipeline its own number of steps takes its place.
         flow: whether the model predicts the velocity of flow matching. A pipeline's scheduler says it.
+        noise: whether it predicts noise. The scheduler says that, too.
 
     Raises:
         PolicyError: there is no such level.
@@ -69,6 +77,7 @@ class Level(CachingPolicy):
     name: Annotated[str, OneOf(LEVELS)] = "balanced"
     num_steps: Steps = 50
     flow: bool = False
+    noise: bool = False
 
     @property
     def when(self) -> EndAligned:
@@ -84,9 +93,13 @@ class Level(CachingPolicy):
         interval = self.when.interval
         if self.flow:
             forecast = _FLOW if interval > _LONG * self.num_steps else _NEAR
+        elif self.noise:
+            near = interval < _NOISE_DRIFTS and interval <= _NOISE_LONG * self.num_steps
+            forecast = _NOISE_NEAR if near else _NOISE_FAR
         else:
             forecast = _NEAR if interval < _DRIFTS else _FAR
-        return tuple(Composition(self.num_steps, self.when, (Rule(do),)) for do in (SkipBlocks(do=forecast), forecast))
+        ways = SkipBlocks(do=forecast), replace(forecast, correct=0.0)
+        return tuple(Composition(self.num_steps, self.when, (Rule(do),)) for do in ways)
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The computed steps as call indices, 0 first."""
@@ -97,6 +110,8 @@ class Level(CachingPolicy):
 
     def for_call(self, call: Signature) -> "Level":
         """The same for a call of which this is known."""
+        if call.prediction == NOISE:
+            return replace(self, noise=True)
         return replace(self, flow=True) if call.prediction == FLOW else self
 
     def plan(self, sites: tuple[Site, ...]) -> Plan:
