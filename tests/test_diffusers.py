@@ -9,6 +9,7 @@ import toca_compile
 from tests.models import diffusers_dit
 from tests.runs import both_ways
 from toca_compile import FullCompute, ToCa
+from toca_compile.ir.signature import Signature
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -143,3 +144,20 @@ def test_models_nobody_prepared(name: str) -> None:
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
     found = [s.kind for s in toca_compile.explain(opt).sites]
     assert {k: found.count(k) for k in sorted(set(found))} == dict(sorted(kinds.items()))
+
+
+def test_a_scheduler_is_told_with_what_makes_it_add_noise(transformer: Any) -> None:
+    told = []
+
+    class Asking(FullCompute):
+        def for_call(self, call: Signature) -> Any:
+            told.append((call.sampler, call.prediction))
+            return FullCompute()
+
+    pipe = toca_compile.optimize(pipeline(transformer), Asking(), lowering="eager")
+    for kind, settings in ((diffusers.DDIMScheduler, {}), (diffusers.DPMSolverMultistepScheduler, {}),
+                           (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"})):  # fmt: skip
+        pipe.scheduler = kind(**settings)
+        latents(pipe, 2)
+    names = ["DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler sde-dpmsolver++"]
+    assert list(dict.fromkeys(told)) == [(name, "epsilon") for name in names]

@@ -147,11 +147,19 @@ def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signatur
     """What a call of a pipeline tells of its last so many steps."""
     guidance = arguments.get("guidance_scale")
     return Signature(
-        sampler=type(scheduler).__name__,
+        sampler=_sampler(scheduler, arguments),
         times=tuple(torch.as_tensor(scheduler.timesteps).tolist()[-steps:]),
         guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
         prediction=prediction_of(scheduler),
     )
+
+
+def _sampler(scheduler: Any, arguments: Mapping[str, Any]) -> str:
+    """A scheduler by its class, and what makes of it one that adds noise."""
+    way = getattr(getattr(scheduler, "config", None), "algorithm_type", None)
+    told = [way] if isinstance(way, str) and way.startswith("sde") else []
+    told += [f"eta={arguments['eta']:g}"] if isinstance(arguments.get("eta"), float) and arguments["eta"] else []
+    return " ".join([type(scheduler).__name__, *told])
 
 
 def prediction_of(scheduler: Any) -> str | None:

@@ -71,14 +71,13 @@ def test_no_policy_is_balanced_and_says_once_what_it_means(caplog: pytest.LogCap
 )  # fmt: skip
 def test_a_rule_for_flow_matching(name: str, steps: int, rule: Weights) -> None:
     level = Level(name, steps)
-    for told in (Signature(), Signature(prediction="v_prediction", sampler="DDIMScheduler")):
-        assert level.for_call(told) == level
+    for prediction, sampler in ((None, None), ("v_prediction", "DDIMScheduler"), ("epsilon", None),
+                                ("epsilon", "EulerAncestralDiscreteScheduler"), ("epsilon", "DDIMScheduler eta=1")):  # fmt: skip
+        assert level.for_call(Signature(prediction=prediction, sampler=sampler)) == level
     flow = level.for_call(Signature(prediction=FLOW))
     assert flow.for_run(steps, True) == flow == Level(name, steps, flow=True)
     assert flow.full_steps() == level.full_steps()
-    correct = 0.25 if isinstance(rule, Hermite) else 0.0
-    blocks = SkipBlocks(do=Anchors(rule, 3, correct=correct))
-    assert [choice.rules[0].do for choice in flow.choices] == [blocks, Anchors(rule, 3)]
+    assert [choice.rules[0].do for choice in flow.choices] == [SkipBlocks(do=Anchors(rule, 3)), Anchors(rule, 3)]
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,14 @@ _WARMUP, _WIDE = 2, 6
 # FoCa's recursion drifts (benchmarks/results/levels.md).
 _NEAR, _FAR, _DRIFTS = Anchors(Foca(), 3), Anchors(Polynomial(), 3), 5
 # What flow matching predicts goes almost straight, and a polynomial overshoots where one gap is more than a seventh of
-# the run: Hermite's damped ones do not. Where noise is predicted they lag behind by 15 dB and more. Whether a computed
-# step should make up for what was told before it depends on that, too: with FoCa's rule it loses 3 dB on flow.
-_CORRECT = 0.25
-_FLOW, _LONG = Anchors(Hermite(), 3, correct=_CORRECT), 1 / 7
-# Where noise is predicted FoCa's rule is beyond the polynomial up to three steps of an eighth of the run.
-_NOISE_NEAR, _NOISE_FAR = Anchors(Foca(), 3, correct=_CORRECT), Anchors(Polynomial(), 3, correct=_CORRECT)
+# the run: Hermite's damped ones do not. Where noise is predicted they lag behind by 15 dB and more.
+_FLOW, _LONG = Anchors(Hermite(), 3), 1 / 7
+# Where noise is predicted, and none added, FoCa's rule is beyond the polynomial where gaps are of three steps and an
+# eighth of the run at most, and a computed step makes up for what was told before it, which loses 3 dB on flow.
+_NOISE_NEAR, _NOISE_FAR = Anchors(Foca(), 3, correct=0.25), Anchors(Polynomial(), 3, correct=0.25)
 _NOISE_DRIFTS, _NOISE_LONG = 4, 1 / 8
+# Samplers with which that was measured. Where noise is added at each step, or the model asked twice, it loses.
+_SMOOTH = {"DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"}
 _LAST = 16  # from so many steps on, "quality" computes the last too
 
 
@@ -49,10 +50,10 @@ class Level(CachingPolicy):
     six is), and one of several counted back from the last but one; on the others what all blocks add to the stream is
     forecast from the last three computed steps by FoCa's rule, or Newton's polynomial where one of five or more is
     computed (each site's output, where the blocks cannot be skipped as a whole). With flow matching it is HiCache's
-    rule where these lie more than a seventh of the run apart, and FoCa's elsewhere; where noise is predicted Newton's
-    from one of four steps or an eighth of the run on. HiCache's, and those for noise, are corrected by a quarter at
-    each computed step (``Anchors(correct=)``), where blocks are skipped as a whole. From 16 steps on ``"quality"``
-    computes the last step too. Of how many steps one is computed:
+    rule where these lie more than a seventh of the run apart, and FoCa's elsewhere. Where noise is predicted, by DDIM,
+    Euler or DPM-Solver++, it is Newton's from one of four steps or an eighth of the run on, FoCa's below that, and a
+    computed step corrects a quarter (``Anchors(correct=)``), where blocks are skipped as a whole. From 16 steps on
+    ``"quality"`` computes the last step too. Of how many steps one is computed:
 
     =========  =========  ==========  ======  =====
     steps      "quality"  "balanced"  "fast"  "max"
@@ -68,7 +69,7 @@ class Level(CachingPolicy):
         name: of the level.
         num_steps: model calls of one run. In a pipeline its own number of steps takes its place.
         flow: whether the model predicts the velocity of flow matching. A pipeline's scheduler says it.
-        noise: whether it predicts noise. The scheduler says that, too.
+        noise: whether it predicts noise, and the sampler adds none. The scheduler says that, too.
 
     Raises:
         PolicyError: there is no such level.
@@ -110,7 +111,7 @@ class Level(CachingPolicy):
 
     def for_call(self, call: Signature) -> "Level":
         """The same for a call of which this is known."""
-        if call.prediction == NOISE:
+        if call.prediction == NOISE and call.sampler in _SMOOTH:
             return replace(self, noise=True)
         return replace(self, flow=True) if call.prediction == FLOW else self
 
