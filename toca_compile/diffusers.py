@@ -158,7 +158,8 @@ def _sampler(scheduler: Any, arguments: Mapping[str, Any]) -> str:
     """A scheduler by its class, and what makes of it one that adds noise."""
     way = getattr(getattr(scheduler, "config", None), "algorithm_type", None)
     told = [way] if isinstance(way, str) and way.startswith("sde") else []
-    told += [f"eta={arguments['eta']:g}"] if isinstance(arguments.get("eta"), float) and arguments["eta"] else []
+    eta = arguments.get("eta")
+    told += [f"eta={eta:g}"] if isinstance(eta, (int, float)) and eta else []
     return " ".join([type(scheduler).__name__, *told])
 
 
