@@ -122,6 +122,8 @@ def test_what_cannot_be_corrected_is_refused() -> None:
         Anchors(Polynomial(), 3, correct=1.5)
     with pytest.raises(PolicyError, match="in bands"):
         Bands(Hermite(), 3, correct=0.5)
+    with pytest.raises(PolicyError, match="residual=False"):
+        Composition(STEPS, Every(3), (Rule(SkipBlocks(residual=False, do=Anchors(Polynomial(), 3, correct=0.5))),))
     rules = (Rule(SkipBlocks(do=Anchors(Polynomial(), 3, correct=0.5))),)
     with pytest.raises(PolicyError, match="a threshold decides"):
         Composition(STEPS, Adaptive(0.1), rules)

@@ -64,14 +64,15 @@ def find_scores(program: Program) -> Program:
 def find_clock(program: Program) -> Program:
     """The inputs that tell the timestep: those whose numbers the host knows, if there are any."""
     assert program.types is not None
-    clock = _find_clock.find_clock(program.varying, program.types, program.sites)
-    return replace(program, clock=tuple(n for n in clock if n in program.on_host) or clock)
+    clock, on_host = _find_clock.find_clock(program.varying, program.types, program.sites), program.on_host
+    return replace(program, clock=tuple(n for n in clock if n in on_host) or clock)
 
 
 def hoist(program: Program) -> Program:
     """What does not change during a run, or follows from the timestep beside it, stands first, to be computed once."""
     assert program.types is not None
-    varying, clock = frozenset(program.varying), {n: n in program.on_host for n in program.clock}
+    varying, on_host = frozenset(program.varying), program.on_host
+    clock = {n: n in on_host for n in program.clock}
     graph, types = program.module.graph, program.types
     return replace(program, segments=_hoist.hoist(graph, program.segments, program.sites, types, varying, clock))
 

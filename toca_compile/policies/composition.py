@@ -113,6 +113,8 @@ class Composition(CachingPolicy):
         ranges = skips(done)
         if len(ranges) > 1:
             raise PolicyError("all steps that skip blocks must skip the same ones")
+        if ranges and not ranges[0].residual and ranges[0].history(CacheSpec()).corrects:
+            raise PolicyError("correct is of what blocks add to the stream: leave residual=False out")
         for rules in (self.rules, self.alternate):
             own = [rule for rule in rules if rule.do.by_blocks]
             if own and (len(rules) > 1 or own[0].kinds or own[0].depths != (0.0, 1.0)):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from toca_compile.runtime.sight import on_host
-from toca_compile.runtime.step_control import Known, RunConstants
+from toca_compile.runtime.step_control import Identity, RunConstants
 from toca_compile.runtime.times import Clocks, Time, Times
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Seen:
             ways[next((way for way in (_is_small, _is_watched) if way(value)), None)].append(i)
         self._small, self._watched, self._others = ways.values()
         self._values = [inputs[i].clone() for i in self._small]
-        self._made = [(Known(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
+        self._made = [(Identity(inputs[i]), inputs[i]._version, inputs[i].data_ptr()) for i in self._watched]
         # Views: as long as the objects and their addresses are the same, they show what the weights are now.
         self._views = [_sampled(inputs[i]) for i in self._watched]
         self._numbers = self._sample()

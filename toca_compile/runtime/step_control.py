@@ -99,7 +99,7 @@ def _state(value: Any) -> Any:
     if value.is_inference():
         return None
     content = _content(value)
-    return Known(value), value._version, _address(value), None if content is None else content.clone()
+    return Identity(value), value._version, _address(value), None if content is None else content.clone()
 
 
 def _unchanged(old: Any, new: Any) -> bool:
@@ -110,7 +110,7 @@ def _unchanged(old: Any, new: Any) -> bool:
     return old[3] is None or torch.equal(old[3], _content(new))  # type: ignore[arg-type]
 
 
-class Known:
+class Identity:
     """Which tensor it was, without keeping it. A parameter is told by its number in the process and its memory: torch
     swaps none that something refers to weakly (``set_swap_module_params_on_conversion``)."""
 
@@ -501,7 +501,8 @@ class StepControl:
         if call.run is None:
             seen = call.inputs if call.bounded and call.inputs is not None else inputs
             if call.known:
-                seen, clock = {k: self.times.as_host(v) for k, v in seen.items()}, list(map(self.times.as_host, clock))
+                as_host = self.times.as_host
+                seen, clock = {k: as_host(v) for k, v in seen.items()}, [as_host(v) for v in clock]
             call.run = self._run(place if not call.bounded else (graph,), steps, seen, clock)
         return call.run, (*place, count)
 
