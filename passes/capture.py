@@ -24,6 +24,7 @@ from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, operand_nodes, source_line, writes
 from toca_compile.passes.tracing.cuts import cut_alone, whole_of
 from toca_compile.passes.tracing.inline import Inlining
+from toca_compile.passes.tracing.sized_by_values import outlined
 from toca_compile.passes.tracing.wrappers import dispatched
 from toca_compile.rules.registry import RULES, Work, work_of
 
@@ -58,8 +59,9 @@ def capture(
     Raises:
         UnsupportedGraphError: the graph changes another of its inputs in place, which a cached step could not repeat,
             or has a transform of functions that cannot be traced.
+        UnknownSizeError: it has sizes that only values tell, where no op can hold them together.
     """
-    gm, mode = _without_rewiring(gm, inputs), FakeTensorMode(allow_non_fake_inputs=True)
+    gm, mode = outlined(_without_rewiring(gm, inputs)), FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(mode, value) for value in inputs]
     mutated: list[int] = []
 

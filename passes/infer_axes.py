@@ -22,6 +22,9 @@ from toca_compile.rules.registry import RULES
 
 log = logging.getLogger(__name__)
 
+# What is said of ops that have no rule, and can have none.
+WITHOUT_RULE: dict[Any, str] = {torch.ops.toca.sized_by_values.default: "holds what has a size that only values tell"}
+
 
 def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:
     """Fill ``types`` for every node of ``graph`` whose value is a tensor or a tuple of tensors."""
@@ -48,7 +51,7 @@ def _fresh(types: AxisTypes, value: torch.Tensor) -> Type:
 def _apply(node: fx.Node, types: AxisTypes) -> None:
     rule = RULES.get(node.target)  # type: ignore[call-overload]
     if rule is None:
-        return _give_up(node, types, "has no rule")
+        return _give_up(node, types, WITHOUT_RULE.get(node.target, "has no rule"))
     try:
         spec = rule.spec(call_of(node))
     except RuleError as error:

@@ -16,11 +16,14 @@ from toca_compile import backend
 from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
+    TorchDynamoException,
     compiled_code,
     compiled_module,
     dynamo_limits,
     remove_from_cache,
+    sizes_followed,
     skip_code,
+    split_by_sizes,
     uninlined,
     why_not_asked,
     why_recompiled,
@@ -192,6 +195,35 @@ def test_config_patch() -> None:
     with dynamo_limits({"recompile_limit": 77}):
         assert torch._dynamo.config.recompile_limit == 77
     assert torch._dynamo.config.recompile_limit == before
+
+
+def test_sizes_that_follow_from_values() -> None:
+    """Dynamo splits a function at them and counts that, or follows them."""
+
+    def there(x: Tensor) -> Tensor:
+        return x[x > 0].sum() * 2
+
+    x, before = torch.tensor([1.0, -1.0]), split_by_sizes()
+    assert torch._dynamo.optimize(record, dynamic=False)(there)(x) == 2
+    assert split_by_sizes() == before + 1
+    torch._dynamo.reset()
+    seen.clear()
+    with dynamo_limits(sizes_followed(True)):
+        assert torch._dynamo.optimize(record, dynamic=False)(there)(x) == 2
+    assert len(seen) == 1
+    assert split_by_sizes() == before + 1
+
+
+def test_torch_dynamo_exception() -> None:
+    """Raised by a function that is to be one graph and cannot be: by a break, and by a choice that follows from values."""
+
+    def chooses(x: Tensor) -> Tensor:
+        rows = x[x.sum(1) > 0][None, None]
+        return torch.nn.functional.scaled_dot_product_attention(rows, rows, rows)
+
+    for breaks in (lambda x: torch._dynamo.graph_break() or x, chooses):
+        with pytest.raises(TorchDynamoException), dynamo_limits(sizes_followed(True)):
+            torch._dynamo.optimize(record, nopython=True, dynamic=False)(breaks)(torch.ones(4, 4))
 
 
 def test_compile_subgraph_reason() -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.utils import guard_failures
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.utils import counters, guard_failures
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,6 +28,7 @@ from toca_compile.errors import (
     NoSiteError,
     PolicyError,
     TocaError,
+    UnknownSizeError,
     UnsupportedGraphError,
 )
 from toca_compile.ir.graph import TORCH
@@ -73,6 +74,8 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     session.recompiles += session.control.calls > 0
     _note_break(session, gm)
     session.broken |= _is_nested()
+    if _may_be_whole(session):
+        raise UnknownSizeError("torch.compile splits the model")
     try:
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             raise InferenceModeError(GRAD_ENABLED)
@@ -88,6 +91,8 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
             session.warn_once(f"{error} {session.split()}".rstrip())
         return _plain(session, gm, inputs)
     except TocaError as error:
+        if isinstance(error, UnknownSizeError) and session.bounded and session.follows_sizes is not False:
+            raise  # the model traces it again, and lets torch.compile split it there
         session.uncached.setdefault(str(error), error)
         # A fragment that writes to what the fragment before it made runs as it is; the others may be cached.
         if session.strict and not (session.broken and isinstance(error, UnsupportedGraphError)):
@@ -141,6 +146,22 @@ def _note_break(session: Session, gm: fx.GraphModule) -> None:
         wrapped = "super()" in str(reason.reason) and len(frames) < len(reason.user_stack)
         mode = "; is a default device set? Say the device where tensors are made instead" if wrapped else ""
         session.breaks[f"{str(reason.reason).splitlines()[0]}{at}{mode}"] = None
+
+
+def sizes_followed(follow: bool) -> dict[str, bool]:
+    """Dynamo's setting, whether it follows what has a size that only values tell, or splits a model there."""
+    return {"capture_dynamic_output_shape_ops": follow}
+
+
+def split_by_sizes() -> int:
+    """How often Dynamo split a model there."""
+    return sum(n for reason, n in counters["graph_break"].items() if "Dynamic shape operator" in reason)
+
+
+def _may_be_whole(session: Session) -> bool:
+    """Whether the model is about to be split where a size follows from values, and nobody tried yet to follow that."""
+    once = session.bounded and session.follows_sizes is None and not any(p.written for p in session.programs)
+    return once and split_by_sizes() > session.splits
 
 
 def _let_go(gm: fx.GraphModule) -> None:
@@ -214,10 +235,11 @@ class _Graph:
         return executor(*inputs)
 
 
-def dynamo_context(session: Session) -> Any:
+def dynamo_context(session: Session, whole: bool = False) -> Any:
     """What makes a callable one that Dynamo compiles for the session. The cache key of a graph is its shape: a new
-    resolution or batch is a new graph, never a generic slow one."""
-    return torch._dynamo.optimize(dynamo_backend(session), dynamic=False)
+    resolution or batch is a new graph, never a generic slow one. ``whole``: where Dynamo would split it, it raises
+    ``TorchDynamoException``."""
+    return torch._dynamo.optimize(dynamo_backend(session), nopython=whole, dynamic=False)
 
 
 def dynamo_limits(limits: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -312,6 +334,7 @@ def _static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[bool, ...
 __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
+    "TorchDynamoException",
     "compiled_code",
     "compiled_module",
     "compiled_session",
@@ -320,7 +343,9 @@ __all__ = [
     "global_hooks",
     "remove_from_cache",
     "session_of",
+    "sizes_followed",
     "skip_code",
+    "split_by_sizes",
     "toca",
     "uninlined",
     "why_not_asked",

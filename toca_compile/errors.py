@@ -25,6 +25,10 @@ class UnsupportedGraphError(TocaError):
     """The traced graph holds something that cannot be compiled at all, such as a graph without tensors."""
 
 
+class UnknownSizeError(UnsupportedGraphError):
+    """The traced graph holds values whose sizes only other values tell, where nothing can hold these together."""
+
+
 class LoweringError(TocaError, RuntimeError):
     """The machine cannot compile: no C++ compiler, no room, or no place for Inductor's files."""
 

@@ -19,11 +19,14 @@ from torch import nn
 from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
+    TorchDynamoException,
     compiled_code,
     dynamo_context,
     dynamo_limits,
     global_hooks,
     remove_from_cache,
+    sizes_followed,
+    split_by_sizes,
     uninlined,
     why_not_asked,
     why_recompiled,
@@ -36,6 +39,7 @@ from toca_compile.errors import (
     NoSiteError,
     PolicyError,
     TocaError,
+    UnknownSizeError,
     no_rules,
 )
 from toca_compile.hooks import Hooked, Traceable, brought_in, hooked, why_no_site, why_untraced
@@ -134,6 +138,22 @@ class Calls:
     def run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One call of the model, which is one step, or a part of one; ``step`` dispatches it."""
         session = self.session
+        try:
+            return self._run(step, model, args, kwargs)
+        except UnknownSizeError as error:
+            log.info("%s: %s", type(model).__name__, error)
+        # First as torch.compile does by itself, which splits a model there; then in one graph; then split after all.
+        session.follows_sizes = session.follows_sizes is None
+        self._limits = dynamo_limits({**_LIMITS, **sizes_followed(session.follows_sizes)})
+        self.context = dynamo_context(session, whole=session.follows_sizes)
+        while self._entries:
+            self._forget(self._entries.popitem()[1])
+        session.broken, session.breaks = False, {}
+        session.control.calls -= 1  # that one computed nothing
+        return self.run(step, model, args, kwargs)
+
+    def _run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        session = self.session
         session.patch = patch_of(model)
         if session.strict:
             _check_mode(model)
@@ -153,6 +173,10 @@ class Calls:
             if isinstance(error.inner_exception, TocaError):
                 raise error.inner_exception from None
             raise machine_trouble(error) or error from error
+        except TorchDynamoException as error:
+            if not session.follows_sizes:
+                raise
+            raise UnknownSizeError(str(error).splitlines()[0]) from None
         except LoweringError as error:
             if session.strict:
                 raise
@@ -217,7 +241,7 @@ class Calls:
         entries.move_to_end(key)
         session = self.session
         before, session.uncached = session.seen, entry.uncached
-        known = len(session.executors)
+        known, session.splits = len(session.executors), split_by_sizes()
         new = not entry.executors and not entry.uncached
         told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
         try:

@@ -25,6 +25,7 @@ from toca_compile.errors import (
     NoSiteError,
     PolicyError,
     TocaError,
+    UnknownSizeError,
     no_rules,
 )
 from toca_compile.ir.actions import Selecting
@@ -45,6 +46,7 @@ from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+sized_by_values = torch.ops.toca.sized_by_values.default
 
 _SPLIT = "torch.compile split the model into several graphs"
 
@@ -100,6 +102,10 @@ class Session:
         self.numbers: dict[Any, deque[Any]] = {}  # the Python numbers of the last calls of a run, by argument
         self._captures: dict[frozenset[torch.device], Capture | str] = {}  # of CUDA graphs, or why there are none
         self.broken = False  # whether the model comes in more than one graph
+        # Whether what has a size that only values tell is one op (``passes/tracing/sized_by_values.py``), or the model
+        # is split there; None: as torch.compile is told.
+        self.follows_sizes: bool | None = None
+        self.splits = 0  # of models there, before the call that runs
         self.breaks: dict[str, None] = {}  # why, and where, Dynamo split the model
         self.warned: dict[str, None] = {}  # what was said of it
         self.recompiles = 0  # graphs that Dynamo handed over after the first call
@@ -232,6 +238,8 @@ class Session:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not program.sites:
+            if self.follows_sizes and program.module.graph.find_nodes(op="call_function", target=sized_by_values):
+                raise UnknownSizeError("all that could be cached has a size that only values tell")
             calls = (
                 n for n in program.module.graph.nodes if n.op == "call_function" and n.target is not operator.getitem
             )

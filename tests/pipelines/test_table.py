@@ -49,7 +49,7 @@ STEPS = {
 }
 TWO_PASSES = {"Chroma", "QwenImage", "Lumina2", "Wan", "Wan I2V", "Wan 2.2", "Wan 2.2 I2V"}
 # Whose blocks take nothing from the time alone.
-UNCONDITIONED = {"Lumina2", "Mochi"}
+UNCONDITIONED = {"Lumina2"}
 
 
 def cache_bytes(pipe: Any) -> int:

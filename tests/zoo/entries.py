@@ -431,7 +431,7 @@ ENTRIES: dict[str, Entry] = {
         HEADS | dict(num_layers=1, pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4,
             max_sequence_length=5),
         VIDEO | dict(encoder_hidden_states=c(1, 5, 16), encoder_attention_mask=MASK.bool()),
-        "1 partial",
+        "1 partial, 1 reuse",
     ),
     "MotifVideoTransformer3DModel": Entry(
         dict(num_attention_heads=2, attention_head_dim=12, in_channels=9, out_channels=4, num_layers=1,

@@ -23,6 +23,7 @@ from toca_compile.exported.recorder import Recorder
 from toca_compile.exported.signature import arrangement, fixed, leaves, mapped, told
 from toca_compile.exported.table import About
 from toca_compile.in_place import handle_of
+from toca_compile.ir.graph import source_line
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.signature import called, fingerprint
 from toca_compile.ir.table import Table
@@ -32,7 +33,7 @@ from toca_compile.model import has_hooks, unwrapped, wrap
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
-from toca_compile.session import Session
+from toca_compile.session import Session, sized_by_values
 
 FORMS = ("segments", "program")
 _SCALARS = (bool, int, float, str, type(None))
@@ -353,6 +354,12 @@ def _the_graph(session: Session, name: str) -> Recorder:
     assert isinstance(recorder, Recorder)
     if recorder.program.written:
         raise ExportError(f"{name} cannot be exported: it changes one of its inputs in place (as a cache of keys)")
+    calls = recorder.program.module.graph.find_nodes(op="call_function", target=sized_by_values)
+    if calls:
+        raise ExportError(
+            f"{name} cannot be exported: the size of what {source_line(calls[0])} makes follows from values, and no "
+            "file knows that part: give it a size (pad, or mask)"
+        )
     return recorder
 
 

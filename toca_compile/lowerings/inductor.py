@@ -20,6 +20,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config, standalone_compile
 from torch._inductor.dependencies import StarDep, WeakDep
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import SchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -147,7 +148,23 @@ def symbol(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:
 def settings() -> Iterator[None]:
     """How Inductor compiles variants. A buffer is written in place only if what reads it before is not moved behind the
     write."""
-    with config.patch(reorder_for_locality=False), _order_kept():
+    with config.patch(reorder_for_locality=False), _order_kept(), _reads_told():
+        yield
+
+
+@contextmanager
+def _reads_told() -> Iterator[None]:
+    """Where it fuses loops for a CPU, torch asks of what waits for a buffer in which order it reads that, and fails if
+    it reads none of it (pytorch/pytorch#196570): then it is told none, and leaves the buffer where it is."""
+    expression = LoopBody.get_read_expr
+
+    def told_expression(self: LoopBody, buffer_name: str) -> Any:
+        try:
+            return expression(self, buffer_name)
+        except KeyError:
+            return None
+
+    with patch.object(LoopBody, "get_read_expr", told_expression):
         yield
 
 
