@@ -70,14 +70,14 @@ def by_hand() -> tuple[nn.Module, nn.Module]:
     return randomize(PlainDiT(depth=2)), model
 
 
-def of_diffusers(**degrees: int) -> tuple[nn.Module, nn.Module]:
+def of_diffusers(make: Callable[[], Any] = lambda: flux(1, 1), **degrees: int) -> tuple[nn.Module, nn.Module]:
     """A FLUX, and one that diffusers parts."""
     from diffusers import ContextParallelConfig
 
-    model = flux(1, 1)
+    model = make()
     with mock.patch.object(torch.accelerator, "device_count", return_value=1):  # it divides by the accelerators
         model.enable_parallelism(config=ContextParallelConfig(**degrees))
-    return flux(1, 1), model
+    return make(), model
 
 
 def joined_attention(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **how: Any) -> Any:
@@ -89,17 +89,18 @@ def joined_attention(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *other
     return (out, log_sum.permute(0, 2, 1)) if others[5] else out
 
 
-def ring() -> tuple[nn.Module, nn.Module]:
+def ring(make: Callable[[], Any] = lambda: flux(1, 1), **degrees: int) -> tuple[nn.Module, nn.Module]:
+    """The same in a ring."""
     from diffusers.models import attention_dispatch
 
     attention_dispatch._native_attention_forward_op = joined_attention
-    return of_diffusers(ring_degree=2)
+    return of_diffusers(make, **degrees)
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "by hand": by_hand,
     "ulysses": lambda: of_diffusers(ulysses_degree=2),
-    "ring": ring,
+    "ring": lambda: ring(ring_degree=2),
 }
 
 
@@ -123,6 +124,38 @@ def far(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
+def compared(
+    mine: nn.Module, whole: nn.Module, of_whole: dict[str, list[Tensor]], policies: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of a model under each policy, against outputs of the whole, or against its own dense meaning."""
+    uncached = sampled(mine, whole)
+    shared = toca_compile.optimize(mine, EXACT["full"], lowering="eager")
+    partial: dict[str, list[Tensor]] = {}
+    told: dict[str, Any] = {"uncached": far(uncached, of_whole["full"])}
+    for policy in policies:
+        outputs = sampled(shared, whole, policies[policy])
+        fresh = {site: mask.sum(1).tolist() for site, mask in shared.fresh_tokens().items()}
+        told[policy] = {
+            "kinds": "".join(step.kind.value[0] for step in shared.steps),
+            "k": [step.k for step in shared.steps],
+            "fresh": fresh,
+        }
+        if policy in EXACT:
+            told[policy]["far"] = far(outputs, of_whole[policy])
+        else:
+            others = [torch.empty_like(torch.stack(outputs)) for _ in range(dist.get_world_size())]
+            dist.all_gather(others, torch.stack(outputs))
+            told[policy]["alike"] = all(torch.equal(others[0], other) for other in others)
+            partial[policy] = outputs
+    report = toca_compile.explain(shared)
+    told["sites"] = {site.name: [site.kind, sorted(site.actions), site.reason] for site in report.sites}
+    told["sent"] = {kind: report.sent_bytes(kind) for kind in report.step_counts}
+    shared.lowering = "dense"
+    for policy, outputs in partial.items():
+        told[policy]["from dense"] = far(outputs, sampled(shared, whole, policies[policy]))
+    return told
+
+
 def main(place: int, count: int) -> dict[str, Any]:
     """What is found of all models."""
     found: dict[str, Any] = {}
@@ -135,33 +168,7 @@ def main(place: int, count: int) -> dict[str, Any]:
             wanted[kind] = {policy: sampled(alone, whole, EXACT[policy]) for policy in EXACT}
         sent = [wanted.get(kind)]
         dist.broadcast_object_list(sent)
-        of_whole: Any = sent[0]
-        uncached = sampled(mine, whole)
-        shared = toca_compile.optimize(mine, EXACT["full"], lowering="eager")
-        partial: dict[str, list[Tensor]] = {}
-        told: dict[str, Any] = {"uncached": far(uncached, of_whole["full"])}
-        for policy in (*EXACT, *PARTIAL):
-            outputs = sampled(shared, whole, {**EXACT, **PARTIAL}[policy])
-            fresh = {site: mask.sum(1).tolist() for site, mask in shared.fresh_tokens().items()}
-            told[policy] = {
-                "kinds": "".join(step.kind.value[0] for step in shared.steps),
-                "k": [step.k for step in shared.steps],
-                "fresh": fresh,
-            }
-            if policy in EXACT:
-                told[policy]["far"] = far(outputs, of_whole[policy])
-            else:
-                others = [torch.empty_like(torch.stack(outputs)) for _ in range(count)]
-                dist.all_gather(others, torch.stack(outputs))
-                told[policy]["alike"] = all(torch.equal(others[0], other) for other in others)
-                partial[policy] = outputs
-        report = toca_compile.explain(shared)
-        told["sites"] = {site.name: [site.kind, sorted(site.actions), site.reason] for site in report.sites}
-        told["sent"] = {kind: report.sent_bytes(kind) for kind in report.step_counts}
-        shared.lowering = "dense"
-        for policy in PARTIAL:
-            told[policy]["from dense"] = far(partial[policy], sampled(shared, whole, PARTIAL[policy]))
-        found[name] = told
+        found[name] = compared(mine, whole, sent[0] or {}, {**EXACT, **PARTIAL})
     return {**found, "uneven": uneven(), "weights": weights()}
 
 

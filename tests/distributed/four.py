@@ -1,5 +1,5 @@
 """One of four processes that share the linear layers of a FLUX, those of its single blocks too, as diffusers' own plan of
-tensor parallelism shares them: run by ``spawn.py``."""
+tensor parallelism shares them; and then its tokens, in each way that diffusers parts them: run by ``spawn.py``."""
 
 from typing import Any
 from unittest import mock
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import toca_compile
-from tests.distributed.context import far, sampled
+from tests.distributed.context import EXACT, PARTIAL, compared, far, ring, sampled
 from tests.distributed.spawn import in_group
 from tests.models import randomize
 from toca_compile import BlockCache, Fora, TaylorToCa, ToCa
@@ -22,6 +22,14 @@ POLICIES: dict[str, Any] = {
     "adaptive": BlockCache(STEPS, threshold=1.0),
     "queries": TaylorToCa(STEPS, 3, 1, 0.4, keys="update"),
 }
+
+
+DEGREES: dict[str, dict[str, int]] = {
+    "ulysses": {"ulysses_degree": 4},
+    "ring": {"ring_degree": 4},
+    "both": {"ulysses_degree": 2, "ring_degree": 2},
+}
+PARTED: dict[str, Any] = {"full": EXACT["full"], "blocks": EXACT["blocks"], "queries": PARTIAL["queries"]}
 
 
 def model() -> Any:
@@ -74,6 +82,10 @@ def main(place: int, count: int) -> dict[str, Any]:
             "sites": {site.name: [site.kind, sorted(site.actions)] for site in report.sites},
             "sent": {kind: report.sent_bytes(kind) for kind in report.step_counts},
         }
+    alone = toca_compile.optimize(whole, PARTED["full"], lowering="eager")
+    of_whole = {policy: sampled(alone, whole, PARTED[policy]) for policy in ("full", "blocks")}
+    for name, degrees in DEGREES.items():
+        found[name] = compared(ring(model, **degrees)[1], whole, of_whole, PARTED)
     return found
 
 

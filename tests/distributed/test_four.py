@@ -1,14 +1,15 @@
-"""A FLUX that four processes share, linear by linear."""
+"""A FLUX that four processes share, linear by linear or token by token."""
 
 from typing import Any
 
 import pytest
 
-from tests.distributed.four import POLICIES
+from tests.distributed.four import DEGREES, POLICIES
 from tests.distributed.spawn import needs_gloo, spawned
 
 pytestmark = [needs_gloo, pytest.mark.xdist_group("processes")]
 pytest.importorskip("diffusers.hooks.tensor_parallel")
+pytest.importorskip("diffusers.hooks.context_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +33,18 @@ def test_single_blocks_are_partial_and_a_partial_step_sends_less(found: list[dic
     assert {"partial", "queries"} & set(actions)
     sent = found[0]["queries"]["sent"]
     assert 0 < sent["partial"] < sent["full"]
+
+
+@pytest.mark.parametrize("way", DEGREES)
+def test_each_of_four_has_tokens_of_its_own(found: list[dict[str, Any]], way: str) -> None:
+    first, *others = (process[way] for process in found)
+    assert first["uncached"] < 1e-5
+    for policy, kinds in {"full": "ffffff", "blocks": "fssfss"}.items():
+        assert first[policy]["kinds"] == kinds
+        assert first[policy]["far"] < 1e-5
+    assert first["queries"]["kinds"] == "fppfpp"
+    assert first["queries"]["alike"]
+    assert first["queries"]["from dense"] < 1e-5
+    image = next(site for site in first["queries"]["k"][1] if site.endswith("ff.net"))
+    assert (first["queries"]["k"][0][image], first["queries"]["k"][1][image]) == (4, 1)  # 0.4 of its four, rounded down
+    assert all(other["queries"] == first["queries"] for other in others)
