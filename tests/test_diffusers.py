@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from tests.models import diffusers_dit
 from tests.runs import both_ways
 from toca_compile import FullCompute, ToCa
 from toca_compile.ir.signature import Signature
+from toca_compile.policies import Anchors, Composition, EndAligned, Foca, Planned, Rule, SkipBlocks
+from toca_compile.runtime.facts import facts_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -161,3 +164,24 @@ def test_a_scheduler_is_told_with_what_makes_it_add_noise(transformer: Any) -> N
         latents(pipe, 2)
     names = ["DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler sde-dpmsolver++"]
     assert list(dict.fromkeys(told)) == [(name, "epsilon") for name in names]
+
+
+def test_a_pipeline_tells_by_how_much_its_scheduler_moves(transformer: Any) -> None:
+    def corrected(steps: int, *moves: float) -> Composition:
+        do = Anchors(Foca(), 3, correct=0.5, moves=moves)
+        return Composition(steps, EndAligned(3, 2), (Rule(SkipBlocks(do=do)),))
+
+    pipe = toca_compile.optimize(pipeline(transformer), corrected(10), lowering="eager")
+    found = latents(pipe)
+    moves = facts_of(pipe.scheduler, 10).moves
+    assert moves is not None
+    handle: Any = pipe.transformer
+    handle.policy = corrected(10, *moves)
+    assert np.array_equal(latents(pipe), found)
+    plan = Planned(10, corrected(10).full_steps(), Foca(), correct=0.5, made_for=Signature(moves=moves))
+    handle.policy = plan
+    assert np.array_equal(latents(pipe), found)
+    handle.policy = corrected(50)  # as long as the call is
+    assert np.array_equal(latents(pipe), found)
+    handle.policy = corrected(10, *[1.0] * 10)
+    assert not np.allclose(latents(pipe), found, atol=1e-4)

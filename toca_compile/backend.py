@@ -119,7 +119,7 @@ def _fit(session: Session, inputs: Sequence[Any]) -> None:
     own = fingerprint(model) if model is not None and asks else None
     calls = list(dict.fromkeys(called({0: x}) for x in inputs)) or [called({})]
     known = [call for call in calls if call.size is not None] or calls
-    *others, last = [replace(c, model=own, times=session.control.announced or None) for c in known]
+    *others, last = [replace(c, model=own).filled(session.control.announced) for c in known]
     for call in others:
         with suppress(PolicyError):
             return session.follow(cast(Any, policy).for_call(call))

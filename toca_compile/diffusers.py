@@ -22,8 +22,9 @@ from toca_compile.errors import ExportError, PolicyError
 from toca_compile.in_place import handle_of, put, revert, tidy
 from toca_compile.ir.fields import told
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.signature import FLOW, Signature
+from toca_compile.ir.signature import Signature
 from toca_compile.model import AROUND_CALL, Controls, Handle
+from toca_compile.runtime.facts import facts_of
 from toca_compile.runtime.host_known import HostKnown, known_to_host
 from toca_compile.runtime.sight import on_host
 
@@ -145,30 +146,9 @@ def _steps(scheduler: Any) -> int:
 
 def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signature:
     """What a call of a pipeline tells of its last so many steps."""
-    guidance = arguments.get("guidance_scale")
-    return Signature(
-        sampler=_sampler(scheduler, arguments),
-        times=tuple(torch.as_tensor(scheduler.timesteps).tolist()[-steps:]),
-        guidance=float(guidance) if isinstance(guidance, (int, float)) else None,
-        prediction=prediction_of(scheduler),
-    )
-
-
-def _sampler(scheduler: Any, arguments: Mapping[str, Any]) -> str:
-    """A scheduler by its class, and what makes of it one that adds noise."""
-    way = getattr(getattr(scheduler, "config", None), "algorithm_type", None)
-    told = [way] if isinstance(way, str) and way.startswith("sde") else []
-    eta = arguments.get("eta")
-    told += [f"eta={eta:g}"] if isinstance(eta, (int, float)) and eta else []
-    return " ".join([type(scheduler).__name__, *told])
-
-
-def prediction_of(scheduler: Any) -> str | None:
-    """What a scheduler takes its model to predict. Those that know flow matching alone do not say it."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return FLOW
-    told = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    return told if isinstance(told, str) else None
+    guidance, eta = arguments.get("guidance_scale"), arguments.get("eta")
+    known = facts_of(scheduler, steps, eta if isinstance(eta, (int, float)) else 0.0)
+    return replace(known, guidance=float(guidance) if isinstance(guidance, (int, float)) else None)
 
 
 def _guided(arguments: Mapping[str, Any]) -> bool:
@@ -350,7 +330,7 @@ class _Run:
         timesteps = self.scheduler.timesteps
         visible = isinstance(timesteps, HostKnown) or (isinstance(timesteps, torch.Tensor) and on_host(timesteps))
         if self.model._session.compiles and visible:
-            self.model._session.control.announce(timesteps.tolist())
+            self.model._session.control.announce(Signature(times=tuple(timesteps.tolist())))
 
     def _policy(self, call: Signature) -> Policy:
         """The policy as it is meant for this run; one that says nothing of runs is meant as it is."""

@@ -50,6 +50,7 @@ from toca_compile.policies.full import FullCompute
 from toca_compile.progress import working
 from toca_compile.runtime.controls import RunControls
 from toca_compile.runtime.executor import Executor
+from toca_compile.runtime.facts import facts_of
 from toca_compile.runtime.host_known import HostKnown, known_to_host, plainly
 from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
@@ -123,7 +124,7 @@ class Calls:
         self._dispatched = False  # whether the call that runs has come as far as here
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
-        self._fit: tuple[Policy, tuple[Signature, tuple[float, ...]], Policy, str | None] | None = None
+        self._fit: tuple[Policy, tuple[Signature, Signature], Policy, str | None] | None = None
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
@@ -199,7 +200,7 @@ class Calls:
             return policy
         told = (call, self.session.control.announced)
         if self._fit is None or self._fit[0] is not policy or self._fit[1] != told:
-            known = replace(call, times=call.times or told[1] or None)
+            known = call.filled(told[1])
             own = self._fit[3] if self._fit is not None and self._fit[0] is policy else None
             if own is None and getattr(policy, "made_for", None) is not None:
                 own = fingerprint(model)
@@ -394,9 +395,10 @@ class Controls(RunControls):
     def _control(self) -> StepControl:
         return self._session.control
 
-    def begin(self, timesteps: Iterable[float] | torch.Tensor) -> Any:
+    def begin(self, timesteps: Any) -> Any:
         """A sampling begins, in this thread or task, and its timesteps are these: what follows from them alone
-        (embeddings, modulations, gates) is made for all of them at once by its first call.
+        (embeddings, modulations, gates) is made for all of them at once by its first call. Of a scheduler the policy is
+        told, too, what it is, what the model predicts, and how far each step moves the picture.
 
         Pipelines of diffusers announce those of their scheduler by themselves. Rows differ from those made step by step
         by rounding (1e-6 in float32). Where the model is told the time in a form that is not recognised, nothing is
@@ -404,7 +406,8 @@ class Controls(RunControls):
         ``for t in opt.begin(scheduler.timesteps)``.
 
         Args:
-            timesteps: as the scheduler has them, in the order of sampling.
+            timesteps: as the scheduler has them, in the order of sampling; or the scheduler itself, which was given
+                its timesteps.
 
         Returns:
             The timesteps; of a tensor on an accelerator, one of the same memory whose numbers the host knows.
@@ -413,8 +416,11 @@ class Controls(RunControls):
             TocaError: they are no numbers.
         """
         try:
+            facts = UNKNOWN
+            if hasattr(timesteps, "timesteps"):
+                facts, timesteps = facts_of(timesteps, len(timesteps.timesteps)), timesteps.timesteps
             numbers = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps))
-            announced = [float(t) for t in numbers.reshape(-1).tolist()]
+            announced = replace(facts, times=tuple(float(t) for t in numbers.reshape(-1).tolist()))
         except (TypeError, ValueError, RuntimeError) as error:
             raise TocaError(f"timesteps must be numbers, as a scheduler's timesteps are, not {timesteps!r}") from error
         with self._session.control.lock:

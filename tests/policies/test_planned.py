@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from tests.pipelines import build, run
 from tests.sampling import noise, sample
 from toca_compile import PolicyError, load_policy, save_policy
 from toca_compile.ir.signature import Signature, clock_of, fingerprint
-from toca_compile.policies import Foca, Mixed, Planned, Polynomial
+from toca_compile.policies import Anchors, Foca, Mixed, Planned, Polynomial, SkipBlocks
+from toca_compile.policies.storage import as_data, from_data
 
 SIZE, STEPS = (4, 4), 8
 TIMES = tuple(float((STEPS - 1 - i) * 1000 // STEPS) for i in range(STEPS))
@@ -172,3 +174,26 @@ def test_the_clock_is_found_among_a_call_s_inputs() -> None:
     assert clock_of(calls) == (5.0, 4.0, 3.0, 2.0)
     assert clock_of([{**c, "other": torch.tensor(float(i))} for i, c in enumerate(calls)]) is None  # two
     assert clock_of([{**c, 1: torch.tensor(5)} for c in calls]) is None  # none
+
+
+def test_corrects_by_the_moves_that_it_was_found_with(tmp_path: Path) -> None:
+    moves = tuple(-(0.5**step) for step in range(STEPS))
+    plan = made(correct=0.5, made_for=Signature(times=TIMES, moves=moves))
+    blocks, sites = (choice.rules[0].do for choice in plan.choices)
+    assert blocks == SkipBlocks(do=Anchors(plan.by, plan.kept, correct=0.5, moves=moves))
+    assert sites == Anchors(plan.by, plan.kept)
+    assert made(made_for=Signature(times=TIMES, moves=moves)).choices == made().choices
+    save_policy(plan, tmp_path / "plan.json")
+    assert load_policy(tmp_path / "plan.json") == plan
+    # Over other steps by theirs, or all alike.
+    other = tuple(t - 1 for t in TIMES[:-1])
+    assert plan.for_call(Signature(times=other, moves=moves[1:])).made_for.moves == moves[1:]
+    assert plan.for_call(Signature(times=other)).made_for.moves is None
+    with pytest.raises(PolicyError, match=f"moves must be {STEPS}, one a step, not 3"):
+        replace(plan, made_for=Signature(moves=moves[:3]))
+
+
+def test_a_plan_of_before_corrects_nothing() -> None:
+    told = as_data(made(made_for=Signature(times=TIMES)))
+    del told["correct"], told["made_for"]["moves"]
+    assert from_data(told) == made(made_for=Signature(times=TIMES))

@@ -39,7 +39,7 @@ def test_it_is_what_it_says(searched: Any) -> None:
     trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert len(trials) == LITTLE["trials"] == len({json.dumps(t["policy"]) for t in trials})
     assert max(t["psnr"] for t in trials) == found.found["plan"]
-    assert {"even", "DPCache", "CEM"} <= found.found.keys()
+    assert {"even", "DPCache", "CEM", "corrected"} <= found.found.keys()
     assert found.found["plan"] > found.found["even"]
 
 
@@ -96,6 +96,14 @@ def test_the_programmes_are_exact() -> None:
     gaps = [(0, *more, STEPS - 1) for more in combinations(range(1, STEPS - 1), 3)]
     near = [f for f in gaps if all(1 <= b - a <= 3 for a, b in pairwise(f))]
     assert recorded.cem(5) == min(near, key=jumps)
+
+
+def test_one_value_kept_corrects_nothing() -> None:
+    found = plan(
+        randomize(PlainDiT(SIZE, width=8, depth=1)), Counting(), budget=4, **{**LITTLE, "trials": 20, "kept": 1}
+    )
+    assert "corrected" not in found.found
+    assert found.correct == 0
 
 
 @pytest.mark.parametrize("budget", [0, 1, STEPS, -3])

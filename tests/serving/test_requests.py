@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.sampling import gaussian
 from toca_compile import Request, TocaError
+from toca_compile.policies import Anchors, Composition, EndAligned, Foca, Rule, SkipBlocks
 from toca_compile.policies.levels import Level
 from toca_compile.serving.requests import Call, Euler, Scheduled, call, meant
 
@@ -102,3 +103,17 @@ def test_a_policy_is_told_what_the_sampler_takes_the_model_to_predict() -> None:
     assert flow(Scheduled(diffusers.FlowMatchEulerDiscreteScheduler()))
     assert not flow(Scheduled(diffusers.DDIMScheduler()))
     assert not flow(lambda request: iter(()))
+
+
+def test_a_policy_is_told_what_a_scheduler_knows() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    told = Scheduled(diffusers.DDIMScheduler()).facts(5)
+    assert told.sampler == "DDIMScheduler"
+    assert told.moves is not None
+    assert [len(told.moves), len(told.times or ())] == [5, 5]
+    first = call(hidden_states=torch.zeros(1, 4, 8), timestep=torch.ones(1))
+    request = Request(None, num_steps=5, sampler=Scheduled(diffusers.DDIMScheduler()))
+    wanted = Composition(50, EndAligned(3, 2), (Rule(SkipBlocks(do=Anchors(Foca(), 3, correct=0.5))),))
+    meant_so: Any = meant(wanted, request, first)
+    assert meant_so.num_steps == 5
+    assert meant_so.rules[0].do.do.moves == told.moves

@@ -120,7 +120,7 @@ def sample(
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
     with torch.inference_mode():
         told = text(text.indices([*prompts, *[""] * count]).to(device)) | positions(SIDE, device)
-        for t in scheduler.timesteps:
+        for t in shipped.begun(model, scheduler):
             sigma = (t / scheduler.config.num_train_timesteps).expand(2 * count)
             velocity = model(hidden_states=torch.cat([x, x]), timestep=sigma, **told).sample
             cond, uncond = velocity.chunk(2)

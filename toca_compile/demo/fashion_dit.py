@@ -56,7 +56,7 @@ def sample(
     pair = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
     scheduler.set_timesteps(steps, device=labels.device)
     with torch.inference_mode():
-        for i, t in enumerate(scheduler.timesteps):
+        for i, t in enumerate(shipped.begun(model, scheduler)):
             noise = model(torch.cat([x, x]), timestep=t.expand(2 * len(labels)), class_labels=pair).sample
             cond, uncond = noise.chunk(2)
             x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x, eta=0.0).prev_sample

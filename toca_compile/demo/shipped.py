@@ -52,3 +52,8 @@ def load(path: Path, model: str, scheduler: str) -> tuple[Any, Any]:
         return net.eval(), getattr(diffusers, scheduler).from_pretrained(path / "scheduler")
     except (OSError, ValueError) as error:
         raise TocaError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def begun(model: Any, scheduler: Any) -> Any:
+    """The timesteps of a sampling, of which an optimised model is told as a pipeline tells it."""
+    return model.begin(scheduler) if hasattr(model, "begin") else scheduler.timesteps

@@ -17,6 +17,7 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import MAX_ORDER, Family, Natural, OneOf, Order, Tokens
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
+from toca_compile.ir.signature import Signature
 from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import RowProof, Site, StepKind
 
@@ -144,6 +145,14 @@ class Action(Family):
     def for_run(self, num_steps: int) -> "Action":
         """The same in a run of so many steps."""
         return self
+
+    def for_call(self, call: Signature) -> "Action":
+        """The same for a call of which this is known."""
+        return self
+
+    def unfit(self, num_steps: int) -> str | None:
+        """Why it cannot be meant in a run of so many steps; None where it can."""
+        return None
 
     def neighbours(self) -> "list[Action]":
         """Actions that are a little more or less of the same: what a search may try instead."""
@@ -447,6 +456,12 @@ class SkipBlocks(Action):
 
     def for_run(self, num_steps: int) -> Action:
         return replace(self, do=self.do.for_run(num_steps)) if self.do is not None else self
+
+    def for_call(self, call: Signature) -> Action:
+        return replace(self, do=self.do.for_call(call)) if self.do is not None else self
+
+    def unfit(self, num_steps: int) -> str | None:
+        return self.do.unfit(num_steps) if self.do is not None else None
 
     def neighbours(self) -> list[Action]:
         return [replace(self, order=order) for order in _near(self.order)] if self.do is None else []

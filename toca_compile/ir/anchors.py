@@ -7,6 +7,7 @@ the values themselves lie beside the ring as a table, of which each step reads a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from toca_compile.ir.fields import DeviceName, Dtype, Family, Whole
 from toca_compile.ir.fields import Number as NumberField
 from toca_compile.ir.history import CacheSpec, History, Numbers, Past
 from toca_compile.ir.registry import register
+from toca_compile.ir.signature import Move, Signature
 from toca_compile.ir.state import Number
 from toca_compile.ir.types import Site, StepKind
 
@@ -100,6 +102,7 @@ class Ring(History):
     by: Weights | None = None
     device: DeviceName | None = None
     correct: float = field(default=0.0, kw_only=True)
+    moved: tuple[float, ...] = field(default=(), kw_only=True)
 
     @property
     def numbers_kept(self) -> frozenset[int]:
@@ -162,13 +165,16 @@ class Ring(History):
     def _correction(self, full: Sequence[int], step: int, rule: Weights) -> list[float]:
         """How much of each kept value, and last of the new one, a step that computes it adds to it: what it is known to
         have been at the steps since the last, by the parabola through the new value and two before, less what was told
-        of it then. A sampler moves the picture as far at each of them."""
+        of it then, by as much as the sampler moved the picture at that step for each bit that it moves it now."""
         found = [0.0] * (len(full) + 1)
-        near = [*full, step][-_PARABOLA:]
+        near, own = [*full, step][-_PARABOLA:], self.moved[step] if self.moved else 1.0
+        if not own:  # the picture stands still, whatever is told
+            return found
         for between in range(full[-1] + 1, step):
             known = [0.0] * (len(found) - len(near)) + lagrange(near, between)
             told = [*rule.weights(full, between), 0.0]
-            found = [f + self.correct * (k - t) for f, k, t in zip(found, known, told, strict=True)]
+            share = self.correct * (self.moved[between] / own if self.moved else 1.0)
+            found = [f + share * (k - t) for f, k, t in zip(found, known, told, strict=True)]
         return found
 
     def steered(self, past: Past, share: float) -> Numbers:
@@ -214,7 +220,7 @@ class Ring(History):
 
     def form(self) -> History:
         by = self.by.form() if self.by is not None and self.kept > 1 else None
-        return replace(self, by=by, correct=float(self.corrects))
+        return replace(self, by=by, correct=float(self.corrects), moved=())
 
 
 @dataclass(frozen=True)
@@ -240,11 +246,15 @@ class Anchors(Action):
         correct: of blocks that are skipped as one, and which steps is planned beforehand: a computed step makes up for
             this share of what the forecasts since the one before it are then known to have been wrong by. 0: it does
             not, and is the model's own.
+        moves: by how much of what the model predicts the sampler moves the picture at each step, up to a common factor:
+            what was wrong at a step counts by it. None are needed in a pipeline, or where ``opt.begin(scheduler)``
+            says them; where nobody does, all steps count alike.
     """
 
     by: Weights | None = None
     kept: Annotated[int, Whole(1, MAX_ANCHORS)] = 3
     correct: Annotated[float, NumberField(0, 1)] = field(default=0.0, kw_only=True)
+    moves: tuple[Move, ...] = field(default=(), kw_only=True)
 
     kind = StepKind.FORECAST
     word = "forecast"
@@ -255,11 +265,15 @@ class Anchors(Action):
             raise PolicyError("by must be a rule for the weights, such as Polynomial()")
         if self.correct and (self.kept < 2 or isinstance(self.by, Measured) or (self.by and self.by.channels())):
             raise PolicyError("correct needs two values or more, and one rule for all channels, of the steps alone")
+        if self.moves and not self.correct:
+            raise PolicyError("moves say how much a correction counts: they need correct=…")
+        if any(a * b < 0 for a, b in pairwise(self.moves)):
+            raise PolicyError("moves must not turn back: all are 0 or more, or all 0 or less")
 
     def needs(self, defaults: CacheSpec) -> Keep:
         if self.by is None:
             raise PolicyError("Anchors needs a rule for the weights: Anchors(by=Polynomial())")
-        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device, correct=self.correct))
+        return Keep(Ring(self.kept, defaults.dtype, self.by, defaults.device, correct=self.correct, moved=self.moves))
 
     def refused(self, site: Site) -> str | None:
         if self.correct:
@@ -269,8 +283,16 @@ class Anchors(Action):
     def for_run(self, num_steps: int) -> Action:
         return replace(self, by=self.by.for_run(num_steps)) if self.by is not None else self
 
+    def for_call(self, call: Signature) -> Action:
+        return replace(self, moves=call.moves) if self.correct and call.moves and not self.moves else self
+
+    def unfit(self, num_steps: int) -> str | None:
+        if len(self.moves) in (0, num_steps):
+            return None
+        return f"moves must be {num_steps}, one a step, not {len(self.moves)}"
+
     def form(self) -> Action:
-        return replace(self, by=None, kept=1, correct=0.0)
+        return replace(self, by=None, kept=1, correct=0.0, moves=())
 
     def __str__(self) -> str:
         return "forecast by anchors"

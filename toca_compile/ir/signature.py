@@ -14,6 +14,7 @@ from toca_compile.errors import PolicyError
 from toca_compile.ir.fields import Checked, Count, Number, told
 
 Time = Annotated[float, Number(-1e9, 1e9)]
+Move = Annotated[float, Number(-1e9, 1e9)]
 FLOW = "flow_prediction"
 """As ``Signature.prediction``: the velocity of flow matching."""
 NOISE = "epsilon"
@@ -33,6 +34,7 @@ class Signature(Checked):
         guidance: its scale.
         dtype: of what the model is given.
         prediction: what it predicts, as diffusers' schedulers have it: ``"epsilon"``, ``"flow_prediction"``, ….
+        moves: by how much of what it predicts the sampler moves the picture at each call, up to a common factor.
     """
 
     model: str | None = None
@@ -42,6 +44,7 @@ class Signature(Checked):
     guidance: Annotated[float, Number(-1e6, 1e6)] | None = None
     dtype: str | None = None
     prediction: str | None = None
+    moves: tuple[Move, ...] | None = None
 
     def check(self) -> None:
         for name in ("model", "sampler", "dtype", "prediction"):
@@ -49,10 +52,14 @@ class Signature(Checked):
                 raise PolicyError(f"{name} must be a text or None, not {told(getattr(self, name))}")
 
     def unlike(self, other: "Signature") -> list[str]:
-        """The facts that both know and that differ, but for the times."""
-        names = [f.name for f in fields(self) if f.name != "times"]
+        """The facts that both know and that differ, but for what is told of each call."""
+        names = [f.name for f in fields(self) if f.name not in ("times", "moves")]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return [name for name, (a, b) in pairs.items() if a is not None and b is not None and a != b]
+
+    def filled(self, other: "Signature") -> "Signature":
+        """The same with what only the other knows."""
+        return replace(other, **{f.name: own for f in fields(self) if (own := getattr(self, f.name)) is not None})
 
     def without(self, names: Iterable[str]) -> "Signature":
         """The same with some facts unknown."""

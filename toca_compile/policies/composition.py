@@ -20,6 +20,7 @@ from toca_compile.ir.history import CacheSpec
 from toca_compile.ir.plan import Plan, Skip, StepPlan, step_kind
 from toca_compile.ir.registry import register
 from toca_compile.ir.selectors import Selector, TokenSelector
+from toca_compile.ir.signature import Signature
 from toca_compile.ir.types import Site
 from toca_compile.policies.base import CachingPolicy
 from toca_compile.policies.schedules import RatioSchedule, counted
@@ -115,6 +116,9 @@ class Composition(CachingPolicy):
             raise PolicyError("all steps that skip blocks must skip the same ones")
         if ranges and not ranges[0].residual and ranges[0].history(CacheSpec()).corrects:
             raise PolicyError("correct is of what blocks add to the stream: leave residual=False out")
+        for why in (do.unfit(self.num_steps) for do in done):
+            if why is not None:
+                raise PolicyError(why)
         for rules in (self.rules, self.alternate):
             own = [rule for rule in rules if rule.do.by_blocks]
             if own and (len(rules) > 1 or own[0].kinds or own[0].depths != (0.0, 1.0)):
@@ -137,6 +141,15 @@ class Composition(CachingPolicy):
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The full steps of a kind of site as call indices, 0 first."""
         return tuple(call for call, phase in enumerate(self.when.phases(self.num_steps, kind)) if phase == 0)
+
+    def for_call(self, call: Signature) -> "Composition":
+        """With what is known of a call, as far as a rule asks for it."""
+        rules, alternate = (
+            tuple(replace(rule, do=rule.do.for_call(call)) for rule in rules) for rules in (self.rules, self.alternate)
+        )
+        if call.moves is None or (rules, alternate) == (self.rules, self.alternate):
+            return self
+        return replace(self, num_steps=len(call.moves), rules=rules, alternate=alternate)
 
     def for_run(self, num_steps: int, guided: bool) -> "Composition":
         rules, alternate = (

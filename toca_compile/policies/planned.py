@@ -7,7 +7,7 @@ from typing import Annotated
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.anchors import MAX_ANCHORS, Anchors, Weights
-from toca_compile.ir.fields import Call, Factor, Steps, Whole, told
+from toca_compile.ir.fields import Call, Factor, Number, Steps, Whole, told
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.registry import register
 from toca_compile.ir.signature import Signature, relative, same_times
@@ -44,9 +44,10 @@ class Planned(CachingPolicy):
         made_for: what it was searched with.
         found: PSNR in dB on the calibration seeds, by what was tried; ``"plan"`` is this.
         adapted: the number of steps that it was searched for, if that is another.
+        correct: as in ``Anchors``, of blocks that are skipped as a whole.
 
     Raises:
-        PolicyError: the weights or times are of another number of steps.
+        PolicyError: the weights, times or moves are of another number of steps.
     """
 
     num_steps: Steps = 50
@@ -56,6 +57,7 @@ class Planned(CachingPolicy):
     made_for: Signature = field(default_factory=Signature)
     found: Mapping[str, Factor] = field(default_factory=dict)
     adapted: Steps | None = None
+    correct: Annotated[float, Number(0, 1)] = field(default=0.0, kw_only=True)
 
     def check(self) -> None:
         times = self.made_for.times
@@ -70,7 +72,9 @@ class Planned(CachingPolicy):
     def choices(self) -> tuple[Composition, ...]:
         """What it may mean for a graph; the first that the graph can follow is meant."""
         do = Anchors(self.by, self.kept)
-        return tuple(Composition(self.num_steps, Listed(self.full), (Rule(d),)) for d in (SkipBlocks(do=do), do))
+        moves = (self.made_for.moves or ()) if self.correct else ()
+        blocks = SkipBlocks(do=replace(do, correct=self.correct, moves=moves))
+        return tuple(Composition(self.num_steps, Listed(self.full), (Rule(d),)) for d in (blocks, do))
 
     def full_steps(self, kind: str = "") -> tuple[int, ...]:
         """The full steps as call indices, 0 first."""
@@ -80,7 +84,7 @@ class Planned(CachingPolicy):
         return self.choices[0].plan(sites)
 
     def for_run(self, num_steps: int, guided: bool) -> "Planned":
-        return self if num_steps == self.num_steps else self._over(num_steps, None)
+        return self if num_steps == self.num_steps else self._over(num_steps)
 
     def for_call(self, call: Signature) -> "Planned":
         """The same for a call of which this is known.
@@ -100,13 +104,15 @@ class Planned(CachingPolicy):
             return self
         if self.made_for.times is None and len(call.times) == self.num_steps:
             return self
-        return self._over(len(call.times), call.times)
+        return self._over(len(call.times), call.times, call.moves)
 
     def anyway(self, *facts: str) -> "Planned":
         """The same, whatever these facts of a call are: names of ``Signature``'s fields."""
         return replace(self, made_for=self.made_for.without(facts))
 
-    def _over(self, num_steps: int, times: Sequence[float] | None) -> "Planned":
+    def _over(
+        self, num_steps: int, times: Sequence[float] | None = None, moves: tuple[float, ...] | None = None
+    ) -> "Planned":
         """Laid out over other steps, by the times of both, or evenly where one is not known."""
         own = self.made_for.times
         if own is None or times is None or num_steps < 2:
@@ -120,7 +126,7 @@ class Planned(CachingPolicy):
         if isinstance(by, Mixed):
             rows = [by.row(_position(ours, t)) for t in theirs]
             by = replace(by, shares=tuple(rows))
-        made_for = replace(self.made_for, times=tuple(times) if times is not None else None)
+        made_for = replace(self.made_for, times=tuple(times) if times is not None else None, moves=moves)
         return replace(
             self, num_steps=num_steps, full=_nearest(theirs, at), by=by, made_for=made_for, found={},
             adapted=self.adapted or self.num_steps,

@@ -3,8 +3,8 @@
 What a schedule does to one step says little of what it does to the picture: errors that are alike from step to step add
 up. So each candidate is sampled with, on calibration seeds, and one recorded run of the uncached model only proposes
 what to try. The search starts from even spacing and from the schedules of two dynamic programmes over one-step errors,
-moves and swaps full steps and shifts weights from rule to rule, and cools down (as BudCache does with its masks, arXiv
-2606.13496). Needs the ``demo`` extra for the progress shown.
+moves and swaps full steps, shifts weights from rule to rule and corrects more or less, and cools down (as BudCache does
+with its masks, arXiv 2606.13496). Needs the ``demo`` extra for the progress shown.
 """
 
 import math
@@ -35,6 +35,8 @@ from toca_compile.quality.settings import PlanningSettings, overridden
 from toca_compile.quality.trials import Trials
 
 DEFAULTS = PlanningSettings()
+CORRECTED = (0.0, 0.25, 0.5, 0.75)
+"""Shares of what was wrong that a computed step may make up for."""
 RULES: tuple[Weights, ...] = (Polynomial(1), Polynomial(2), Polynomial(3), Taylor(), Hermite(), Foca())
 _TRIALS = 200
 _HOT, _COLD = 0.5, 0.02  # dB by which a candidate may be worse and still be gone on from, first and last
@@ -66,7 +68,7 @@ def plan(
 
     Returns:
         A policy that ``save_policy`` can keep. Its ``found`` has what it was held against, on the same seeds: the best
-        rule at even spacing, and the schedules of DPCache and CEM with that rule.
+        rule at even spacing, the schedules of DPCache and CEM with that rule, and the best of these corrected.
 
     Raises:
         TocaError: the budget leaves nothing to choose, nothing could be sampled in the time, or a setting is unknown or
@@ -84,10 +86,11 @@ def plan(
 
 @dataclass(frozen=True)
 class Candidate:
-    """Full steps, and each step's shares of the rules."""
+    """Full steps, each step's shares of the rules, and the share of what was wrong that a full step corrects."""
 
     full: Full
     shares: Shares
+    correct: float = 0.0
 
 
 class _Recorded:
@@ -222,6 +225,7 @@ class _Search:
         except PolicyError:  # the blocks cannot be skipped as a whole
             self.skipping = False
             self.on = self._trials(model, sampler, out)
+        self.corrected = CORRECTED if self.skipping and self.kept > 1 else CORRECTED[:1]
         self.used = 0  # samplings asked for, known ones too
         self.asked: set[Candidate] = set()
 
@@ -250,6 +254,12 @@ class _Search:
                 found[name] = new
                 if new > quality:
                     start, quality = Candidate(full, start.shares), new
+        for share in self.corrected[1:]:
+            new = self._quality(replace(start, correct=share))
+            if new is not None:
+                found["corrected"] = max(new, found.get("corrected", -math.inf))
+                if new > quality:
+                    start, quality = replace(start, correct=share), new
         found["start"] = quality
         best, top, now, at = start, quality, start, quality
         while not self._over():
@@ -269,7 +279,8 @@ class _Search:
         call = self.witness.seen[0] if self.witness.seen else Signature()
         times = call.times or self.recorded.times
         return Planned(
-            self.steps, best.full, self._by(best.shares), self.kept, replace(call, times=times), found
+            self.steps, best.full, self._by(best.shares), self.kept, replace(call, times=times), found,
+            correct=best.correct,
         )  # fmt: skip
 
     # -- candidates ---------------------------------------------------------------------------------------------------
@@ -313,6 +324,9 @@ class _Search:
     def _changed(self, now: Candidate) -> Candidate:
         draw = self.random
         full, shares = list(now.full), list(now.shares)
+        other = [share for share in self.corrected if share != now.correct]
+        if other and draw.random() < 0.1:
+            return replace(now, correct=draw.choice(other))
         what = draw.random()
         if what < 0.35:  # a full step a little earlier or later
             i = draw.randrange(1, len(full))
@@ -328,7 +342,7 @@ class _Search:
                 shares[step] = tuple((1 - part) * s + part * (r == rule) for r, s in enumerate(old))
         kept = tuple(sorted(set(full)))
         valid = len(kept) == self.budget and kept[0] == 0 and kept[-1] < self.steps
-        return Candidate(kept if valid else now.full, tuple(shares))
+        return Candidate(kept if valid else now.full, tuple(shares), now.correct)
 
     # -- sampling with them -------------------------------------------------------------------------------------------
 
@@ -348,7 +362,7 @@ class _Search:
         return Mixed(RULES, shares)
 
     def _composition(self, candidate: Candidate) -> Composition:
-        do = Anchors(self._by(candidate.shares), self.kept)
+        do = Anchors(self._by(candidate.shares), self.kept, correct=candidate.correct)
         rule = Rule(SkipBlocks(do=do) if self.skipping else do)
         return Composition(self.steps, Listed(candidate.full), (rule,))
 

@@ -8,6 +8,7 @@ the progress shown.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import nn
 
 from toca_compile.api import explain
 from toca_compile.errors import PolicyError, TocaError
+from toca_compile.ir.anchors import Anchors
 from toca_compile.ir.plan import Policy
+from toca_compile.policies.anchors import Foca, Hermite, Polynomial
 from toca_compile.policies.composition import Composition, Compute, Forecast, Rule, SkipBlocks
 from toca_compile.policies.when import Every, Listed, When
 from toca_compile.quality.evaluation import Sampler
@@ -144,7 +147,8 @@ class _Search:
         return [Listed(full) for full in dict.fromkeys(found)]
 
     def _series(self) -> Iterator[Composition]:
-        """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared."""
+        """The best schedule of single sites and that of blocks, with other forecasts and with blocks spared; of blocks
+        also corrected."""
         for by_blocks in (True, False):
             own = [t for t in self.on.known.values() if _forecasts(t.policy, by_blocks=by_blocks)]
             start = max(own, key=self._rank).policy if own else None
@@ -155,6 +159,9 @@ class _Search:
             if by_blocks:
                 for first, last in ((1, 0), (0, 1)):
                     yield replace(start, rules=(Rule(replace(_do(start), first=first, last=last)),))
+                for by, share in product((Polynomial(), Foca(), Hermite()), (0.0, 0.25, 0.5)):
+                    do = SkipBlocks(do=Anchors(by, 3, correct=share))
+                    yield Composition(self.steps, start.when, (Rule(do),))
 
     def _groups(self) -> Iterator[Composition]:
         """The best schedule of single sites with the most sensitive groups computed at every step, or the least

@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from toca_compile.ir.history import Past
 from toca_compile.ir.plan import kind_of
+from toca_compile.ir.signature import UNKNOWN, Signature
 from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
 from toca_compile.progress import stages
@@ -274,7 +275,7 @@ class StepControl:
         self._conditioned = 0
         self.calls = 0  # that are over
         self._void: weakref.WeakSet[Any] = weakref.WeakSet()  # threads whose records are of a sampling that is over
-        self._announced: weakref.WeakKeyDictionary[Any, tuple[float, ...]] = weakref.WeakKeyDictionary()
+        self._announced: weakref.WeakKeyDictionary[Any, Signature] = weakref.WeakKeyDictionary()
         self.lock = threading.RLock()  # a model runs one call at a time
         self.tables: dict[tuple[int, ...], list[Any]] = {}  # the executors' own, by graph: what follows from the time
         self.fixed: dict[tuple[int, ...], list[Any]] = {}  # the same: memory of CUDA graphs
@@ -299,14 +300,14 @@ class StepControl:
             self.tables.clear()
             self.fixed.clear()
 
-    def announce(self, timesteps: Sequence[float]) -> None:
-        """Samplings of this thread or task will have these timesteps, until ``reset``."""
-        self._announced[_owner()] = tuple(timesteps)
+    def announce(self, facts: Signature) -> None:
+        """Samplings of this thread or task will be as these facts say, until ``reset``."""
+        self._announced[_owner()] = facts
 
     @property
-    def announced(self) -> tuple[float, ...]:
-        """The timesteps that the caller has announced."""
-        return self._announced.get(_owner(), ())
+    def announced(self) -> Signature:
+        """What the caller has announced, timesteps above all."""
+        return self._announced.get(_owner(), UNKNOWN)
 
     @property
     def known(self) -> Mapping[int, Any]:
@@ -316,7 +317,7 @@ class StepControl:
     @property
     def times(self) -> Times:
         """What the host knows of the time in that call."""
-        return Times(self.announced, self.known)
+        return Times(self.announced.times or (), self.known)
 
     def undo(self, context: str) -> None:
         """As if there had been no call in this context."""

@@ -4,17 +4,18 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from toca_compile.diffusers import for_run, prediction_of
+from toca_compile.diffusers import for_run
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
-from toca_compile.ir.signature import FLOW, called
+from toca_compile.ir.signature import FLOW, UNKNOWN, Signature, called
+from toca_compile.runtime.facts import facts_of
 
 Sampling = Generator["Call", Any, Any]
 """Yields the model calls of one sampling, one after the other, is sent what the model answers, and returns what comes
@@ -104,7 +105,8 @@ def meant(policy: Policy, request: Request, first: Call) -> Policy:
     """
     if hasattr(policy, "for_call"):
         told = called({**dict(enumerate(first.args)), **first.kwargs})
-        policy = policy.for_call(replace(told, prediction=getattr(request.sampler, "prediction", None)))
+        facts = getattr(request.sampler, "facts", None)
+        policy = policy.for_call(told.filled(facts(request.num_steps) if callable(facts) else UNKNOWN))
     return for_run(policy, request.num_steps, request.guided)
 
 
@@ -115,14 +117,15 @@ class Euler:
     Attributes:
         latents, time: what the model calls them.
         scale: of the time that the model is told.
-        prediction: as of ``Signature``.
     """
-
-    prediction: ClassVar[str] = FLOW
 
     latents: str = "hidden_states"
     time: str = "timestep"
     scale: float = 1.0
+
+    def facts(self, num_steps: int) -> Signature:
+        """What is known of a sampling in so many steps."""
+        return Signature(prediction=FLOW)
 
     def __call__(self, request: Request) -> Sampling:
         """The calls of a request."""
@@ -149,15 +152,19 @@ class Scheduled:
     time: str = "timestep"
     step: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def prediction(self) -> str | None:
-        """As of ``Signature``, as far as the scheduler tells it."""
-        return prediction_of(self.scheduler)
+    def facts(self, num_steps: int) -> Signature:
+        """What is known of a sampling in so many steps, as far as the scheduler tells it."""
+        return facts_of(self._set(num_steps, "cpu"), num_steps)
+
+    def _set(self, num_steps: int, device: Any) -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_steps, device=device)
+        return scheduler
 
     def __call__(self, request: Request) -> Sampling:
         """The calls of a request."""
-        scheduler, x = copy.deepcopy(self.scheduler), request.noise()
-        scheduler.set_timesteps(request.num_steps, device=x.device)
+        x = request.noise()
+        scheduler = self._set(request.num_steps, x.device)
         if len(scheduler.timesteps) != request.num_steps:
             raise TocaError(
                 f"{type(scheduler).__name__} makes {len(scheduler.timesteps)} calls of {request.num_steps} steps, and "
