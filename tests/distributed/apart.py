@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
 import toca_compile
-from tests.distributed.spawn import in_group
 from tests.models import PlainDiT, randomize
 from tests.sampling import noise
 from toca_compile import Fora, ProcessError
@@ -86,8 +85,4 @@ def main(place: int, count: int) -> dict[str, Any]:
     found["dead"] = said(lambda: sample(opt, after=dies))
     found["still dead"] = said(lambda: sample(opt))
     return found
-
-
-if __name__ == "__main__":
-    in_group(main)
     os._exit(0)  # a group that has lost a process does not end well

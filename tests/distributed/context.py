@@ -19,7 +19,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import toca_compile
 from tests.distributed.sharded import inputs
-from tests.distributed.spawn import in_group
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.pipelines import flux
 from toca_compile import BlockCache, Fora, FullCompute, TaylorSeer, TaylorToCa, ToCa, TocaError
@@ -203,7 +202,3 @@ def weights() -> dict[str, Any]:
         text = str(toca_compile.explain(shared))
         found[name] = {**told, "kinds": kinds, "text": text, "uncached": far(sampled(model, whole), uncached)}
     return found
-
-
-if __name__ == "__main__":
-    in_group(main)

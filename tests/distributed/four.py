@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import toca_compile
 from tests.distributed.context import EXACT, PARTIAL, compared, far, ring, sampled
-from tests.distributed.spawn import in_group
 from tests.models import randomize
 from toca_compile import BlockCache, Fora, TaylorToCa, ToCa
 
@@ -87,7 +86,3 @@ def main(place: int, count: int) -> dict[str, Any]:
     for name, degrees in DEGREES.items():
         found[name] = compared(ring(model, **degrees)[1], whole, of_whole, PARTED)
     return found
-
-
-if __name__ == "__main__":
-    in_group(main)

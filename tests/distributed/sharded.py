@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import toca_compile
-from tests.distributed.spawn import in_group
 from tests.models import PlainDiT, diffusers_dit, randomize
 from tests.pipelines import flux
 from tests.runs import kinds
@@ -204,7 +203,3 @@ def main(rank: int, _: int) -> dict[str, Any]:
                     t.count("all_reduce(") for t in graphs if "relative_change" in t
                 )
     return found
-
-
-if __name__ == "__main__":
-    in_group(main)
