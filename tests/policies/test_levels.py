@@ -4,6 +4,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,17 +82,21 @@ def test_a_rule_for_flow_matching(name: str, steps: int, rule: Weights) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "rule"),
-    [("quality", 50, Foca()), ("balanced", 50, Foca()), ("fast", 50, Polynomial()), ("balanced", 28, Foca()),
-     ("balanced", 20, Polynomial()), ("max", 28, Polynomial()), ("quality", 8, Polynomial())],
+    ("name", "steps", "rule", "share"),
+    [("quality", 50, Foca(), 0.25), ("balanced", 50, Foca(), 0.25), ("fast", 50, Polynomial(), 0.25),
+     ("quality", 28, Polynomial(), 0.5), ("balanced", 28, Polynomial(), 0.25), ("quality", 20, Polynomial(), 0.5),
+     ("max", 28, Polynomial(), 0.25), ("quality", 8, Polynomial(), 0.25)],
 )  # fmt: skip
-def test_a_rule_where_noise_is_predicted(name: str, steps: int, rule: Weights) -> None:
-    level = Level(name, steps)
-    noise = level.for_call(Signature(prediction="epsilon", sampler="DDIMScheduler"))
-    assert noise.for_run(steps, True) == noise == Level(name, steps, noise=True)
-    assert noise.full_steps() == level.full_steps()
-    blocks = SkipBlocks(do=Anchors(rule, 3, correct=0.25))
-    assert [choice.rules[0].do for choice in noise.choices] == [blocks, Anchors(rule, 3)]
+def test_a_rule_where_noise_is_predicted(name: str, steps: int, rule: Weights, share: float) -> None:
+    level, moves = Level(name, steps), tuple(-1.0 - i for i in range(steps))
+    for told in (moves, None):
+        noise = level.for_call(Signature(prediction="epsilon", sampler="DDIMScheduler", moves=told))
+        assert noise.for_run(steps, True) == noise == Level(name, steps, noise=True, moves=told or ())
+        assert noise.full_steps() == level.full_steps()
+        kept = moves if told and steps >= 16 else ()
+        blocks = SkipBlocks(do=Anchors(rule, 3, correct=share, moves=kept))
+        assert [choice.rules[0].do for choice in noise.choices] == [blocks, Anchors(rule, 3)]
+    assert replace(noise, moves=moves).for_run(steps + 1, True).moves == ()
 
 
 def test_where_noise_is_predicted_sites_are_forecast_if_blocks_cannot_be_skipped() -> None:
