@@ -177,6 +177,8 @@ def test_tuned_for_flops(tmp_path: Path) -> None:
     plain = toca_compile.optimize(model, TaylorSeer(12, 3, 2), lowering="eager")
     untuned = psnr(sampler(plain, 12, 100, 2), sampler(model, 12, 100, 2))
     assert found >= untuned
+    tried = [path.read_text() for path in tmp_path.rglob("*.json*")]
+    assert all(f'"correct": {share}' in "".join(tried) for share in (0.25, 0.5))
     save_policy(policy, tmp_path / "policy.json")
     assert load_policy(tmp_path / "policy.json") == policy
     # A second search knows all trials of the first.
