@@ -142,6 +142,8 @@ class Calls:
         try:
             return self._run(step, model, args, kwargs)
         except UnknownSizeError as error:
+            if session.follows_sizes is False:
+                raise
             log.info("%s: %s", type(model).__name__, error)
         # First as torch.compile does by itself, which splits a model there; then in one graph; then split after all.
         session.follows_sizes = session.follows_sizes is None

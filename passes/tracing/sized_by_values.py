@@ -85,15 +85,7 @@ def _outline(
     results = [node for node in results if node not in same]
     _move_behind(last, [node for node in window if node not in inner], results)
 
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in given}
-    for node in changed:
-        copies[node] = graph.call_method("clone", (copies[node],))
-    for node in inner:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in (*results, *changed)))
-    for node in graph.nodes:
-        node.meta = {}  # fake tensors, which would be kept
+    graph = _copied(inner, given, changed, results)
     open_casts = casting[first]
     layouts = tuple(Layout.of(_value(node)) for node in (*results, *changed))
     name = named(Part(fx.GraphModule(gm, graph), layouts, open_casts[-1] if open_casts else None))
@@ -117,6 +109,22 @@ def _outline(
     for node in reversed(inner):
         if not node.users:  # places may be read elsewhere
             gm.graph.erase_node(node)
+
+
+def _copied(
+    inner: Sequence[fx.Node], given: Sequence[fx.Node], changed: Sequence[fx.Node], results: Sequence[fx.Node]
+) -> fx.Graph:
+    """A graph of its own, which gives the results, and what becomes of what is changed."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in given}
+    for node in changed:
+        copies[node] = graph.call_method("clone", (copies[node],))
+    for node in inner:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in (*results, *changed)))
+    for node in graph.nodes:
+        node.meta = {}  # fake tensors, which would be kept
+    return graph
 
 
 def _value(node: fx.Node) -> Any:
@@ -245,5 +253,5 @@ def _casting(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[Any, ...]]:
 def _refused(node: fx.Node, why: str) -> UnknownSizeError:
     return UnknownSizeError(
         f"the size of what {source_line(node)} makes follows from values, {why}: no pass can follow it. Without "
-        "Dynamo's capture_dynamic_output_shape_ops torch.compile splits the model there"
+        "Dynamo's capture_dynamic_output_shape_ops and capture_scalar_outputs torch.compile splits the model there"
     )

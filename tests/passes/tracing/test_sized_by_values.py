@@ -192,6 +192,43 @@ def test_a_model_whose_tokens_are_so_many_as_values_tell_is_split_there() -> Non
     assert len(opt.steps) == 2
 
 
+@torch.no_grad()
+def test_a_number_of_tokens_that_is_read_on_the_host_splits_it_too() -> None:
+    """Dynamo may be told to follow that, whatever we tell it; what the first graph gives has no size then."""
+
+    class Cut(Told):
+        do = "cut"
+
+        def prepare(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+            h, c = super().prepare(x, t, y)
+            return h[:, : int((t > 0).sum().item()) + 8], c
+
+        def finish(self, x: Tensor, c: Tensor) -> Tensor:
+            return x
+
+    model, given = randomize(Cut(depth=1)), (noise(), torch.full((2,), 875), torch.arange(2))
+    opt = optimized(model, toca_compile.FullCompute())
+    with config.patch(capture_scalar_outputs=True):
+        assert torch.equal(opt(*given), model(*given))
+    assert "split it" in str(toca_compile.explain(opt))
+
+
+@torch.no_grad()
+def test_a_result_of_a_size_that_is_read_on_the_host_is_refused() -> None:
+    """Once, whichever way it is traced."""
+
+    class Cropped(PlainDiT):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            made: Tensor = super().forward(x, t, y)
+            return made[..., : int((t > 0).sum().item())]
+
+    model, given = randomize(Cropped(depth=1)), (noise(), torch.full((2,), 875), torch.arange(2))
+    with config.patch(capture_scalar_outputs=True):
+        with pytest.raises(UnknownSizeError, match="gives it back"):
+            optimized(model, toca_compile.FullCompute())(*given)
+        assert torch.equal(optimized(model, toca_compile.FullCompute(), strict=False)(*given), model(*given))
+
+
 def test_a_file_holds_none(tmp_path: Path) -> None:
     given = noise(), torch.full((2,), 875), torch.arange(2)
     with pytest.raises(ExportError, match=r"test_sized_by_values\.py:\d+ makes follows from values"):
