@@ -9,3 +9,8 @@ LOSES_TRANSFORMS = torch.torch_version.TorchVersion(torch.__version__) < "2.12"
 needs_transforms = pytest.mark.skipif(
     LOSES_TRANSFORMS, reason="torch 2.11 loses sight of what torch.vmap makes: such a model is refused"
 )
+
+
+def newer(version: str) -> bool:
+    """Whether torch is this version or a later one."""
+    return bool(torch.torch_version.TorchVersion(torch.__version__) >= version)

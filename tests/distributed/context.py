@@ -57,7 +57,7 @@ class Parted(PlainDiT):
         x = x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
         for block in self.blocks:
             x = block(x, c)
-        return self.finish(collectives.all_gather_tensor(x, 1, dist.group.WORLD), c)
+        return self.finish(collectives.all_gather_tensor(x.contiguous(), 1, dist.group.WORLD), c)
 
 
 def by_hand() -> tuple[nn.Module, nn.Module]:

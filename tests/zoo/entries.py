@@ -47,12 +47,14 @@ class Entry:
     """One configuration of a class.
 
     ``sites``: how many may be partial, take queries, or can only be reused. ``refused``: of why nothing is cached.
+    ``since``: the torch that can trace it; one before splits the model, or is refused by name.
     """
 
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
     sites: str = ""
     refused: str = ""
+    since: str = ""
 
     def at(self, step: int) -> dict[str, Any]:
         """What the model is called with at a step."""
@@ -80,7 +82,7 @@ ENTRIES: dict[str, Entry] = {
             head_dim=8, in_channels=12, audio_acoustic_hidden_dim=4, sliding_window=4),
         dict(hidden_states=x(2, 16, 4), timestep=t(2, top=0.9), timestep_r=t(2, top=0.9),
             encoder_hidden_states=c(2, 5, 16), context_latents=c(2, 16, 8)),
-        "4 partial, 2 queries",
+        "4 partial, 2 queries", since="2.12",
     ),
     "AllegroTransformer3DModel": Entry(
         HEADS | dict(num_layers=1, cross_attention_dim=16, sample_width=8, sample_height=8, sample_frames=8,
@@ -92,7 +94,7 @@ ENTRIES: dict[str, Entry] = {
         WAN | dict(full_chunk_limit=3),
         dict(hidden_states=x(1, 4, 4, 8, 8), timestep=t(1, 4, top=900.0), r_timestep=t(1, 4, top=450.0), **TEXT,
             chunk_partition=[2, 2]),
-        "2 partial, 1 queries",
+        "2 partial, 1 queries", since="2.13",
     ),
     "AnyFlowTransformer3DModel": Entry(
         WAN,
@@ -331,7 +333,7 @@ ENTRIES: dict[str, Entry] = {
         dict(in_visual_dim=2, out_visual_dim=4, time_dim=8, model_dim=16, ff_dim=24, num_visual_blocks=1,
             axes_dims=(4, 2, 2)),
         dict(hidden_states=x(1, 2, 8, 8, 5), timestep=t(1, top=900.0)),
-        "1 partial, 1 reuse",
+        "1 partial, 1 reuse", since="2.13",
     ),
     "Kandinsky6Transformer3DModel": Entry(
         dict(in_visual_dim=4, in_text_dim=12, in_text_dim2=6, time_dim=8, out_visual_dim=4, model_dim=16, ff_dim=24,
