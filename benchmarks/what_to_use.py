@@ -191,7 +191,7 @@ def table(found: dict[str, Any]) -> None:
         f"{len(SEEDS)} seeds of other classes or prompts ({SAMPLES} samples each, mean ± spread of the seeds), beside "
         "the best of those that correct nothing, chosen in the same way, and as few steps without caching as cost the "
         "same. *Corrected*: by that share, `Anchors(…, correct=…)`; *even*: with all steps alike. Latency: 2 cores of "
-        "a Xeon, both compiled, medians of turns. Small models, trained here: for yours `toca_compile.evaluate` makes "
+        "an EPYC, both compiled, medians of turns. Small models, trained here: for yours `toca_compile.evaluate` makes "
         "such a table, and `toca_compile.plan` may find more. Each is in `benchmarks/policies/`, for "
         "`toca_compile.load_policy`. Written by `python benchmarks/what_to_use.py`.",
     ]
