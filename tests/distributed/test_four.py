@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.four import DEGREES, POLICIES
 from tests.distributed.spawn import needs_gloo, spawned
+from tests.versions import newer
 
 pytestmark = [needs_gloo, pytest.mark.xdist_group("processes")]
 pytest.importorskip("diffusers.hooks.tensor_parallel")
@@ -35,6 +36,7 @@ def test_single_blocks_are_partial_and_a_partial_step_sends_less(found: list[dic
     assert 0 < sent["partial"] < sent["full"]
 
 
+@pytest.mark.skipif(not newer("2.12"), reason="torch splits a model at the hooks by which its tokens are parted")
 @pytest.mark.parametrize("way", DEGREES)
 def test_each_of_four_has_tokens_of_its_own(found: list[dict[str, Any]], way: str) -> None:
     first, *others = (process[way] for process in found)
