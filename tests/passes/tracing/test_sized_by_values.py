@@ -57,7 +57,8 @@ def in_two_blocks(x: Tensor, text: Tensor, there: Tensor) -> Tensor:
     """The places are found once, and read in each block."""
     at = torch.nonzero(there).flatten()
     for _ in range(2):
-        x = x + F.scaled_dot_product_attention(x[None], text[None, at], text[None, at])[0].relu()
+        keys = torch.cat([x, text[at]])[None]
+        x = x + F.scaled_dot_product_attention(x[None], keys, keys)[0].relu()
     return x
 
 
