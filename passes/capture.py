@@ -33,6 +33,9 @@ aten = torch.ops.aten
 # Checks and switches that say nothing about values in an inference graph.
 _NO_VALUE = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 
+# What Dynamo makes of ``x.data = y``; since torch 2.14 the second.
+_REWIRES = (torch.Tensor.set_, getattr(aten, "shallow_copy_data_", torch.Tensor.set_))
+
 # Of their operand they read the dtype and the device alone.
 _NEW = {
     aten.new_empty.default: aten.empty.memory_format,
@@ -117,11 +120,11 @@ def _without_rewiring(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
     Raises:
         UnsupportedGraphError: they are not.
     """
-    if not gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
+    if not any(node.target in _REWIRES for node in gm.graph.nodes):
         return gm
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for node in gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
+    for node in [node for node in gm.graph.nodes if node.target in _REWIRES]:
         places = [_place(given.get(operand)) for operand in node.args]
         if len(places) != 2 or places[0] is None or places[0] != places[1]:
             raise UnsupportedGraphError(
