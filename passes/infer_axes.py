@@ -18,12 +18,13 @@ from toca_compile.ir.factors import Product
 from toca_compile.ir.graph import group_of, operand_nodes, source_line, value_of
 from toca_compile.ir.spec import AxisSpec, Dim
 from toca_compile.ir.types import AxisTypes, Type
+from toca_compile.ops.sized_by_values import OP as SIZED_BY_VALUES
 from toca_compile.rules.registry import RULES
 
 log = logging.getLogger(__name__)
 
 # What is said of ops that have no rule, and can have none.
-WITHOUT_RULE: dict[Any, str] = {torch.ops.toca.sized_by_values.default: "holds what has a size that only values tell"}
+WITHOUT_RULE: dict[Any, str] = {SIZED_BY_VALUES: "holds what has a size that only values tell"}
 
 
 def infer_axes(graph: fx.Graph, types: AxisTypes) -> AxisTypes:

@@ -149,8 +149,7 @@ class Calls:
         session.follows_sizes = session.follows_sizes is None
         self._limits = dynamo_limits({**_LIMITS, **sizes_followed(session.follows_sizes)})
         self.context = dynamo_context(session, whole=session.follows_sizes)
-        while self._entries:
-            self._forget(self._entries.popitem()[1])
+        self._forget_all()
         session.broken, session.breaks = False, {}
         session.control.calls -= 1  # that one computed nothing
         return self.run(step, model, args, kwargs)
@@ -275,11 +274,14 @@ class Calls:
 
     def close(self) -> None:
         """Forget what was compiled, and every run."""
-        while self._entries:
-            self._forget(self._entries.popitem()[1])
+        self._forget_all()
         self._hook_lists, self._hooked, self._last = (-1, [], ()), ((), [], Traceable(())), None
         self.session.control.reset()
         Calls.alive.discard(self)
+
+    def _forget_all(self) -> None:
+        while self._entries:
+            self._forget(self._entries.popitem()[1])
 
     def _forget(self, entry: _Entry) -> None:
         self._last = None

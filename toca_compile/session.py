@@ -34,6 +34,7 @@ from toca_compile.ir.plan import Plan, Policy
 from toca_compile.ir.program import GraphPlan, Program
 from toca_compile.ir.types import Layout
 from toca_compile.lowerings import find_lowering, is_dense, is_whole, of_rare_calls
+from toca_compile.ops.sized_by_values import OP as SIZED_BY_VALUES
 from toca_compile.passes.variants.select import SELECTIONS
 from toca_compile.policies.given import checked_policy
 from toca_compile.progress import working
@@ -46,7 +47,6 @@ from toca_compile.runtime.step_control import StepControl
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-sized_by_values = torch.ops.toca.sized_by_values.default
 
 _SPLIT = "torch.compile split the model into several graphs"
 
@@ -238,7 +238,7 @@ class Session:
             if node.target is aten.dropout.default and node.args[1] > 0 and node.args[2]:
                 raise InferenceModeError("the model is in training mode (dropout is active): call model.eval() first")
         if not program.sites:
-            if self.follows_sizes and program.module.graph.find_nodes(op="call_function", target=sized_by_values):
+            if self.follows_sizes and program.module.graph.find_nodes(op="call_function", target=SIZED_BY_VALUES):
                 raise UnknownSizeError("all that could be cached has a size that only values tell")
             calls = (
                 n for n in program.module.graph.nodes if n.op == "call_function" and n.target is not operator.getitem

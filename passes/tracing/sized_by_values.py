@@ -23,9 +23,7 @@ from torch.utils import _pytree as pytree
 
 from toca_compile.errors import UnknownSizeError
 from toca_compile.ir.graph import ancestors, outer_inputs, source_line, writes
-from toca_compile.ops.sized_by_values import Layout, Part, named
-
-OP = torch.ops.toca.sized_by_values.default
+from toca_compile.ops.sized_by_values import OP, Layout, Part, named
 
 
 def outlined(gm: fx.GraphModule) -> fx.GraphModule:

@@ -30,10 +30,11 @@ from toca_compile.ir.table import Table
 from toca_compile.ir.types import Layout
 from toca_compile.lowerings.aot import compile_step, compile_variant
 from toca_compile.model import has_hooks, unwrapped, wrap
+from toca_compile.ops.sized_by_values import OP as SIZED_BY_VALUES
 from toca_compile.policies.given import checked_policy
 from toca_compile.policies.storage import as_data
 from toca_compile.progress import working
-from toca_compile.session import Session, sized_by_values
+from toca_compile.session import Session
 
 FORMS = ("segments", "program")
 _SCALARS = (bool, int, float, str, type(None))
@@ -354,7 +355,7 @@ def _the_graph(session: Session, name: str) -> Recorder:
     assert isinstance(recorder, Recorder)
     if recorder.program.written:
         raise ExportError(f"{name} cannot be exported: it changes one of its inputs in place (as a cache of keys)")
-    calls = recorder.program.module.graph.find_nodes(op="call_function", target=sized_by_values)
+    calls = recorder.program.module.graph.find_nodes(op="call_function", target=SIZED_BY_VALUES)
     if calls:
         raise ExportError(
             f"{name} cannot be exported: the size of what {source_line(calls[0])} makes follows from values, and no "

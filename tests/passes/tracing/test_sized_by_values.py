@@ -16,7 +16,8 @@ from tests.runs import TIMES, kinds, optimized, steps
 from tests.sampling import noise
 from toca_compile import BlockCache, ExportError
 from toca_compile.errors import UnknownSizeError
-from toca_compile.passes.tracing.sized_by_values import OP, outlined
+from toca_compile.ops.sized_by_values import OP
+from toca_compile.passes.tracing.sized_by_values import outlined
 
 
 def followed(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
