@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from torch._inductor import config as inductor_config
 
 from tests.programs import printed_stages
 from tests.shared import Traced, empty_dynamo
+from toca_compile.traced import Tracing
 
 settings.register_profile("suite", deadline=None)  # an example takes longer beside other work
 settings.load_profile("suite")
@@ -57,6 +59,9 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+_kept: "deque[Tracing]" = deque(maxlen=256)  # following a model's Python is most of what a small test costs
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     leave_imports_alone()  # now that nothing of the last test is alive: what is left alone is never collected
@@ -65,6 +70,7 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     empty_dynamo()
+    _kept.extend(one for one in Tracing.alive if one.kind is not None and one not in _kept)
 
 
 @pytest.fixture(scope="module")

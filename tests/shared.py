@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import convert_frame
+from torch._dynamo.utils import orig_code_map
 
 import toca_compile
 from tests.models import randomize
 from toca_compile import FullCompute
-from toca_compile.model import _entry
+from toca_compile.traced import _entry
 
 FULL = FullCompute()
 
@@ -26,7 +27,10 @@ def empty_dynamo() -> None:
     for tracker in (convert_frame.input_codes, convert_frame.output_codes):
         kept += [(tracker, code) for code in (weak() for weak in tracker.seen) if is_own(code)]
         tracker.seen[:] = [weak for weak in tracker.seen if not is_own(weak())]
+    made_of = [(code, orig_code_map[code]) for _, code in kept if code in orig_code_map]
     torch._dynamo.reset()
+    for code, original in made_of:
+        orig_code_map[code] = original
     for tracker, code in kept:
         tracker.add(code)
 

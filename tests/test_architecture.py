@@ -18,6 +18,7 @@ LAYERS = [
     {"compiler"},
     {"session"},
     {"backend"},
+    {"traced"},
     {"report", "model"},
     {"in_place"},
     {"diffusers"},

@@ -3,6 +3,7 @@ version of torch has changed it, and the file says what depends on it."""
 
 import re
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
     TorchDynamoException,
+    compile_lock,
     compiled_code,
     compiled_module,
     dynamo_limits,
+    guards_hold,
     remove_from_cache,
     sizes_followed,
     skip_code,
@@ -87,6 +90,43 @@ def test_compiled_code() -> None:
     assert len(seen) == 1
     compiled(torch.ones(3))
     assert compiled_code(double.__code__) is None
+
+
+def test_guards_hold() -> None:
+    """Whether what Dynamo made of a function is right for other local variables; of two things it is not asked."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    assert not guards_hold(double.__code__, {"x": torch.ones(2)})
+    compiled = torch._dynamo.optimize(record, dynamic=False)(double)
+    compiled(torch.ones(2))
+    assert guards_hold(double.__code__, {"x": torch.zeros(2)})
+    assert not guards_hold(double.__code__, {"x": torch.zeros(3)})
+    with torch.enable_grad():
+        assert not guards_hold(double.__code__, {"x": torch.zeros(2, requires_grad=True)})
+    compiled(torch.ones(3))
+    assert not guards_hold(double.__code__, {"x": torch.zeros(2)})
+
+
+def test_compile_lock() -> None:
+    """Whoever has it may go on compiling, and no other thread begins to."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    def elsewhere() -> None:
+        torch._dynamo.optimize(record, dynamic=False)(double)(torch.ones(2))
+
+    with compile_lock:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join(0.5)
+        assert not seen
+        torch._dynamo.optimize(record, dynamic=False)(lambda x: x * 3)(torch.ones(2))
+        assert len(seen) == 1
+    thread.join(30)
+    assert len(seen) == 2
 
 
 def test_skip_code() -> None:

@@ -183,6 +183,7 @@ def test_another_lowering_traces_nothing_anew() -> None:
     opt.lowering = "eager"
     assert torch.equal(steps(opt, noise(), TIMES), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced
+    assert toca_compile.summary(opt).recompiles == 0
 
 
 class _Counting(PlainDiT):

@@ -11,9 +11,12 @@ from toca_compile import Fora
 
 
 def test_a_shared_model_is_traced_once_and_as_it_was(traced: Traced) -> None:
+    class Own(PlainDiT):
+        """A class that no other test knows."""
+
     policy, outs = Fora(8, 4), []
     for _ in range(2):
-        model, opt = traced(PlainDiT, policy, depth=1)
+        model, opt = traced(Own, policy, depth=1)
         outs.append(steps(opt, noise(), TIMES))
         assert kinds(opt) == "frrrfrrr"
         torch.nn.init.zeros_(model.head.weight)
@@ -22,7 +25,7 @@ def test_a_shared_model_is_traced_once_and_as_it_was(traced: Traced) -> None:
         empty_dynamo()
     assert torch.equal(*outs)
     assert counters["stats"]["unique_graphs"] == 1
-    assert traced(PlainDiT, depth=1, which=1)[1] is not opt
+    assert traced(Own, depth=1, which=1)[1] is not opt
 
 
 def test_code_that_is_compiled_otherwise_is_not_kept() -> None:

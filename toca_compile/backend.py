@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.utils import counters, guard_failures
@@ -65,7 +66,8 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     """What Dynamo is given for one graph that it found.
 
     Dynamo keeps its backends and what they return for as long as the process lives, so it is given neither the session
-    nor an executor, but stand-ins that refer to them weakly (``dynamo_backend``, ``_Graph``).
+    nor an executor, but a stand-in that refers to it weakly (``_Graph``), or one that asks who calls
+    (``traced.Caller``).
 
     A graph that cannot be compiled with caching gets a callable that raises the typed error when it is called (with
     ``strict``), or runs uncached after one warning: Dynamo wraps what a backend raises, and users should see our error.
@@ -101,10 +103,12 @@ def graph_of(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         return _plain(session, gm, inputs)
     finally:
         _let_go(gm)
-    module = None if session.bounded else compiled_module()
+    if session.bounded:
+        return executor
+    module = compiled_module()
     if module is not None:
         _hold(_BY_MODULE, module, session)
-    return _Graph(executor, None if session.bounded or module is not None else session)
+    return _Graph(executor, None if module is not None else session)
 
 
 def _fit(session: Session, inputs: Sequence[Any]) -> None:
@@ -235,11 +239,11 @@ class _Graph:
         return executor(*inputs)
 
 
-def dynamo_context(session: Session, whole: bool = False) -> Any:
-    """What makes a callable one that Dynamo compiles for the session. The cache key of a graph is its shape: a new
+def dynamo_context(backend: Callable[..., Any], whole: bool = False) -> Any:
+    """What makes a callable one that Dynamo compiles by a backend. The cache key of a graph is its shape: a new
     resolution or batch is a new graph, never a generic slow one. ``whole``: where Dynamo would split it, it raises
     ``TorchDynamoException``."""
-    return torch._dynamo.optimize(dynamo_backend(session), nopython=whole, dynamic=False)
+    return torch._dynamo.optimize(backend, nopython=whole, dynamic=False)
 
 
 def dynamo_limits(limits: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -247,21 +251,17 @@ def dynamo_limits(limits: dict[str, Any]) -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(limits)
 
 
-def dynamo_backend(session: Session) -> Callable[..., Any]:
-    """The session as Dynamo's backend, without keeping it alive."""
-    weak = weakref.ref(session)
-
-    def toca_session(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        live = weak()
-        return gm.forward if live is None else graph_of(live, gm, inputs)
-
-    return toca_session
-
-
 def compiled_code(code: types.CodeType) -> types.CodeType | None:
     """What Dynamo made of a code object: None where that is nothing, or several things, of which guards choose."""
     made = _debug_get_cache_entry_list(code)
     return made[0].code if len(made) == 1 else None
+
+
+def guards_hold(code: types.CodeType, scope: dict[str, Any]) -> bool:
+    """Whether what Dynamo made of a code object, if that is one thing, is right for a call with these local
+    variables."""
+    made = _debug_get_cache_entry_list(code)
+    return len(made) == 1 and bool(made[0].guard_manager.check(scope))
 
 
 def why_recompiled(code: types.CodeType) -> str:
@@ -335,12 +335,15 @@ __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
     "TorchDynamoException",
+    "compile_lock",
     "compiled_code",
     "compiled_module",
     "compiled_session",
     "dynamo_context",
     "dynamo_limits",
     "global_hooks",
+    "graph_of",
+    "guards_hold",
     "remove_from_cache",
     "session_of",
     "sizes_followed",

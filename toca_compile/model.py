@@ -20,11 +20,8 @@ from toca_compile.backend import (
     BackendCompilerFailed,
     OptimizedModule,
     TorchDynamoException,
-    compiled_code,
-    dynamo_context,
     dynamo_limits,
     global_hooks,
-    remove_from_cache,
     sizes_followed,
     split_by_sizes,
     uninlined,
@@ -54,6 +51,7 @@ from toca_compile.runtime.facts import facts_of
 from toca_compile.runtime.host_known import HostKnown, known_to_host, plainly
 from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
+from toca_compile.traced import Caller, Traced, Tracing, context
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +74,12 @@ class _Entry:
     """One signature of calls: what Dynamo made of it, and why graphs of it run uncached."""
 
     call: Callable[..., Any]
-    code: types.CodeType
+    tracing: Tracing | None  # None: something stands around the model, or it is not traced at all
     policy: Policy
     executors: list[Executor] = field(default_factory=list)
     uncached: dict[str, TocaError] = field(default_factory=dict)
-    graphs: int = 0  # that Dynamo made of it
+    traced: list[Traced] = field(default_factory=list)  # the graphs that Dynamo made of it
     retraced: int = 0  # calls in succession that were traced, though one like them had been
-    names: dict[str, Any] | None = None  # the globals of the function that Dynamo compiled
-    direct: Callable[..., Any] | None = None  # what it made of it
 
     @property
     def refused(self) -> bool:
@@ -105,10 +101,6 @@ class _Direct:
         return run is not None and self.executor.is_cached(run)
 
 
-def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
-    return call(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821  (a global that _new_entry gives)
-
-
 class Calls:
     """The calls of one model by one session, and what Dynamo made of them. It does not hold the model."""
 
@@ -121,6 +113,7 @@ class Calls:
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any], tuple[type, ...]] = (-1, [], ())
+        self._altered = False  # whether modules have hooks, or a forward, of their own
         self._dispatched = False  # whether the call that runs has come as far as here
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
@@ -128,7 +121,7 @@ class Calls:
         self._last: _Direct | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
-        self.context = dynamo_context(session)
+        self.context, self._caller = context(), Caller(session)
         session.bounded = True
         Calls.alive.add(self)
 
@@ -148,7 +141,7 @@ class Calls:
         # First as torch.compile does by itself, which splits a model there; then in one graph; then split after all.
         session.follows_sizes = session.follows_sizes is None
         self._limits = dynamo_limits({**_LIMITS, **sizes_followed(session.follows_sizes)})
-        self.context = dynamo_context(session, whole=session.follows_sizes)
+        self.context = context(whole=session.follows_sizes)
         self._forget_all()
         session.broken, session.breaks = False, {}
         session.control.calls -= 1  # that one computed nothing
@@ -168,7 +161,7 @@ class Calls:
         control.begin_call(leaves, known)
         failed, shapes, self._dispatched = True, [], False
         try:
-            with _UNFUSED, self._limits:
+            with _UNFUSED, self._limits, self._caller:
                 out = step(*args, **kwargs)
             failed, shapes = False, [tuple(v.shape) for v in _leaves((out,), {}).values() if _is_tensor(v)]
         except BackendCompilerFailed as error:
@@ -216,8 +209,7 @@ class Calls:
         return self._fit[2]
 
     def dispatch(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call by its signature. Each has a code object of its own, and with it graphs and guards of its own, so
-        that neither another model of the class nor shapes seen once count towards Dynamo's limits, or stay.
+        """The call by its signature: each is traced by itself, unless a model like it was (``Tracing``).
 
         Of a step that takes branches from caches, signature and run are looked at alone: the model is looked at, its
         hooks and by Dynamo's guards, where a step computes everything, and what is cached is of the model as it was."""
@@ -237,13 +229,16 @@ class Calls:
             self._forget(entries.pop(key))  # the policy now may be one that the graphs can follow
             entry = None
         if entry is None:
-            entry = entries[key] = self._new_entry(model)
+            entry = entries[key] = self._new_entry(model, key, args, kwargs)
             if len(entries) > self.signatures:
                 self._forget(entries.popitem(last=False)[1])
         entries.move_to_end(key)
+        if entry.tracing is not None and len(entry.tracing.users) > 1 and not entry.tracing.holds(model, args, kwargs):
+            self._trace(entry, Tracing(None, _plain_call(model), self.context))  # it is no longer like others
         session = self.session
         before, session.uncached = session.seen, entry.uncached
         known, session.splits = len(session.executors), split_by_sizes()
+        made = len(self._caller.made)
         new = not entry.executors and not entry.uncached
         told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
         try:
@@ -252,25 +247,32 @@ class Calls:
         finally:
             if session.seen != before:
                 entry.executors += session.executors[known:]
-                entry.graphs += session.seen - before
+                entry.traced += list(self._caller.made)[made:]
+                if entry.tracing is not None:
+                    entry.tracing.graphs |= dict.fromkeys(entry.traced)
                 if not new and entries.get(key) is entry:  # layers that were replaced have hooks and classes of theirs
                     entries[(*signature, self._hooks(model))] = entries.pop(key)
             entry.retraced = entry.retraced + 1 if session.seen != before and not new else 0
             if entry.retraced == _RETRACED:
                 self._warn_of_retracing(entry)
-            session.graphs = entry.graphs
+            session.graphs = len(entry.traced)
             if not new:
                 self._last = self._direct(entry, signature)
 
+    def _trace(self, entry: _Entry, tracing: Tracing) -> None:
+        if entry.tracing is not None:
+            entry.tracing.users.discard(self)
+        entry.tracing, entry.call = tracing, tracing.call
+        tracing.users.add(self)
+
     def _direct(self, entry: _Entry, signature: Any) -> "_Direct | None":
         """How a call of an entry is made without guards; None where Dynamo made more than one graph of it."""
-        if entry.direct is None and entry.names is not None and len(entry.executors) == entry.graphs == 1:
-            code = compiled_code(entry.code)
-            if code is not None and not self.session.broken and not self._hooked[1]:
-                entry.direct = types.FunctionType(code, entry.names)
-        if entry.direct is None or len(entry.executors) != 1:
+        if entry.tracing is None or len(entry.executors) != 1 or len(entry.traced) != 1:
             return None
-        return _Direct(signature, entry.direct, entry.executors[0])
+        if self.session.broken or self._hooked[1]:
+            return None
+        direct = entry.tracing.direct()
+        return _Direct(signature, direct, entry.executors[0]) if direct is not None else None
 
     def close(self) -> None:
         """Forget what was compiled, and every run."""
@@ -285,7 +287,10 @@ class Calls:
 
     def _forget(self, entry: _Entry) -> None:
         self._last = None
-        remove_from_cache(entry.code)
+        if entry.tracing is not None:
+            entry.tracing.users.discard(self)
+        for traced in entry.traced if not self.session.breaks else ():
+            self._caller.made.pop(traced, None)
         if not self.session.breaks:
             # Graphs behind a break belong to code of the model, not to the entry's: they go on being reached.
             self.session.forget(entry.executors)
@@ -302,23 +307,24 @@ class Calls:
             classes = _classes(modules)
             self._hook_lists = (self.session.seen, listed, classes)
         keys = tuple(key for _, pre, post in listed if pre or post for key in (*pre, *post))
-        keys += (*global_hooks(), *(f for cls in classes for f in vars(cls).values() if _is_traced(f)))
         around = any("forward" in vars(m) for m in modules)
+        self._altered = bool(keys) or around
+        keys += (*global_hooks(), *(f for cls in classes for f in vars(cls).values() if _is_traced(f)))
         found = hooked(model) if around else []
         names = tuple(name for one in found for name in (one.path, *one.names))
         if names != self._hooked[0]:
             self._hooked = (names, found, Traceable(found))
         return (*keys, *names)
 
-    def _new_entry(self, model: nn.Module) -> _Entry:
-        call, code, policy = _plain_call(model), _entry.__code__.replace(), self.session.policy
+    def _new_entry(self, model: nn.Module, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Entry:
+        call, policy = _plain_call(model), self.session.policy
         why = why_untraced(type(model).__name__, self._hooked[1])
         if why is not None:
             if self.session.strict:
                 raise TocaError(f"{why} (strict=False runs it uncached)")
             self.session.warn_once(f"{why}. The model runs uncached.")
             return _Entry(
-                lambda _, args, kwargs: call(model, *args, **kwargs), code, policy, uncached={why: TocaError(why)}
+                lambda _, args, kwargs: call(model, *args, **kwargs), None, policy, uncached={why: TocaError(why)}
             )
         shards = brought_in(model)
         if shards:
@@ -326,9 +332,13 @@ class Calls:
         if has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
             inner = self.context(types.MethodType(call, model))
-            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), code, policy)
-        function = types.FunctionType(code, {"__builtins__": __builtins__, "call": call})
-        return _Entry(self.context(function), code, policy, names=function.__globals__)
+            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), None, policy)
+        kind = None if self._altered else (type(model), call, key, self.session.follows_sizes)
+        tracing = Tracing.found(kind, model, args, kwargs) if kind is not None else None
+        tracing = tracing or Tracing(kind, call, self.context)
+        entry = _Entry(tracing.call, None, policy)
+        self._trace(entry, tracing)
+        return entry
 
     def _watch_numbers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A Python number that is another one at each call of a run is traced anew for each value: say so."""
@@ -345,7 +355,7 @@ class Calls:
 
     def _warn_of_retracing(self, entry: _Entry) -> None:
         """Something that the traced code reads is another at each call."""
-        why = why_recompiled(entry.code)
+        why = why_recompiled(entry.tracing.code) if entry.tracing is not None else ""
         self.session.warn_once(
             "torch.compile traced the model again at each of the last calls, though their inputs are alike, so no "
             "cache is ever reused: what it reads changes from call to call"

@@ -39,6 +39,7 @@ def test_a_whole_run_is_the_eager_run(style: type[nn.Module]) -> None:
     torch.testing.assert_close(sample(opt, 50, x), expected, rtol=1e-4, atol=1e-4)
     assert inductor.compiles == before
     assert counters["stats"]["unique_graphs"] == graphs
+    assert toca_compile.summary(opt).recompiles == 0
     assert not counters["graph_break"]
 
 

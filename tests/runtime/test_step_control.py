@@ -235,12 +235,11 @@ def test_no_recompile_in_the_loop_nor_with_another_policy(model: PlainDiT) -> No
     opt = optimized(model, toca_compile.preset("dit-xl-2/ddim-50"))
     counters.clear()
     sample(opt, 50, noise())
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 1
     assert not counters["graph_break"]
     opt.policy = toca_compile.preset("dit-xl-2/ddim-50", fresh_ratio=0.2)
     sample(opt, 50, noise())
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert toca_compile.summary(opt).recompiles == 0
+    assert counters["stats"]["unique_graphs"] <= 1  # none where a model like it was traced before
 
 
 def test_no_value_is_read_on_the_host(model: PlainDiT) -> None:

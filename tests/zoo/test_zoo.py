@@ -105,6 +105,7 @@ def test_zoo(name: str) -> None:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     follow_policies(opt, entry, plain, sites)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert toca_compile.summary(opt).recompiles == 0
 
 
 def follow_policies(opt: Any, entry: Entry, plain: Sequence[list[Tensor]], sites: Sequence[Site]) -> None:
