@@ -23,6 +23,7 @@ from toca_compile.backend import (
     compiled_module,
     dynamo_limits,
     guards_hold,
+    is_traced_elsewhere,
     remove_from_cache,
     sizes_followed,
     skip_code,
@@ -127,6 +128,28 @@ def test_compile_lock() -> None:
         assert len(seen) == 1
     thread.join(30)
     assert len(seen) == 2
+
+
+def test_is_traced_elsewhere() -> None:
+    """What torch says where a compiled function is called while something is traced, in whatever thread."""
+    compiled, started, over = torch._dynamo.optimize(record)(lambda x: x * 2), threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        started.set()
+        over.wait(30)
+        return x
+
+    thread = threading.Thread(target=torch.fx.symbolic_trace, args=(slow,))
+    thread.start()
+    started.wait(30)
+    with pytest.raises(RuntimeError) as raised:
+        compiled(torch.ones(2))
+    over.set()
+    thread.join()
+    assert is_traced_elsewhere(raised.value)
+    assert not is_traced_elsewhere(RuntimeError("out of memory"))
+    compiled(torch.ones(2))
+    assert len(seen) == 1
 
 
 def test_skip_code() -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import toca_compile
 from tests.models import PlainBlock, PlainDiT, randomize
 from tests.runs import TIMES, kinds, steps
 from tests.sampling import noise
 from toca_compile import Fora, FullCompute, ToCa, optimize
+from toca_compile.backend import compile_lock
 from toca_compile.traced import Tracing
 
 POLICY = ToCa(8, 4, 0.3, schedule="constant")
@@ -176,3 +178,27 @@ def test_models_of_a_class_in_two_threads() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[i], expected[i]) for i in range(2))
+
+
+def test_a_call_waits_while_another_thread_traces() -> None:
+    started, over = threading.Event(), threading.Event()
+    opt = optimize(randomize(fresh()()), Fora(8, 2), lowering="eager")
+
+    def slow(x: Tensor) -> Tensor:
+        started.set()
+        over.wait(30)
+        return x
+
+    def elsewhere() -> None:
+        with compile_lock:
+            make_fx(slow)(torch.ones(2))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    started.wait(30)
+    threading.Timer(0.3, over.set).start()
+    result, frames = run(opt)
+    thread.join()
+    assert frames == 1
+    assert torch.equal(result, run(opt)[0])
+    assert kinds(opt) == "frfrfrfr"

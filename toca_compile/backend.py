@@ -257,6 +257,11 @@ def compiled_code(code: types.CodeType) -> types.CodeType | None:
     return made[0].code if len(made) == 1 else None
 
 
+def is_traced_elsewhere(error: RuntimeError) -> bool:
+    """Whether a call was refused, before it began, because another thread traces: there is one flag for all."""
+    return "using FX to symbolically trace" in str(error)
+
+
 def guards_hold(code: types.CodeType, scope: dict[str, Any]) -> bool:
     """Whether what Dynamo made of a code object, if that is one thing, is right for a call with these local
     variables."""
@@ -344,6 +349,7 @@ __all__ = [
     "global_hooks",
     "graph_of",
     "guards_hold",
+    "is_traced_elsewhere",
     "remove_from_cache",
     "session_of",
     "sizes_followed",

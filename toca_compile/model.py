@@ -51,7 +51,7 @@ from toca_compile.runtime.facts import facts_of
 from toca_compile.runtime.host_known import HostKnown, known_to_host, plainly
 from toca_compile.runtime.step_control import StepControl, Unexpected
 from toca_compile.session import Session, patch_of
-from toca_compile.traced import Caller, Traced, Tracing, context
+from toca_compile.traced import Caller, Traced, Tracing, context, waiting
 
 log = logging.getLogger(__name__)
 
@@ -331,8 +331,9 @@ class Calls:
             self.session.breaks[shards] = None
         if has_hooks(model):
             # Hooks of the whole model (offloading, timers) run as they are, outside of what is traced.
-            inner = self.context(types.MethodType(call, model))
-            return _Entry(lambda _, args, kwargs: inner(*args, **kwargs), None, policy)
+            inner = waiting(lambda args, kwargs: compiled(*args, **kwargs))
+            compiled = self.context(types.MethodType(call, model))
+            return _Entry(lambda _, args, kwargs: inner(args, kwargs), None, policy)
         kind = None if self._altered else (type(model), call, key, self.session.follows_sizes)
         tracing = Tracing.found(kind, model, args, kwargs) if kind is not None else None
         tracing = tracing or Tracing(kind, call, self.context)

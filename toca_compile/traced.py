@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from toca_compile.backend import compile_lock, compiled_code, dynamo_context, graph_of, guards_hold, remove_from_cache
+from toca_compile.backend import (
+    compile_lock,
+    compiled_code,
+    dynamo_context,
+    graph_of,
+    guards_hold,
+    is_traced_elsewhere,
+    remove_from_cache,
+)
 from toca_compile.runtime.executor import Executor
 from toca_compile.session import Session
 
@@ -93,6 +101,21 @@ def context(whole: bool = False) -> Any:
     return dynamo_context(toca_traced, whole)
 
 
+def waiting(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of what Dynamo compiles, which waits where another thread is about to trace or compile."""
+
+    def wait(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except RuntimeError as error:
+            if not is_traced_elsewhere(error):
+                raise
+        with compile_lock:
+            return call(*args)
+
+    return wait
+
+
 def _entry(self: Any, args: Any, kwargs: Any) -> Any:  # named as in a method: module paths begin with it
     return call(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821  (a global that Tracing gives)
 
@@ -109,7 +132,7 @@ class Tracing:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self.code = _entry.__code__.replace()
         function = types.FunctionType(self.code, {"__builtins__": __builtins__, "call": call})
-        self.call, self._names = context(function), function.__globals__
+        self.call, self._names = waiting(context(function)), function.__globals__
         self._direct: Callable[..., Any] | None = None
         weakref.finalize(self, remove_from_cache, self.code).atexit = False
         with compile_lock:

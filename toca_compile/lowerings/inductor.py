@@ -6,7 +6,6 @@ layers that are the same block, two models of one architecture, and two policies
 """
 
 import operator
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config, standalone_compile
@@ -41,7 +41,6 @@ SIDE_BY_SIDE: dict[str, Any] = {"combo_kernels": True, "combo_kernel_per_subkern
 sizes. What is compared with has them too."""
 if hasattr(config, "combo_kernel_max_num_nodes"):  # since torch 2.13; before, eight
     SIDE_BY_SIDE["combo_kernel_max_num_nodes"] = 64
-_LOCK = threading.RLock()  # one variant at a time: threads that sample with two models meet here
 
 compiles = 0
 """How many variants were new to this process: a counter for tests and reports."""
@@ -59,7 +58,7 @@ def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[A
     Raises:
         LoweringError: the machine cannot compile.
     """
-    with _LOCK:
+    with compile_lock:  # one at a time: threads that sample with two models meet here, and where torch traces one
         key = (*told(variant.module.graph, examples), config.save_config_portable().__repr__())
         if key not in _ARTIFACTS:
             # Outside inference mode, whose tensors could not be changed in place by a call under plain no_grad.
