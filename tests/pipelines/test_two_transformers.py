@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import toca_compile
 from tests.pipelines import run
@@ -46,6 +47,16 @@ def test_each_is_planned_for_its_own_part(name: str) -> None:
             asked = [[p, p] for p in planned]
             got = [runs if p else [] for p, runs in zip(planned, kinds(pipe), strict=True)]
             assert got == [a if p else [] for p, a in zip(planned, asked, strict=True)], ratio
+
+
+def test_the_second_is_not_traced_again() -> None:
+    """Both are of one class, and Dynamo follows its Python once, or not at all, where it did before."""
+    pipe, call = made("Wan 2.2")
+    toca_compile.optimize(pipe, Fora(50, 3), lowering="eager")
+    before = counters["stats"]["unique_graphs"]
+    run(pipe, call, 6)
+    assert counters["stats"]["unique_graphs"] - before <= 1
+    assert [len(runs) for runs in kinds(pipe)] == [2, 2]
 
 
 class Spread:
