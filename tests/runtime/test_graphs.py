@@ -415,6 +415,22 @@ def test_what_lies_elsewhere_is_named() -> None:
     ]
 
 
+def test_where_a_graph_lies_is_known_after_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without memory stand for those of a device that is not here."""
+    made: list[Recorder] = []
+
+    def record(device: torch.device) -> Recorder:
+        made.append(Recorder(device))
+        return made[-1]
+
+    monkeypatch.setitem(graphs.CAPTURES, "meta", record)
+    opt = optimized(randomize(PlainDiT(depth=1)).to("meta"), Fora(4, 2), **GRAPHED)
+    with torch.no_grad(), torch.device("meta"):
+        opt(noise().to("meta"), torch.ones(2), torch.zeros(2, dtype=torch.long))
+    assert [recorder.device for recorder in made] == [torch.device("meta")]
+    assert toca_compile.explain(opt).program.accelerators == (torch.device("meta"),)
+
+
 class Broken(PlainDiT):
     """Comes in two graphs."""
 

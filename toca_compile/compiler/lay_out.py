@@ -13,7 +13,6 @@ from torch import fx
 
 from toca_compile.errors import PolicyError
 from toca_compile.ir.anchors import Ring
-from toca_compile.ir.calls import tensors
 from toca_compile.ir.history import CacheSpec, Numbers, Past
 from toca_compile.ir.printer import variant_name
 from toca_compile.ir.program import Chain, Stream, Variant
@@ -82,8 +81,7 @@ class _Laid:
 
     def __init__(self, of: Executor, schedule: Schedule, *, in_memory: bool) -> None:
         self.of, self.schedule = of, schedule
-        devices = [x.device for x in tensors(list(of.program.inputs))]
-        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        self.device = next(iter(of.program.accelerators), torch.device("cpu"))
         numbers = self.device if in_memory else None
         self.variants = of.variants.lowered(self._entry, dense=False, numbers=numbers)
         self.entries: dict[str, Entry] = {}

@@ -72,6 +72,13 @@ class Program:
         return frozenset(n for n, told in zip(self.placeholders, known, strict=True) if told)
 
     @property
+    def accelerators(self) -> tuple[torch.device, ...]:
+        """The devices beside the CPU on which its inputs lie."""
+        values = [value_of(n) for n in self.placeholders]
+        devices = dict.fromkeys(x.device for x in values if isinstance(x, torch.Tensor))
+        return tuple(device for device in devices if device.type != "cpu")
+
+    @property
     def writes(self) -> tuple[fx.Node, ...]:
         """What the inputs ``written`` become."""
         results: Any = self.module.graph.output_node().args[0]

@@ -6,7 +6,7 @@ the next one (``Fixed``). The number of tokens alone is part of a graph: it is a
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -344,7 +344,7 @@ class Graphs:
             self.refuse("the weights lie somewhere else at each call, as where they are offloaded")
 
 
-def capture_for(devices: set[torch.device]) -> Capture | str:
+def capture_for(devices: Collection[torch.device]) -> Capture | str:
     """How graphs of a model on these devices are recorded, or why they are not."""
     if len(devices) > 1:
         return f"the model lies on several devices ({', '.join(sorted(map(str, devices)))})"
