@@ -67,20 +67,18 @@ def flux() -> tuple[Any, Make]:
 
 @dataclass(frozen=True)
 class Way:
-    """How requests are served: by which policy, how many may be at work, whether a batch is done before the next
-    begins, and whether a request is held until others compute everything."""
+    """How requests are served: by which policy, how many may be at work, and whether a batch is done before the next
+    begins."""
 
     policy: Any
     most: int
     fixed: bool = False
-    align: bool = False
 
 
 def ways(policy: Any) -> dict[str, Way]:
     """The engine, and what it is held against."""
     return {
         "engine": Way(policy, 1 << 30),
-        "engine, align=True": Way(policy, 1 << 30, align=True),
         "one at a time": Way(policy, 1),
         "fixed batches": Way(policy, SIZES[-1], fixed=True),
         "engine, uncached": Way(FullCompute(), 1 << 30),
@@ -91,7 +89,6 @@ def served(engine: Engine, way: Way, make: Make, arrivals: Sequence[float]) -> l
     """When each request was done."""
     now, done, waiting = 0.0, [0.0] * len(arrivals), list(range(len(arrivals)))
     working: dict[int, Any] = {}
-    engine.align = way.align
     while waiting or working:
         if not (way.fixed and working):
             for number in [n for n in waiting if arrivals[n] <= now][: way.most - len(working)]:

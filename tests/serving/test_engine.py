@@ -154,13 +154,15 @@ def test_requests_in_step_share_a_call_whatever_the_lengths_of_their_runs() -> N
     for steps in (8, 12, 7):
         engine.submit(picture(steps, steps))
     engine.tick()
-    late = engine.submit(picture(0, 5))
     assert engine.statistics.calls == 1
+    late = engine.submit(picture(0, 5))
     for _ in range(3):
         engine.tick()
-    # The late one is a step behind: it reuses when they do, and computes alone.
-    assert engine.statistics.calls == 1 + 2 + 1 + 1
-    assert late.steps == 3
+    assert engine.statistics.calls == 1 + 3  # the late one waits
+    assert late.steps == 0
+    engine.tick()
+    assert engine.statistics.calls == 1 + 3 + 1  # and computes everything with the others
+    assert late.steps == 1
 
 
 def test_slots_beyond_the_memory_are_waited_for() -> None:
@@ -203,21 +205,37 @@ def test_a_memory_that_holds_no_request_is_said() -> None:
         engine.sample([picture(0, 4)])
 
 
-def test_a_request_may_be_held_until_others_compute_everything() -> None:
+def test_what_computes_everything_waits_for_others_to() -> None:
     model = randomize(PlainDiT(depth=1))
-    calls = {}
-    for align in (False, True):
-        engine = Engine(model, Fora(9, 3), lowering="eager", sizes=(1, 2), align=align)
-        engine.submit(picture(0, 9))
+    engine = Engine(model, Fora(9, 3), lowering="eager", sizes=(1, 2))
+    tickets = [engine.submit(picture(0, 9))]
+    engine.tick()
+    tickets.append(engine.submit(picture(1, 9)))
+    waited = []
+    while engine.pending:
         engine.tick()
-        late = engine.submit(picture(1, 9))
+        waited.append(tuple(ticket.steps for ticket in tickets))
+    # A whole interval behind, and never alone before the first is done.
+    assert waited[:4] == [(2, 0), (3, 0), (4, 1), (5, 2)]
+    assert engine.statistics.calls == 9 + 3
+    for seed, ticket in enumerate(tickets):
+        same(ticket.result(), Alone(model)(picture(seed, 9), Fora(9, 3)))
+
+
+def test_it_waits_for_an_interval_of_its_own_policy_at_most() -> None:
+    """However many come that compute everything at other steps, or never."""
+    model = randomize(PlainDiT(depth=1))
+    engine = Engine(model, Fora(20, 20), lowering="eager", sizes=(1, 2))
+    engine.submit(picture(0, 20))
+    engine.tick()
+    short = engine.submit(picture(1, 6), Fora(6, 3))
+    steps = []
+    while not short.done():
         engine.tick()
-        assert late.steps == (0 if align else 1)
-        engine.run()
-        calls[align] = engine.statistics.calls
-        same(late.result(), Alone(model)(picture(1, 9), Fora(9, 3)))
-    # One step behind, it reuses with the other where both do, at every third tick.
-    assert calls == {False: 9 + 9 - 3, True: 9 + 3}
+        steps.append(short.steps)
+    assert steps == [0, 0, 0, 1, 2, 3, 3, 3, 3, 4, 5, 6]
+    engine.run()
+    same(short.result(), Alone(model)(picture(1, 6), Fora(6, 3)))
 
 
 class Batched(PlainDiT):

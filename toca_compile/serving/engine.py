@@ -1,5 +1,5 @@
-"""Engine: continuous batching with caches. Requests come and go at any time; each tick takes every request one step
-further, and those whose steps are alike share a call of the model."""
+"""Engine: continuous batching with caches. Requests come and go at any time; those whose steps are alike share a call
+of the model, and whoever is about to compute everything waits a little for the others to be, too."""
 
 import logging
 import threading
@@ -31,8 +31,8 @@ SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(eq=False)
 class Active:
-    """A request that the engine works on. ``call``: the next of the model's; ``held``: ticks that it has waited for a
-    step in which others compute everything."""
+    """A request that the engine works on. ``call``: the next of the model's; ``held``: ticks that it has waited with a
+    step that computes everything."""
 
     number: int
     ticket: Ticket
@@ -43,6 +43,11 @@ class Active:
     slot: int = -1
     step: int = 0
     held: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its next step computes everything."""
+        return self.followed.is_full(self.step)
 
 
 @dataclass(eq=False)
@@ -86,11 +91,9 @@ class Engine:
         policy: as of ``optimize``; fitted to each request's number of steps and guidance.
         memory: bytes that caches may take; requests beyond it wait. None: no limit.
         sizes: of batches, ascending from 1.
-        align: hold a request for up to one interval of its policy, until a step in which others compute everything.
         options: ``lowering`` and ``grid``, as of ``optimize``.
 
     Attributes:
-        align: as given; may be assigned.
         statistics: what was done so far.
 
     Raises:
@@ -104,7 +107,6 @@ class Engine:
         *,
         memory: int | None = None,
         sizes: Sequence[int] = SIZES,
-        align: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -120,7 +122,7 @@ class Engine:
         self._session = BatchSession(policy, **options)
         self._model = OptimizedModel(unwrapped(model), self._session)
         self._model._toca.signatures = (KINDS + 1) * len(sizes)
-        self._sizes, self._memory, self.align = tuple(sizes), memory, align
+        self._sizes, self._memory = tuple(sizes), memory
         self._lanes: dict[Kind, Lane] = {}
         self._waiting: deque[_Waiting] = deque()
         self._ready: deque[Active] = deque()  # begun, without a slot
@@ -158,12 +160,13 @@ class Engine:
         return ticket
 
     def tick(self) -> int:
-        """Take every request one step further; how many there were."""
+        """Take requests one step further, and say how many: those that are not about to compute everything, and the
+        others where there are none, or where they have waited for an interval of their policy."""
         with self._lock:
             self._drop_cancelled()
             self._begin()
             self._admit()
-            due = list(self._active)
+            due = self._due()
             for members in self._groups(due):
                 self._compute(members)
             self.statistics.ticks += bool(due)
@@ -300,9 +303,6 @@ class Engine:
         """Give slots to requests in the order in which they came, as far as there is memory."""
         while self._ready:
             first = self._ready[0]
-            if self._is_held(first):
-                first.held += 1
-                return
             slot = self._slot(first.lane)
             if slot is None:
                 if not self._active:  # nobody will give any back
@@ -314,12 +314,18 @@ class Engine:
             first.slot = slot
             self._active.append(first)
 
-    def _is_held(self, active: Active) -> bool:
-        """Whether a request waits for the next step in which others of its lane compute everything."""
-        others = [a for a in self._active if a.lane is active.lane]
-        if not self.align or not others or active.held >= active.followed.interval:
-            return False
-        return not any(a.followed.is_full(a.step) for a in others)
+    def _due(self) -> list[Active]:
+        """Who goes on in a tick. What computes everything costs most: whoever is about to waits until all of its lane
+        are, and shares the call with them."""
+        ahead = {id(a.lane) for a in self._active if not a.is_full}
+        due = []
+        for active in self._active:
+            if id(active.lane) in ahead and active.held < active.followed.interval and active.is_full:
+                active.held += 1
+            else:
+                active.held = 0
+                due.append(active)
+        return due
 
     def _slot(self, lane: Lane) -> int | None:
         if lane.pool.used == lane.pool.size:
