@@ -1,21 +1,25 @@
-"""InMemory: a variant whose host numbers are tensors, so that a graph that was recorded reads the numbers of the step.
+"""InMemory: a variant whose host numbers are tensors, so that a graph that was recorded reads the numbers of the step,
+or each sample of a batch has a weight of its own.
 
-All but K, which is a shape. The ops that take them have an overload for it (``ops/registry.py``)::
+K stays, which is a shape. The ops that take them have an overload for it (``ops/registry.py``)::
 
     forecast(cache, history, move, 1)                  →      forecast.numbers(cache, history, move, 1)
 """
+
+from collections.abc import Container
 
 import torch
 from torch import fx
 
 from toca_compile.errors import PassError
 from toca_compile.ir.program import Variant
+from toca_compile.ir.state import Slot
 
 aten = torch.ops.aten
 
 
-def in_memory(variant: Variant, device: torch.device) -> Variant:
-    """The variant with its numbers on a device.
+def in_memory(variant: Variant, device: torch.device, slots: Container[Slot] | None = None) -> Variant:
+    """The variant with its numbers on a device. ``slots``: those of them; None: all but K.
 
     Raises:
         PassError: an op that reads one has no overload that does.
@@ -23,7 +27,8 @@ def in_memory(variant: Variant, device: torch.device) -> Variant:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     inputs = [n for n in variant.module.graph.nodes if n.op == "placeholder"][len(variant.values) :]
-    held = {n for n, slot in zip(inputs, variant.slots, strict=True) if slot.is_held}
+    both = zip(inputs, variant.slots, strict=True)
+    held = {n for n, slot in both if (slot.is_held if slots is None else slot in slots)}
     for node in variant.module.graph.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
         if node in held:

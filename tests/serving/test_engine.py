@@ -222,6 +222,25 @@ def test_what_computes_everything_waits_for_others_to() -> None:
         same(ticket.result(), Alone(model)(picture(seed, 9), Fora(9, 3)))
 
 
+def test_weights_are_of_each_sample() -> None:
+    """Forecasts of skipped blocks, and what makes up for them, share calls at whichever steps and in runs of whichever
+    lengths; so do requests of one sample and of two that one graph is of."""
+    model, calls = randomize(PlainDiT(depth=2)), {}
+    alone, policy = Alone(model), Level("fast", 8)
+    given = [(0, 16, None), (1, 6, None), (2, 12, None), (3, 8, 2.0)]
+    for sizes in ((1,), (1, 2, 4)):
+        engine = Engine(model, policy, lowering="eager", sizes=sizes)
+        tickets = []
+        for one in given:
+            tickets.append(engine.submit(picture(*one)))
+            engine.tick()
+        engine.run()
+        calls[sizes] = engine.statistics.calls
+        for one, ticket in zip(given, tickets, strict=True):
+            same(ticket.result(), alone(picture(*one), policy))
+    assert calls == {(1,): 42, (1, 2, 4): 29}
+
+
 def test_it_waits_for_an_interval_of_its_own_policy_at_most() -> None:
     """However many come that compute everything at other steps, or never."""
     model = randomize(PlainDiT(depth=1))
@@ -322,8 +341,8 @@ def test_a_batch_that_fails_is_tried_request_by_request(monkeypatch: pytest.Monk
     tickets = [engine.submit(picture(seed, 6)) for seed in range(2)]
     computed = LaidOut.step
 
-    def out_of_memory(self: LaidOut, number: int, inputs: Any) -> Any:
-        answer = computed(self, number, inputs)  # what lies in the batch's buffers is spoilt
+    def out_of_memory(self: LaidOut, *given: Any) -> Any:
+        answer = computed(self, *given)  # what lies in the batch's buffers is spoilt
         if len(answer[0]) > 1:
             raise RuntimeError("out of memory")
         return answer

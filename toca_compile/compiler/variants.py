@@ -1,7 +1,7 @@
 """Variants: a segment and what its sites do, to a callable: built, verified and lowered."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import fx
 
 from toca_compile.compiler import numeric_check
 from toca_compile.compiler.trace import show
+from toca_compile.ir.actions import Keep
 from toca_compile.ir.calls import tensors
 from toca_compile.ir.graph import CAPTURED_AS, value_of
 from toca_compile.ir.plan import Plan
@@ -42,12 +43,15 @@ class ProgramVariants:
         numbers: the device on which host numbers lie for the variants, all but K; None: on the host.
 
     Attributes:
+        by_sample: of what leaves skipped blocks, the shape of a number for each sample, if samples lie in it: weights
+            are tensors of that. None: they are host numbers.
         checked: which variants were held against their plain meaning, by ``Key``, and the seconds.
         uses: what those that are compiled do with their buffers.
     """
 
     def __init__(self, program: Program, lower: Lowering, *, dense: bool, numbers: torch.device | None = None) -> None:
         self.program, self.lower, self.dense, self.numbers = program, lower, dense, numbers
+        self.by_sample: Callable[[Stream], tuple[int, ...] | None] | None = None
         self.checked: dict[Any, float] = {}
         self._built: dict[Key, Variant] = {}
         self.uses: dict[tuple[Kind, tuple[Form, ...]], dict[Slot, Use]] = {}
@@ -79,16 +83,33 @@ class ProgramVariants:
         examples = [_example(segment.inputs[i]) for i in variant.values]
         inputs = variant.module.graph.find_nodes(op="placeholder")
         examples += map(value_of, inputs[len(variant.values) :])
-        if self.numbers is not None:
-            variant = in_memory(variant, self.numbers)
-            number = tensors(examples)[0].new_empty((), dtype=torch.int64, device=self.numbers)
-            held = [False] * len(variant.values) + [slot.is_held for slot in variant.slots]
-            examples = [number if there else e for e, there in zip(examples, held, strict=True)]
+        held = self._held(variant, segment, forms)
+        if held:
+            like = tensors(examples)[0]
+            device = self.numbers or like.device
+            variant = in_memory(variant, device, held)
+            for place, slot in enumerate(variant.slots, len(variant.values)):
+                if slot in held:
+                    examples[place] = like.new_empty(held[slot], dtype=torch.int64, device=device)
         lower = of_rare_calls(self.lower) if segment.timed else self.lower
         graph = lower(variant, examples), variant.values, variant.slots
         if not variant.ranks:
             self._unranked[segment.kind, forms] = graph
         return graph
+
+    def weighed(self, slot: Slot, of: Site | Stream, keep: Keep) -> tuple[int, ...] | None:
+        """The shape of a number that is a weight for each sample; None where it is none."""
+        if self.by_sample is None or slot.kind is not Number.MOVE or not isinstance(of, Stream):
+            return None
+        return self.by_sample(of) if keep.history is not None and keep.history.weighs else None
+
+    def _held(self, variant: Variant, segment: Segment, forms: tuple[Form, ...]) -> dict[Slot, tuple[int, ...]]:
+        """Those of a variant's numbers that are tensors, and their shapes."""
+        if self.numbers is not None:
+            return {slot: () for slot in variant.slots if slot.is_held}
+        owners = self._owners(segment)
+        shapes = {s: self.weighed(s, owners[s.position], forms[s.position].keep) for s in variant.slots}
+        return {slot: shape for slot, shape in shapes.items() if shape is not None}
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:
         """The rewritten graph of a segment, checked against what it stands for; built once."""

@@ -121,6 +121,10 @@ class Ring(History):
         return self.correct > 0
 
     @property
+    def weighs(self) -> bool:
+        return self.measured is None
+
+    @property
     def by_sample(self) -> bool:
         return self.measured is None
 

@@ -75,6 +75,11 @@ class History:
         return False
 
     @property
+    def weighs(self) -> bool:
+        """Whether ``MOVE`` numbers are weights of what is kept, which may be others for each sample of a batch."""
+        return False
+
+    @property
     def by_sample(self) -> bool:
         """Whether what is kept of a sample, and told from it, is the same whatever samples stand beside it."""
         return True

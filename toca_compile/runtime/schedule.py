@@ -202,8 +202,9 @@ class Schedule:
 
     def moment(self, step: int) -> Hashable:
         """What steps must have in common, of this plan or of another for the same graph, to be computed as one batch:
-        the variants and the host numbers, but for what tells where in its run a step is. The stamps and rings of a
-        sample are then to be taken over into another's count (``since``, ``History.turned``)."""
+        the variants and the host numbers, but for what tells where in its run a step is, and for the weights of what
+        leaves skipped blocks, of which each sample has its own (``weights``). The stamps and rings of a sample are then
+        to be taken over into another's count (``since``, ``History.turned``)."""
         index = min(step, len(self.rows) - 1)
         if index not in self._moments or self.plan.endless:
             row = self.unskipped[index]
@@ -211,17 +212,23 @@ class Schedule:
             for site, action in zip(self.program.sites, row, strict=True):
                 keep, past = self.keeps[site.index], self.past(index, site)
                 if keep.history is not None:
-                    told = action.numbers(_unturned(keep.history, past), index, keep)
+                    told = action.numbers(_turned(keep.history, past), index, keep)
                     numbers.append(tuple(told.items()))
                 if keep.stamp:
                     counted = index if self.plan.selector.counts_steps else None
                     numbers.append((action.computed(site), index - past.since, counted))
             if self.range is not None:
-                memory, past = self.plan.skip.memory, self.past(step, self.range.owners[0])
-                numbers.append(tuple(memory.numbers(_unturned(memory, past), step, past.made).items()))
+                weighs, told = self.plan.skip.memory.weighs, self.passed(step, 0)
+                numbers.append(tuple((k, v) for k, v in told.items() if not (weighs and k[0] is Number.MOVE)))
             variants = tuple(call.variant for call in self.joined(self.calls[index]))
             self._moments[index] = (self.plan.selector, variants, tuple(numbers))
         return self._moments[index]
+
+    def passed(self, step: int, turned: int) -> Numbers:
+        """The host numbers of what leaves skipped blocks, if its ring is turned so far."""
+        assert self.range is not None
+        memory, past = self.plan.skip.memory, self.past(step, self.range.owners[0])
+        return memory.numbers(_turned(memory, past, turned), step, past.made)
 
     def kept(self) -> list[tuple[State, int, Site | Stream]]:
         """The buffers that live from step to step: what, which of several, and whose."""
@@ -329,9 +336,9 @@ def _after(past: Past, step: int, action: Action, kept: int, known: dict[tuple[i
     return known[key]
 
 
-def _unturned(history: History, past: Past) -> Past:
-    """A past with which numbers do not tell how far the history's ring has turned."""
-    return past._replace(times=past.times - history.turned(past)[0])
+def _turned(history: History, past: Past, by: int = 0) -> Past:
+    """A past of which numbers say that the history's ring has turned so far, whatever it has."""
+    return past._replace(times=past.times - history.turned(past)[0] + by)
 
 
 def _keeps(sites: Sequence[Site], plan: Plan) -> list[Keep]:

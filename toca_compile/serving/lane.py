@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from toca_compile.errors import PolicyError, TocaError, UnsupportedGraphError
 from toca_compile.ir.factors import Factor
 from toca_compile.ir.plan import Plan, Policy
-from toca_compile.ir.state import State
+from toca_compile.ir.state import Number, State
 from toca_compile.ir.types import Site
 from toca_compile.passes.proof.samples import sample_factor, samples_in
 from toca_compile.runtime.cache_state import like_buffer
@@ -131,6 +131,7 @@ class Followed:
         if self.why_apart is not None:
             lane.session.warn_once(f"requests are computed one by one, not in batches: {self.why_apart}")
         self._moments: dict[int, int] = {}
+        self._weights: dict[tuple[int, int], list[int]] = {}
         lane.hold(self.stored.items())
         for name, like in likes.items():
             self._laid[1].use(name, lane.working(name, like, self.stored[name]))
@@ -152,6 +153,8 @@ class Followed:
             batch = both.get(name)
             if batch is None or batch.numel() != several * like.numel() or pair.place(name, batch, schedule) is None:
                 return f"what is kept of {self.schedule.owners[name[1]].name} does not tell the samples apart"
+        if schedule.range is not None and schedule.plan.skip.memory.weighs and pair.executor.factor is None:
+            return "weights of what is kept cannot be told for each sample"
         return None if both.keys() == likes.keys() else "the policy means another plan for a batch than for one sample"
 
     def moment(self, step: int) -> int:
@@ -159,6 +162,19 @@ class Followed:
         if step not in self._moments:
             self._moments[step] = self._lane.moment(self.schedule, step)
         return self._moments[step]
+
+    def weights(self, step: int, turned: int) -> list[int]:
+        """How much counts, at a step, what is kept of skipped blocks, in a ring that is turned so far."""
+        if (step, turned) not in self._weights:
+            told = self.schedule.passed(step, turned)
+            self._weights[step, turned] = [number for (kind, _), number in told.items() if kind is Number.MOVE]
+        return self._weights[step, turned]
+
+    def ring(self, step: int) -> int:
+        """How far the ring of that is turned."""
+        schedule = self.schedule
+        assert schedule.range is not None
+        return schedule.plan.skip.memory.turned(schedule.past(step, schedule.range.owners[0]))[0]
 
     @property
     def interval(self) -> int:
@@ -200,6 +216,7 @@ class Graphed:
 
     def __init__(self, executor: Turned, factor: Factor | None) -> None:
         self.executor, self.factor = executor, factor
+        executor.tell_apart(factor)
 
     def place(self, name: Name, like: Tensor, schedule: Schedule) -> Place | None:
         """Where the samples lie in a buffer; None where they do not, or are none."""
@@ -359,7 +376,11 @@ class Lane:
                     self.pool.gather(key, apart, slots, turns)
                 if use.written:
                     moved.append((key, apart[: len(members)], slots[: len(members)], turns[: len(members)]))
-            answer = laid.step(leader.step, inputs)
+            weights = None
+            if executor.factor is not None and laid.schedule.range is not None:
+                turned = leader.followed.ring(leader.step)
+                weights = executor.weights([m.followed.weights(m.step, turned) for m in filled], kind.rows)
+            answer = laid.step(leader.step, inputs, weights)
             for written in moved:
                 self.pool.scatter(*written)
             return answer

@@ -82,3 +82,16 @@ def test_every_op_with_a_number_has_the_overload() -> None:
         if isinstance(packet, torch._ops.OpOverloadPacket):
             symbolic = "SymInt " in str(packet.default._schema).replace("SymInt k", "")
             assert ("numbers" in packet.overloads()) == symbolic
+
+
+def test_a_weight_for_each_sample() -> None:
+    """Of several numbers one alone; what stays on the host is a number still."""
+    one, two = Slot(Number.MOVE, 0, 0), Slot(Number.MOVE, 0, 1)
+    module, weights = variant(toca.weighted.default, [Slot(State.OUTPUT, 0), one, two], "cache0", "move0"), (3, 5)
+    held = in_memory(module, CPU, {one})
+    cache = torch.randn(2, 4)
+    own = torch.tensor(weights)[:, None]
+    expected = torch.stack(
+        [module.module(torch.zeros(()), row, w, 7)[0] for row, w in zip(cache, weights, strict=True)]
+    )
+    torch.testing.assert_close(held.module(torch.zeros(()), cache, own, 7)[0], expected)
