@@ -43,8 +43,8 @@ class ProgramVariants:
         numbers: the device on which host numbers lie for the variants, all but K; None: on the host.
 
     Attributes:
-        by_sample: of what leaves skipped blocks, the shape of a number for each sample, if samples lie in it: weights
-            are tensors of that. None: they are host numbers.
+        by_sample: of what leaves skipped blocks, the shape of a number for each sample, if samples lie in it: numbers
+            that multiply it are tensors of that. None: they are host numbers.
         checked: which variants were held against their plain meaning, by ``Key``, and the seconds.
         uses: what those that are compiled do with their buffers.
     """
@@ -97,18 +97,18 @@ class ProgramVariants:
             self._unranked[segment.kind, forms] = graph
         return graph
 
-    def weighed(self, slot: Slot, of: Site | Stream, keep: Keep) -> tuple[int, ...] | None:
-        """The shape of a number that is a weight for each sample; None where it is none."""
-        if self.by_sample is None or slot.kind is not Number.MOVE or not isinstance(of, Stream):
+    def told_apart(self, slot: Slot, of: Site | Stream, keep: Keep) -> tuple[int, ...] | None:
+        """The shape of a number that each sample has its own of; None where it is none."""
+        if self.by_sample is None or keep.history is None or not isinstance(of, Stream):
             return None
-        return self.by_sample(of) if keep.history is not None and keep.history.weighs else None
+        return self.by_sample(of) if slot.kind in keep.history.by_value else None
 
     def _held(self, variant: Variant, segment: Segment, forms: tuple[Form, ...]) -> dict[Slot, tuple[int, ...]]:
         """Those of a variant's numbers that are tensors, and their shapes."""
         if self.numbers is not None:
             return {slot: () for slot in variant.slots if slot.is_held}
         owners = self._owners(segment)
-        shapes = {s: self.weighed(s, owners[s.position], forms[s.position].keep) for s in variant.slots}
+        shapes = {s: self.told_apart(s, owners[s.position], forms[s.position].keep) for s in variant.slots}
         return {slot: shape for slot, shape in shapes.items() if shape is not None}
 
     def build(self, segment: Segment, forms: tuple[Form, ...], plan: Plan) -> Variant:

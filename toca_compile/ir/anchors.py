@@ -121,8 +121,8 @@ class Ring(History):
         return self.correct > 0
 
     @property
-    def weighs(self) -> bool:
-        return self.measured is None
+    def by_value(self) -> frozenset[Number]:
+        return frozenset([Number.MOVE] if self.measured is None else [])
 
     @property
     def by_sample(self) -> bool:

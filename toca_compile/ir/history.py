@@ -75,9 +75,9 @@ class History:
         return False
 
     @property
-    def weighs(self) -> bool:
-        """Whether ``MOVE`` numbers are weights of what is kept, which may be others for each sample of a batch."""
-        return False
+    def by_value(self) -> frozenset[Number]:
+        """Which of its numbers multiply or divide whole values, so that each sample of a batch may have its own."""
+        return frozenset()
 
     @property
     def by_sample(self) -> bool:
@@ -151,6 +151,10 @@ class CacheSpec(History):
     @property
     def depth(self) -> int:
         return self.order
+
+    @property
+    def by_value(self) -> frozenset[Number]:
+        return frozenset([Number.KEEP, Number.MOVE])
 
     def why_not_by_token(self) -> str | None:
         return "basis='taylor'" if self.basis == "newton" and self.order else None

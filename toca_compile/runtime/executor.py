@@ -36,7 +36,7 @@ from toca_compile.runtime.step_control import Run, RunConstants, StepControl
 log = logging.getLogger(__name__)
 
 Graph = tuple[Callable[..., Sequence[Any]], tuple[int, ...], tuple[Slot, ...]]
-WeightOf = Callable[[Stream, int], torch.Tensor]  # of what leaves skipped blocks, which of its weights: by sample
+NumberOf = Callable[[Stream, Number, int], torch.Tensor]  # of what leaves skipped blocks, for each sample
 _Variant = tuple[Kind, tuple[Form, ...]]  # the kind of segment, and what its sites do
 
 FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take turns
@@ -45,7 +45,7 @@ FOLLOWED = 8  # plans that stay laid out: pipelines of several lengths may take 
 class Variants(Protocol):
     """Where an executor's graphs come from (``compiler/variants.py``). ``checked``: seconds for each variant that was
     held against its plain meaning; ``uses``: what those that are compiled do with their buffers; ``by_sample``: the
-    shape of weights that each sample has its own of."""
+    shape of numbers that each sample has its own of."""
 
     by_sample: Callable[[Stream], tuple[int, ...] | None] | None
     checked: dict[Any, float]
@@ -63,8 +63,8 @@ class Variants(Protocol):
         """A segment's variant, built, verified and lowered."""
         ...
 
-    def weighed(self, slot: Slot, of: Site | Stream, keep: Keep) -> tuple[int, ...] | None:
-        """The shape of a number that is a weight for each sample; None where it is none."""
+    def told_apart(self, slot: Slot, of: Site | Stream, keep: Keep) -> tuple[int, ...] | None:
+        """The shape of a number that each sample has its own of; None where it is none."""
         ...
 
 
@@ -102,7 +102,7 @@ class Flat(Protocol):
 @dataclass(frozen=True, slots=True)
 class _BoundCall:
     """A variant with its arguments in one run: where values lie, the buffers, and where which numbers go among them:
-    those of sites, and those of what leaves skipped blocks. ``weights``: those of the latter that each sample has its
+    those of sites, and those of what leaves skipped blocks. ``apart``: those of the latter that each sample has its
     own of. ``held``: those that lie in memory. ``free``: which values nothing later needs."""
 
     call: Callable[..., Sequence[Any]]
@@ -110,7 +110,7 @@ class _BoundCall:
     buffers: tuple[torch.Tensor | None, ...]
     numbers: tuple[tuple[int, Site, Number, int], ...]
     moves: tuple[tuple[int, tuple[Number, int]], ...]
-    weights: tuple[tuple[int, Stream, int], ...]
+    apart: tuple[tuple[int, Stream, Number, int], ...]
     held: tuple[tuple[Hashable, Site | Stream, Number, int], ...]
     results: tuple[int, ...]
     free: tuple[int, ...]
@@ -179,7 +179,7 @@ class Executor:
         self.peers: Peers | None = None
         self.names: tuple[str, ...] = ()
         self._flat = flat
-        self._weights: WeightOf | None = None
+        self._apart: NumberOf | None = None
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
         graph = program.module.graph
         self._place: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -369,7 +369,7 @@ class Executor:
         if schedule.probe is not None:
             moves = moves | schedule.plan.skip.gate.numbers(run.step, len(schedule.rows))
         fixed = self._fixed(run, key)
-        step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed, self._weights)
+        step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed, self._apart)
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
         bound = self._bound(calls, now, run, key)
         if self._constant and not self._restore(inputs, step.values, run, key):
@@ -581,7 +581,7 @@ class Executor:
         buffers: list[torch.Tensor | None] = []
         numbers: list[tuple[int, Site, Number, int]] = []
         moves: list[tuple[int, tuple[Number, int]]] = []
-        weights: list[tuple[int, Stream, int]] = []
+        apart: list[tuple[int, Stream, Number, int]] = []
         held: list[tuple[Hashable, Site | Stream, Number, int]] = []
         for position, slot in enumerate(slots, len(used)):
             of = schedule.owners[segment.sites[slot.position]]
@@ -593,8 +593,8 @@ class Executor:
             elif isinstance(slot.kind, Number) and isinstance(of, Site):
                 numbers.append((position, of, slot.kind, slot.index))
             elif isinstance(slot.kind, Number) and isinstance(of, Stream):
-                if self.variants.weighed(slot, of, schedule.keeps[of.index]) is not None:
-                    weights.append((position, of, slot.index))
+                if self.variants.told_apart(slot, of, schedule.keeps[of.index]) is not None:
+                    apart.append((position, of, slot.kind, slot.index))
                 else:
                     moves.append((position, (slot.kind, slot.index)))
         places = tuple(self._place[segment.inputs[i]] for i in used)
@@ -602,7 +602,7 @@ class Executor:
         at = segment.at if isinstance(segment, Chain) else (call.at,) if call is not schedule.probe else ()
         free = tuple(place for i in at for place in now.free[i])
         known[call] = _BoundCall(
-            compiled, places, tuple(buffers), tuple(numbers), tuple(moves), tuple(weights), tuple(held), results, free
+            compiled, places, tuple(buffers), tuple(numbers), tuple(moves), tuple(apart), tuple(held), results, free
         )
         return known[call]
 
@@ -639,14 +639,14 @@ class Executor:
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One step of one graph, while it runs. ``moves``: the numbers of what leaves skipped blocks; ``values``: by their
-    places; ``fixed``: where numbers lie, if in memory; ``weights``: makes those that each sample has its own of."""
+    places; ``fixed``: where numbers lie, if in memory; ``apart``: tells those that each sample has its own of."""
 
     schedule: Schedule
     index: int
     moves: Numbers
     values: list[Any]
     fixed: Fixed | None = None
-    weights: WeightOf | None = None
+    apart: NumberOf | None = None
 
     def run(self, calls: Sequence[_BoundCall]) -> Sequence[Any]:
         """Run segments; what the last of them made."""
@@ -679,9 +679,9 @@ class _Step:
                 arguments[position] = number(self.index, site, kind, index)
             for position, name in bound.moves:
                 arguments[position] = self.moves[name]
-            for position, stream, index in bound.weights:
-                assert self.weights is not None
-                arguments[position] = self.weights(stream, index)
+            for position, stream, kind, index in bound.apart:
+                assert self.apart is not None
+                arguments[position] = self.apart(stream, kind, index)
             made = bound.call(*arguments)
             for place, value in zip(bound.results, made, strict=False):
                 values[place] = value

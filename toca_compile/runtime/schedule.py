@@ -202,8 +202,8 @@ class Schedule:
 
     def moment(self, step: int) -> Hashable:
         """What steps must have in common, of this plan or of another for the same graph, to be computed as one batch:
-        the variants and the host numbers, but for what tells where in its run a step is, and for the weights of what
-        leaves skipped blocks, of which each sample has its own (``weights``). The stamps and rings of a sample are then
+        the variants and the host numbers, but for what tells where in its run a step is, and for those of what leaves
+        skipped blocks of which each sample has its own (``passed``). The stamps and rings of a sample are then
         to be taken over into another's count (``since``, ``History.turned``)."""
         index = min(step, len(self.rows) - 1)
         if index not in self._moments or self.plan.endless:
@@ -218,8 +218,8 @@ class Schedule:
                     counted = index if self.plan.selector.counts_steps else None
                     numbers.append((action.computed(site), index - past.since, counted))
             if self.range is not None:
-                weighs, told = self.plan.skip.memory.weighs, self.passed(step, 0)
-                numbers.append(tuple((k, v) for k, v in told.items() if not (weighs and k[0] is Number.MOVE)))
+                apart, told = self.plan.skip.memory.by_value, self.passed(step, 0)
+                numbers.append(tuple((name, number) for name, number in told.items() if name[0] not in apart))
             variants = tuple(call.variant for call in self.joined(self.calls[index]))
             self._moments[index] = (self.plan.selector, variants, tuple(numbers))
         return self._moments[index]

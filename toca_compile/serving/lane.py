@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from toca_compile.errors import PolicyError, TocaError, UnsupportedGraphError
 from toca_compile.ir.factors import Factor
+from toca_compile.ir.history import Numbers
 from toca_compile.ir.plan import Plan, Policy
-from toca_compile.ir.state import Number, State
+from toca_compile.ir.state import State
 from toca_compile.ir.types import Site
 from toca_compile.passes.proof.samples import sample_factor, samples_in
 from toca_compile.runtime.cache_state import like_buffer
@@ -131,7 +132,7 @@ class Followed:
         if self.why_apart is not None:
             lane.session.warn_once(f"requests are computed one by one, not in batches: {self.why_apart}")
         self._moments: dict[int, int] = {}
-        self._weights: dict[tuple[int, int], list[int]] = {}
+        self._numbers: dict[tuple[int, int], Numbers] = {}
         lane.hold(self.stored.items())
         for name, like in likes.items():
             self._laid[1].use(name, lane.working(name, like, self.stored[name]))
@@ -153,8 +154,8 @@ class Followed:
             batch = both.get(name)
             if batch is None or batch.numel() != several * like.numel() or pair.place(name, batch, schedule) is None:
                 return f"what is kept of {self.schedule.owners[name[1]].name} does not tell the samples apart"
-        if schedule.range is not None and schedule.plan.skip.memory.weighs and pair.executor.factor is None:
-            return "weights of what is kept cannot be told for each sample"
+        if schedule.range is not None and schedule.plan.skip.memory.by_value and pair.executor.factor is None:
+            return "the numbers of a forecast cannot be told for each sample"
         return None if both.keys() == likes.keys() else "the policy means another plan for a batch than for one sample"
 
     def moment(self, step: int) -> int:
@@ -163,12 +164,11 @@ class Followed:
             self._moments[step] = self._lane.moment(self.schedule, step)
         return self._moments[step]
 
-    def weights(self, step: int, turned: int) -> list[int]:
-        """How much counts, at a step, what is kept of skipped blocks, in a ring that is turned so far."""
-        if (step, turned) not in self._weights:
-            told = self.schedule.passed(step, turned)
-            self._weights[step, turned] = [number for (kind, _), number in told.items() if kind is Number.MOVE]
-        return self._weights[step, turned]
+    def numbers(self, step: int, turned: int) -> Numbers:
+        """Those of what leaves skipped blocks, at a step, in a ring that is turned so far."""
+        if (step, turned) not in self._numbers:
+            self._numbers[step, turned] = self.schedule.passed(step, turned)
+        return self._numbers[step, turned]
 
     def ring(self, step: int) -> int:
         """How far the ring of that is turned."""
@@ -376,11 +376,11 @@ class Lane:
                     self.pool.gather(key, apart, slots, turns)
                 if use.written:
                     moved.append((key, apart[: len(members)], slots[: len(members)], turns[: len(members)]))
-            weights = None
+            numbers = None
             if executor.factor is not None and laid.schedule.range is not None:
                 turned = leader.followed.ring(leader.step)
-                weights = executor.weights([m.followed.weights(m.step, turned) for m in filled], kind.rows)
-            answer = laid.step(leader.step, inputs, weights)
+                numbers = executor.numbers([m.followed.numbers(m.step, turned) for m in filled], kind.rows)
+            answer = laid.step(leader.step, inputs, numbers)
             for written in moved:
                 self.pool.scatter(*written)
             return answer

@@ -10,13 +10,14 @@ from torch import fx
 from toca_compile.errors import LoweringError, TocaError, UnsupportedGraphError
 from toca_compile.ir.factors import Factor
 from toca_compile.ir.graph import value_of
+from toca_compile.ir.history import Numbers
 from toca_compile.ir.plan import Policy
 from toca_compile.ir.program import GraphPlan, Stream, Use
-from toca_compile.ir.state import State
+from toca_compile.ir.state import Number, State
 from toca_compile.lowerings import is_whole
 from toca_compile.passes.proof.samples import samples_in
 from toca_compile.runtime.cache_state import owner
-from toca_compile.runtime.executor import Executor, WeightOf
+from toca_compile.runtime.executor import Executor, NumberOf
 from toca_compile.runtime.schedule import Row, Schedule
 from toca_compile.runtime.step_control import Run, StepControl
 from toca_compile.serving.pool import Place
@@ -47,28 +48,30 @@ class Turned(Executor):
     _told = False
 
     def tell_apart(self, factor: Factor | None) -> None:
-        """Let each sample have weights of its own of what leaves skipped blocks. ``factor``: numbers the samples. Lanes
+        """Let each sample have numbers of its own of what leaves skipped blocks. ``factor``: numbers the samples. Lanes
         whose requests have other numbers of samples may share the graph, and the first of them says."""
         if not self._told:
             self._told, self.factor = True, factor
             self.variants.by_sample = self._by_sample if factor is not None else None
 
-    def weights(self, told: Sequence[Sequence[int]], rows: int) -> WeightOf:
-        """The weights ``told`` of each request, of so many samples, as the graph takes them."""
+    def numbers(self, told: Sequence[Numbers], rows: int) -> NumberOf:
+        """The numbers ``told`` of each request, of so many samples, as the graph takes them."""
         made: dict[int, Sequence[torch.Tensor]] = {}
+        names = {name: row for row, name in enumerate(told[0])}
 
-        def weight(stream: Stream, index: int) -> torch.Tensor:
+        def number(stream: Stream, kind: Number, index: int) -> torch.Tensor:
             if stream.index not in made:
                 place, shape = self._place_of(stream), self._by_sample(stream)
                 assert place is not None
                 assert shape is not None
-                table = torch.empty((len(told[0]), *shape), dtype=torch.int64)
+                table = torch.empty((len(names), *shape), dtype=torch.int64)
                 apart = replace(place, dim=place.dim + 1).by_request(table, len(told), rows)
-                apart.copy_(torch.tensor(told).view(len(told), 1, -1, *[1] * (apart.dim() - 3)))
+                values = torch.tensor([[own[name] for name in names] for own in told])
+                apart.copy_(values.view(len(told), 1, -1, *[1] * (apart.dim() - 3)))
                 made[stream.index] = table.to(value_of(stream.output).device, non_blocking=True).unbind()
-            return made[stream.index][index]
+            return made[stream.index][names[kind, index]]
 
-        return weight
+        return number
 
     def _by_sample(self, stream: Stream) -> tuple[int, ...] | None:
         """The shape of a number for each sample of what leaves skipped blocks, if samples lie in it."""
@@ -162,10 +165,10 @@ class LaidOut:
             self._touched[id(calls)] = [(name[len(executor.key) :], buffer, use) for name, buffer, use in named]
         return self._touched[id(calls)]
 
-    def step(self, number: int, inputs: Inputs, weights: WeightOf | None) -> Any:
+    def step(self, number: int, inputs: Inputs, apart: NumberOf | None) -> Any:
         """Compute a step on what lies in the buffers."""
         executor, run, key = self._executor, self._run, self._executor.key
-        executor._now, executor._weights = self._followed, weights
+        executor._now, executor._apart = self._followed, apart
         run.step, run.last[key], run.schedules[key] = number, number - 1, self.schedule
         if self.schedule.range is not None:
             run.computed[key] = self.schedule.past(number, self.schedule.range.owners[0])
