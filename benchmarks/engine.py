@@ -24,7 +24,7 @@ from toca_compile.policies.given import checked_policy
 from toca_compile.serving.requests import Scheduled
 
 STEPS = (10, 16, 24)
-LOADS = (0.5, 0.8, 0.95)
+LOADS = (0.5, 0.8, 0.95, 1.2)
 SIZES = (1, 2, 4, 8)
 
 Make = Callable[[int], Request]
@@ -151,7 +151,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["dit", "flux"], choices=("dit", "flux"))
-    parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--policy", default="balanced")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -177,10 +177,24 @@ def test_slots_beyond_the_memory_are_waited_for() -> None:
     while engine.pending:
         most = max(most, engine.tick())
         assert engine.cache_bytes <= 5 * slot
-    assert most == 3  # and two in the batch
+    assert most == 2  # as many as a batch of half of the memory holds
     alone = Alone(model)
     for seed, ticket in enumerate(tickets):
         same(ticket.result(), alone(picture(seed, 4), Fora(4, 2)))
+
+
+def test_no_more_are_at_work_than_a_batch_holds() -> None:
+    """In the order in which they came; those of another kind do not wait for them."""
+    model = randomize(PlainDiT(depth=1))
+    engine = Engine(model, Fora(4, 2), lowering="eager", sizes=(1, 2))
+    tickets = [engine.submit(picture(seed, 4)) for seed in range(3)]
+    tickets.append(engine.submit(picture(3, 4, 2.0)))
+    assert engine.tick() == 3
+    assert [ticket.steps for ticket in tickets] == [1, 1, 0, 1]
+    engine.run()
+    alone = Alone(model)
+    for ticket, given in zip(tickets, ((0, 4), (1, 4), (2, 4), (3, 4, 2.0)), strict=True):
+        same(ticket.result(), alone(picture(*given), Fora(4, 2)))
 
 
 def test_a_policy_that_keeps_more_waits_for_room_too() -> None:

@@ -3,7 +3,7 @@ of the model, and whoever is about to compute everything waits a little for the 
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -90,7 +90,7 @@ class Engine:
         model: a diffusion transformer in eval mode, as of ``optimize``. It is not changed.
         policy: as of ``optimize``; fitted to each request's number of steps and guidance.
         memory: bytes that caches may take; requests beyond it wait. None: no limit.
-        sizes: of batches, ascending from 1.
+        sizes: of batches, ascending from 1. Of a kind of request as many are at work as the largest holds; others wait.
         options: ``lowering`` and ``grid``, as of ``optimize``.
 
     Attributes:
@@ -300,19 +300,23 @@ class Engine:
         return self._lanes[kind]
 
     def _admit(self) -> None:
-        """Give slots to requests in the order in which they came, as far as there is memory."""
-        while self._ready:
-            first = self._ready[0]
-            slot = self._slot(first.lane)
-            if slot is None:
-                if not self._active:  # nobody will give any back
-                    self._ready.popleft()
-                    self._settle(first.ticket, error=TocaError(self._too_large(first.lane)))
-                    continue
+        """Give slots to requests in the order in which they came, as far as there is memory. More of a kind than a
+        batch holds would only keep one another waiting."""
+        at_work = Counter(id(active.lane) for active in self._active)
+        for first in list(self._ready):
+            lane = first.lane
+            if at_work[id(lane)] >= lane.most:
+                continue
+            slot = self._slot(lane)
+            if slot is None and self._active:
                 return
-            self._ready.popleft()
-            first.slot = slot
-            self._active.append(first)
+            self._ready.remove(first)
+            if slot is None:  # nobody will give any back
+                self._settle(first.ticket, error=TocaError(self._too_large(lane)))
+            else:
+                first.slot = slot
+                self._active.append(first)
+                at_work[id(lane)] += 1
 
     def _due(self) -> list[Active]:
         """Who goes on in a tick. What computes everything costs most: whoever is about to waits until all of its lane
