@@ -97,11 +97,11 @@ class Stack(nn.Module):
 
 
 class Judge:
-    """A trained model with its uncached samples."""
+    """A trained model with its uncached samples. ``first``: class or prompt that a batch begins with."""
 
-    def __init__(self, trained: Trained, seeds: Sequence[int], samples: int) -> None:
+    def __init__(self, trained: Trained, seeds: Sequence[int], samples: int, first: int = 0) -> None:
         self.steps, self.seeds, self.samples = trained.steps, seeds, samples
-        self.model, self.sampler = trained.load()
+        self.model, self.sampler = trained.load(first=first)
         self.stack = Stack(self.model)
         self.reference = {seed: self.sampled(seed) for seed in seeds}
 
