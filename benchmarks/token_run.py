@@ -41,12 +41,14 @@ class Place:
             run, ``never``.
         blocks: ``all``, the ``first`` or the ``last`` quarter; what the others add stays forecast.
         by: how tokens are chosen. ``error``: the true one now; ``interval``, ``run``: its sum to the next full step or
-            over the run, foreseen; ``anywhere``: the largest of all tokens at all steps. Without an oracle: ``missed``
-            at the last full step, ``slope`` of the last two, ``frequency`` and ``foreground`` (of the finished
-            picture), ``random``.
+            over the run, foreseen; ``anywhere``: all above what a share of the tokens of a forecast run is above;
+            ``pictures``: the same of whole pictures. Without an oracle: ``guess``, as ``anywhere``, by how far the
+            forecast is from one of a lower order; ``missed`` when last computed, ``slope`` of the last two values,
+            ``frequency`` and ``foreground`` (of the finished picture), ``random``.
         half: ``both`` of a guided pair alike, or ``c`` or ``u`` alone; ``c → u``, ``u → c``: the other moves along.
         spread: the change goes to all tokens. ``mean``: that of clusters of true errors; ``direction``: the part of
             each true error along its cluster's; ``nearest``: of one computed token a cluster of like slopes.
+        as_many: at each step as many as the oracle of ``anywhere`` takes there in the same run, its tokens kept.
         keep: computed tokens enter the history that later steps are forecast from, each with steps of its own.
         partial: tokens see the others as forecast at every block, not as they would be.
     """
@@ -56,11 +58,13 @@ class Place:
     by: str = "error"
     half: str = "both"
     spread: str = ""
+    as_many: bool = False
     keep: bool = False
     partial: bool = False
 
 
 NOWHERE = Place("never")
+FORESEEN = ("interval", "run", "anywhere", "pictures", "guess")
 
 
 class Past:
@@ -131,16 +135,19 @@ class Model(Judge):
         self.moves, self.guidance = moves(name, self.steps), GUIDANCE[name]
         self.depth = len(self.stack.joint) + len(self.stack.single)
         self.taps = Taps([*self.stack.joint, *self.stack.single])
-        self.foreseen: dict[tuple[Base, int], dict[int, Tensor]] = {}
+        self.foreseen: dict[tuple[Base, int], Sampling] = {}  # forecast runs, with what they missed
+        self.taken: dict[tuple[Base, int, float], dict[int, float]] = {}  # by the oracle of any step and token
 
     def run(self, base: Base, place: Place = NOWHERE, share: float = 0.0) -> tuple[float, float]:
         """PSNR in dB, and what was charged, in full steps; means over the seeds."""
         found = []
         for seed in self.seeds:
-            if place.by in ("interval", "run", "anywhere") and (base, seed) not in self.foreseen:
-                looked = self.sampling(seed, base, Place())
+            if (place.as_many or place.by in FORESEEN) and (base, seed) not in self.foreseen:
+                self.foreseen[base, seed] = self.sampling(seed, base, Place())
                 self.sampled(seed)
-                self.foreseen[base, seed] = looked.missed
+            if place.as_many and (base, seed, share) not in self.taken:
+                self.taken[base, seed, share] = self.sampling(seed, base, Place(by="anywhere", keep=True), share).taken
+                self.sampled(seed)
             sampling = self.sampling(seed, base, place, share)
             found.append((psnr(self.sampled(seed), self.reference[seed]), sampling.charged))
         dBs, charged = zip(*found, strict=True)
@@ -168,6 +175,9 @@ class Sampling:
         self.past = Past(max(self.kept, PARABOLA))
         self.told: dict[int, tuple[Tensor, Tensor]] = {}  # since a token was last computed: what, and of which
         self.missed: dict[int, Tensor] = {}  # of the guided prediction, times how far the sampler moves
+        self.guess: dict[int, Tensor] = {}  # how far that is from one of a lower order
+        self.last = torch.zeros(())  # what was missed of each token when it was computed
+        self.taken: dict[int, float] = {}  # shares of the tokens
         self.step, self.charged = 0, 0.0
         torch.manual_seed(seed)
 
@@ -179,7 +189,7 @@ class Sampling:
             self.charged += 1
             true = self._true(blocks, slice(0, 2 * n))
             if told is not None:
-                self._note(step, true[-1] - told[-1], n)
+                self.missed[step] = self.last = self._guided(true[-1] - told[-1], n, step)
             return self._computed(step, true, true[-1], torch.ones(true.shape[1:3], dtype=torch.bool))
         if self._here(step):
             return self._replaced(step, told, blocks, n)
@@ -197,22 +207,27 @@ class Sampling:
         place = self.place
         half = {"c": slice(0, n), "u": slice(n, 2 * n), "b": slice(0, 2 * n)}[place.half[0]]
         true = told.clone()
-        if not place.partial or place.by == "error":
+        if not place.partial or place.by in ("error", "anywhere"):  # an oracle of the choice alone
             true[:, half] = self._true(blocks, half)
         change = self._change(true, told)
-        self._note(step, change, n)
+        self.missed[step] = self._guided(change, n, step)
+        lower = self.past.at(step, *(("reused", 1) if self.rule == "line" else ("line", 2)))
+        self.guess[step] = self._guided(told[-1] - lower[-1], n, step)
         if place.spread in ("mean", "direction"):
             self.charged += self.share
             mask, value = torch.zeros(told.shape[1:3], dtype=torch.bool), told[-1] + self._spread(change, n)
         else:
             mask, to = self._nearest(n) if place.spread else (self._chosen(step, n), None)
             mask[: half.start], mask[half.stop :] = False, False
-            self.charged += self.cost * float(mask.float().mean())
+            self.taken[step] = float(mask.float().mean())
+            self.charged += self.cost * self.taken[step]
             if place.partial:
                 self.model.taps.others = mask, told
                 true[:, half] = self._true(blocks, half)
                 self.model.taps.others = None
                 change = self._change(true, told)
+                self.missed[step] = self._guided(change, n, step)
+            self.last = torch.where(mask[:n], self.missed[step], self.last)
             if to is None:
                 change = change * mask[..., None]
             else:
@@ -246,36 +261,41 @@ class Sampling:
             return change[-1]
         return change[0] if self.place.blocks == "first" else change[-1] - change[0]
 
-    def _guided(self, pair: Tensor, n: int) -> Tensor:
-        """``[n, tokens]``: how long that is which guidance makes of a pair, or a half that alone is computed."""
+    def _guided(self, pair: Tensor, n: int, step: int) -> Tensor:
+        """``[n, tokens]``: how far a pair, or the half that alone is computed, moves the picture at a step."""
         g = {"c": 1.0, "u": 0.0}.get(self.place.half[0], self.model.guidance)
-        return (g * pair[:n] + (1 - g) * pair[n:]).norm(dim=-1)
-
-    def _note(self, step: int, missed: Tensor, n: int) -> None:
-        self.missed[step] = self._guided(missed, n) * abs(self.model.moves[step])
+        return (g * pair[:n] + (1 - g) * pair[n:]).norm(dim=-1) * abs(self.model.moves[step])
 
     def _chosen(self, step: int, n: int) -> Tensor:
         """``[2 n, tokens]``: which tokens are computed, in each picture the same of both halves."""
-        foreseen = self.model.foreseen.get((self.base, self.seed), {})
-        if self.place.by == "anywhere":
-            between = torch.stack([m for i, m in foreseen.items() if i not in self.base.full])
-            return (self.missed[step] > between.quantile(1 - self.share)).repeat(2, 1)
-        score = self._score(step, n, foreseen)
-        top = score.topk(round(self.share * score.shape[1]), dim=1).indices
+        if self.place.by in ("anywhere", "pictures", "guess") and not self.place.as_many:
+            name = "guess" if self.place.by == "guess" else "missed"
+            foreseen = self.model.foreseen[self.base, self.seed]
+            then = torch.stack([m for i, m in getattr(foreseen, name).items() if i not in self.base.full])
+            now = getattr(self, name)[step]
+            if self.place.by == "pictures":
+                then, now = then.mean(-1), now.mean(-1, keepdim=True).expand_as(now)
+            return (now > then.quantile(1 - self.share)).repeat(2, 1)
+        score = self._score(step, n)
+        share = self.model.taken[self.base, self.seed, self.share][step] if self.place.as_many else self.share
+        top = score.topk(round(share * score.shape[1]), dim=1).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, value=True).repeat(2, 1)
 
-    def _score(self, step: int, n: int, foreseen: dict[int, Tensor]) -> Tensor:
+    def _score(self, step: int, n: int) -> Tensor:
         by, full = self.place.by, self.base.full
         if by in ("interval", "run"):
             end = min((s for s in full if s > step), default=self.model.steps)
             there = range(step, end) if by == "interval" else range(self.model.steps)
-            return torch.stack([m for i, m in foreseen.items() if i in there]).sum(0)
+            missed = self.model.foreseen[self.base, self.seed].missed
+            return torch.stack([m for i, m in missed.items() if i in there]).sum(0)
         if by == "missed":
-            return self.missed[max(s for s in full if s < step and s in self.missed)]
+            return self.last.expand_as(self.missed[step])
         if by in ("frequency", "foreground"):
             return token_map(self.model.reference[self.seed], by)
+        if by == "guess":
+            return self.guess[step]
         if by == "slope":
-            return self._guided(self.past.slope(), n)
+            return self._guided(self.past.slope(), n, step)
         return torch.rand_like(self.missed[step]) if by == "random" else self.missed[step]
 
     def _clusters(self, features: Tensor, n: int) -> tuple[Tensor, int, Tensor]:

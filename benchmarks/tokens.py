@@ -23,7 +23,8 @@ from common import RESULTS
 from token_run import Base, Model, Place
 from trained import TRAINED
 
-CALIBRATION, SEEDS, SAMPLES = (100,), (0, 1), 4
+CALIBRATION, CALIBRATED = (100,), 4  # samples of the first classes and prompts
+SEEDS, SAMPLES = (0, 1), 2  # of those that follow
 SHARES = (0.1, 0.25, 0.5)
 TRIED = {"fashion_dit": ("Newton o2", "Newton o3", "FoCa"), "emoji_flux": ("line", "Taylor o2", "HiCache", "FoCa")}
 KAPPAS = {"fashion_dit": (0.25, 0.5), "emoji_flux": (0.0, 0.25, 0.5)}
@@ -40,6 +41,8 @@ ORACLES = {
     "any step and token, by error": Place(by="anywhere"),
     "every step, by error, kept": Place(keep=True),
     "any step and token, by error, kept": Place(by="anywhere", keep=True),
+    "any step, whole pictures by error, kept": Place(by="pictures", keep=True),
+    "any step and token, by the lower order, kept": Place(by="guess", keep=True),
     "the step before a full one": Place("before"),
     "the first fifth of the run": Place("first"),
     "the last fifth of the run": Place("last"),
@@ -55,6 +58,13 @@ ORACLES = {
     "the unconditional half, the other moved along": Place(half="u → c"),
 }
 REAL = {
+    "any step and token, by error, kept, seeing forecasts": Place(by="anywhere", keep=True, partial=True),
+    "any step and token, by the lower order, kept, seeing forecasts": Place(by="guess", keep=True, partial=True),
+    "as many at each step, by error, kept": Place(as_many=True, keep=True, partial=True),
+    "as many at each step, by the lower order, kept": Place(by="guess", as_many=True, keep=True, partial=True),
+    "as many at each step, by what was missed before, kept": Place(by="missed", as_many=True, keep=True, partial=True),
+    "as many at each step, by the last slope, kept": Place(by="slope", as_many=True, keep=True, partial=True),
+    "as many at each step, by chance, kept": Place(by="random", as_many=True, keep=True, partial=True),
     "by error, seeing forecasts": Place(partial=True),
     "by what was missed at the last full step": Place(by="missed", partial=True),
     "by the last slope": Place(by="slope", partial=True),
@@ -91,7 +101,7 @@ def based(told: str, steps: int, count: int) -> Base:
 
 def forecasts(name: str, rows: list[Row]) -> Iterator[Row]:
     """With each number of full steps the forecast that is best on the calibration seed, held out."""
-    judge, other = Model(name, CALIBRATION, SAMPLES), Model(name, SEEDS, SAMPLES, SAMPLES)
+    judge, other = Model(name, CALIBRATION, CALIBRATED), Model(name, SEEDS, SAMPLES, CALIBRATED)
     for count in COUNTS[name]:
         if any(row[:3] == (name, "forecast", count) for row in rows):
             continue
@@ -112,7 +122,7 @@ def tried(name: str, rows: list[Row]) -> Iterator[Row]:
 
 
 def _places(name: str, rows: list[Row], places: dict[str, Place]) -> Iterator[Row]:
-    model = Model(name, SEEDS, SAMPLES, SAMPLES)
+    model = Model(name, SEEDS, SAMPLES, CALIBRATED)
     best = {row.full: row.base for row in rows if row[:2] == (name, "forecast")}
     for what, place in places.items():
         part = place.blocks != "all" or place.half != "both"
