@@ -42,7 +42,7 @@ class Place:
         blocks: ``all``, the ``first`` or the ``last`` quarter; what the others add stays forecast.
         by: how tokens are chosen. ``error``: the true one now; ``interval``, ``run``: its sum to the next full step or
             over the run, foreseen; ``anywhere``: all above what a share of the tokens of a forecast run is above;
-            ``pictures``: the same of whole pictures. Without an oracle: ``guess``, as ``anywhere``, by how far the
+            ``alike``: the same, but for how far the sampler moves at a step; ``pictures``: of whole pictures. Without an oracle: ``guess``, as ``anywhere``, by how far the
             forecast is from one of a lower order; ``missed`` when last computed, ``slope`` of the last two values,
             ``frequency`` and ``foreground`` (of the finished picture), ``random``.
         half: ``both`` of a guided pair alike, or ``c`` or ``u`` alone; ``c → u``, ``u → c``: the other moves along.
@@ -50,7 +50,8 @@ class Place:
             each true error along its cluster's; ``nearest``: of one computed token a cluster of like slopes.
         as_many: at each step as many as the oracle of ``anywhere`` takes there in the same run, its tokens kept.
         keep: computed tokens enter the history that later steps are forecast from, each with steps of its own.
-        partial: tokens see the others as forecast at every block, not as they would be.
+        sees: what computed tokens see the others as at every block: as they would be, computed too (``all``), as they
+            are ``forecast``, or as they were when last computed, whose keys and values are ``cached``.
     """
 
     when: str = "each"
@@ -60,11 +61,12 @@ class Place:
     spread: str = ""
     as_many: bool = False
     keep: bool = False
-    partial: bool = False
+    sees: str = "all"
 
 
 NOWHERE = Place("never")
-FORESEEN = ("interval", "run", "anywhere", "pictures", "guess")
+ANYWHERE = ("anywhere", "alike", "pictures", "guess")
+FORESEEN = ("interval", "run", *ANYWHERE)
 
 
 class Past:
@@ -168,7 +170,7 @@ class Sampling:
         depth, quarter = model.depth, max(1, model.depth // 4)
         self.cost = 1.0 if place.blocks == "all" else quarter / depth  # all blocks cost alike
         self.cuts: tuple[int, ...] = (depth,)  # after so many blocks the stream is looked at
-        if place.partial:
+        if place.sees != "all":
             self.cuts = tuple(range(1, depth + 1))
         elif place.blocks != "all":
             self.cuts = (quarter if place.blocks == "first" else depth - quarter, depth)
@@ -207,7 +209,7 @@ class Sampling:
         place = self.place
         half = {"c": slice(0, n), "u": slice(n, 2 * n), "b": slice(0, 2 * n)}[place.half[0]]
         true = told.clone()
-        if not place.partial or place.by in ("error", "anywhere"):  # an oracle of the choice alone
+        if place.sees == "all" or place.by in ("error", "anywhere"):  # an oracle of the choice alone
             true[:, half] = self._true(blocks, half)
         change = self._change(true, told)
         self.missed[step] = self._guided(change, n, step)
@@ -221,8 +223,8 @@ class Sampling:
             mask[: half.start], mask[half.stop :] = False, False
             self.taken[step] = float(mask.float().mean())
             self.charged += self.cost * self.taken[step]
-            if place.partial:
-                self.model.taps.others = mask, told
+            if place.sees != "all":
+                self.model.taps.others = mask, told if place.sees == "forecast" else self.past.values[-1]
                 true[:, half] = self._true(blocks, half)
                 self.model.taps.others = None
                 change = self._change(true, told)
@@ -268,11 +270,12 @@ class Sampling:
 
     def _chosen(self, step: int, n: int) -> Tensor:
         """``[2 n, tokens]``: which tokens are computed, in each picture the same of both halves."""
-        if self.place.by in ("anywhere", "pictures", "guess") and not self.place.as_many:
+        if self.place.by in ANYWHERE and not self.place.as_many:
             name = "guess" if self.place.by == "guess" else "missed"
             foreseen = self.model.foreseen[self.base, self.seed]
-            then = torch.stack([m for i, m in getattr(foreseen, name).items() if i not in self.base.full])
-            now = getattr(self, name)[step]
+            of = [abs(move) if self.place.by == "alike" else 1.0 for move in self.model.moves]
+            then = torch.stack([m / of[i] for i, m in getattr(foreseen, name).items() if i not in self.base.full])
+            now = getattr(self, name)[step] / of[step]
             if self.place.by == "pictures":
                 then, now = then.mean(-1), now.mean(-1, keepdim=True).expand_as(now)
             return (now > then.quantile(1 - self.share)).repeat(2, 1)

@@ -28,6 +28,7 @@ SEEDS, SAMPLES = (0, 1), 2  # of those that follow
 SHARES = (0.1, 0.25, 0.5)
 TRIED = {"fashion_dit": ("Newton o2", "Newton o3", "FoCa"), "emoji_flux": ("line", "Taylor o2", "HiCache", "FoCa")}
 KAPPAS = {"fashion_dit": (0.25, 0.5), "emoji_flux": (0.0, 0.25, 0.5)}
+DENSE = {"fashion_dit": 20, "emoji_flux": 16}  # with more full steps FoCa's rule is best on both, and alone is tried
 FULL = {"fashion_dit": (17, 10, 7), "emoji_flux": (10, 6, 4)}  # full steps that tokens are added to: about 3, 5 and 7 ×
 COUNTS = {
     "fashion_dit": (5, 7, 8, 9, 10, 11, 12, 14, 17, 20, 24, 28, 34),
@@ -41,6 +42,7 @@ ORACLES = {
     "any step and token, by error": Place(by="anywhere"),
     "every step, by error, kept": Place(keep=True),
     "any step and token, by error, kept": Place(by="anywhere", keep=True),
+    "any step and token, by error, all steps alike, kept": Place(by="alike", keep=True),
     "any step, whole pictures by error, kept": Place(by="pictures", keep=True),
     "any step and token, by the lower order, kept": Place(by="guess", keep=True),
     "the step before a full one": Place("before"),
@@ -58,18 +60,24 @@ ORACLES = {
     "the unconditional half, the other moved along": Place(half="u → c"),
 }
 REAL = {
-    "any step and token, by error, kept, seeing forecasts": Place(by="anywhere", keep=True, partial=True),
-    "any step and token, by the lower order, kept, seeing forecasts": Place(by="guess", keep=True, partial=True),
-    "as many at each step, by error, kept": Place(as_many=True, keep=True, partial=True),
-    "as many at each step, by the lower order, kept": Place(by="guess", as_many=True, keep=True, partial=True),
-    "as many at each step, by what was missed before, kept": Place(by="missed", as_many=True, keep=True, partial=True),
-    "as many at each step, by the last slope, kept": Place(by="slope", as_many=True, keep=True, partial=True),
-    "as many at each step, by chance, kept": Place(by="random", as_many=True, keep=True, partial=True),
-    "by error, seeing forecasts": Place(partial=True),
-    "by what was missed at the last full step": Place(by="missed", partial=True),
-    "by the last slope": Place(by="slope", partial=True),
-    "by chance": Place(by="random", partial=True),
-    "one token a cluster of like slopes, its change spread": Place(spread="nearest", partial=True),
+    "any step and token, by error, kept, seeing forecasts": Place(by="anywhere", keep=True, sees="forecast"),
+    "any step and token, by the lower order, kept, seeing forecasts": Place(by="guess", keep=True, sees="forecast"),
+    "as many at each step, by error, kept": Place(as_many=True, keep=True, sees="forecast"),
+    "as many at each step, by the lower order, kept": Place(by="guess", as_many=True, keep=True, sees="forecast"),
+    "as many at each step, by what was missed before, kept": Place(
+        by="missed", as_many=True, keep=True, sees="forecast"
+    ),
+    "as many at each step, by the last slope, kept": Place(by="slope", as_many=True, keep=True, sees="forecast"),
+    "as many at each step, by chance, kept": Place(by="random", as_many=True, keep=True, sees="forecast"),
+    "as many at each step, by error, kept, seeing caches": Place(as_many=True, keep=True, sees="cached"),
+    "as many at each step, by the lower order, kept, seeing caches": Place(
+        by="guess", as_many=True, keep=True, sees="cached"
+    ),
+    "by error, seeing forecasts": Place(sees="forecast"),
+    "by what was missed at the last full step": Place(by="missed", sees="forecast"),
+    "by the last slope": Place(by="slope", sees="forecast"),
+    "by chance": Place(by="random", sees="forecast"),
+    "one token a cluster of like slopes, its change spread": Place(spread="nearest", sees="forecast"),
 }
 
 
@@ -105,7 +113,8 @@ def forecasts(name: str, rows: list[Row]) -> Iterator[Row]:
     for count in COUNTS[name]:
         if any(row[:3] == (name, "forecast", count) for row in rows):
             continue
-        ways = [f"{r}, {k}, {w}" for r in TRIED[name] for k in KAPPAS[name] for w in laid(judge.steps, count)]
+        rules = TRIED[name] if count <= DENSE[name] else ("FoCa",)
+        ways = [f"{r}, {k}, {w}" for r in rules for k in KAPPAS[name] for w in laid(judge.steps, count)]
         best = max(ways, key=lambda way: judge.run(based(way, judge.steps, count))[0])
         dB, charged = other.run(based(best, judge.steps, count))
         yield Row(name, "forecast", count, 0.0, charged, dB, best)
@@ -125,27 +134,34 @@ def _places(name: str, rows: list[Row], places: dict[str, Place]) -> Iterator[Ro
     model = Model(name, SEEDS, SAMPLES, CALIBRATED)
     best = {row.full: row.base for row in rows if row[:2] == (name, "forecast")}
     for what, place in places.items():
-        part = place.blocks != "all" or place.half != "both"
         for count in FULL[name]:
-            for share in (*SHARES, 1.0) if part else SHARES:
+            for share in shares(place):
                 if any(row[:4] == (name, what, count, share) for row in rows):
                     continue
                 dB, charged = model.run(based(best[count], model.steps, count), place, share)
                 yield Row(name, what, count, share, charged, dB, best[count])
 
 
+def shares(place: Place) -> tuple[float, ...]:
+    """Of the tokens; of a part of the blocks, or of one half of a pair, all of them, too."""
+    return (*SHARES, 1.0) if place.blocks != "all" or place.half != "both" else SHARES
+
+
 def gain(row: Row, rows: Sequence[Row]) -> float:
-    """Of a row over the best forecast that costs as much, in dB: between two numbers of full steps, on the line.
+    """Of a row over the best forecast that costs as much, in dB: between two numbers of full steps, on the line. Of one
+    that costs more than any forecast sampled, over that of most steps.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it costs less than any.
     """
     known = sorted((r.full, r.dB) for r in rows if r[:2] == (row.model, "forecast"))
     best = [(full, max(dB for f, dB in known if f <= full)) for full, _ in known]
     for (before, low), (after, high) in pairwise(best):
         if before <= row.charged <= after:
             return row.dB - low - (high - low) * (row.charged - before) / (after - before)
-    raise ValueError(f"no forecast of {row.charged} full steps was sampled")
+    if not best or row.charged < best[0][0]:
+        raise ValueError(f"no forecast of {row.charged} full steps or fewer was sampled")
+    return row.dB - best[-1][1]
 
 
 def table(rows: Sequence[Row]) -> None:
@@ -176,12 +192,12 @@ def table(rows: Sequence[Row]) -> None:
         lines[-1] += f"against, by full steps: {told}. In brackets: without tokens, by which rule and κ, how laid."
         for kind, places in (("oracle", ORACLES), ("no oracle, but in the first row to choose", REAL)):
             lines += ["", f"| {kind} | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
-            for place in places:
+            for what, place in places.items():
+                gains = {(row.full, row.share): f"{gain(row, own):+.1f}" for row in own if row.place == what}
                 cells = [
-                    " / ".join(f"{gain(row, own):+.1f}" for row in own if row[1:3] == (place, full))
-                    for full in sorted(FULL[name])
+                    " / ".join(gains.get((full, share), "·") for share in shares(place)) for full in sorted(FULL[name])
                 ]
-                lines.append(f"| {place} | {' | '.join(cell or '–' for cell in cells)} |")
+                lines.append(f"| {what} | {' | '.join(cells)} |")
     (RESULTS / "tokens.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

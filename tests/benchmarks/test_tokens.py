@@ -57,8 +57,8 @@ def test_the_forecast_is_that_of_the_product_and_of_the_study_of_correctors(mode
 @pytest.mark.parametrize(
     "place",
     [
-        Place(keep=True), Place(partial=True), Place(by="random", partial=True), Place(by="missed"),
-        *(Place(spread=way) for way in ("mean", "direction", "nearest")), Place(spread="nearest", partial=True),
+        Place(keep=True), Place(sees="forecast"), Place(by="random", sees="forecast"), Place(by="missed"),
+        *(Place(spread=way) for way in ("mean", "direction", "nearest")), Place(spread="nearest", sees="cached"),
     ],
     ids=str,
 )  # fmt: skip
@@ -127,8 +127,9 @@ def test_gain_is_over_the_best_forecast_of_as_much_time() -> None:
     rows = [Row("m", "forecast", n, 0, n, dB, "") for n, dB in ((4, 30.0), (6, 40.0), (8, 38.0))]
     assert gain(Row("m", "here", 4, 0.25, 5.0, 36.0, ""), rows) == pytest.approx(1.0)
     assert gain(Row("m", "here", 4, 0.5, 8.0, 41.0, ""), rows) == pytest.approx(1.0)  # six steps do better than eight
-    with pytest.raises(ValueError, match="no forecast of 9"):
-        gain(Row("m", "here", 4, 0.5, 9.0, 41.0, ""), rows)
+    assert gain(Row("m", "here", 4, 0.9, 9.0, 42.0, ""), rows) == pytest.approx(2.0)  # a bound: none cost as much
+    with pytest.raises(ValueError, match="no forecast of 3"):
+        gain(Row("m", "here", 3, 0.0, 3.0, 41.0, ""), rows)
 
 
 @pytest.mark.parametrize(("steps", "count"), [(50, 5), (28, 3), (28, 20), (50, 34)])
