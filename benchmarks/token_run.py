@@ -42,9 +42,10 @@ class Place:
         blocks: ``all``, the ``first`` or the ``last`` quarter; what the others add stays forecast.
         by: how tokens are chosen. ``error``: the true one now; ``interval``, ``run``: its sum to the next full step or
             over the run, foreseen; ``anywhere``: all above what a share of the tokens of a forecast run is above;
-            ``alike``: the same, but for how far the sampler moves at a step; ``pictures``: of whole pictures. Without an oracle: ``guess``, as ``anywhere``, by how far the
-            forecast is from one of a lower order; ``missed`` when last computed, ``slope`` of the last two values,
-            ``frequency`` and ``foreground`` (of the finished picture), ``random``.
+            ``alike``: the same without regard to how far the sampler moves at a step; ``pictures``: of whole pictures.
+            Without an oracle: ``guess``, as ``anywhere``, by how far the forecast is from one of a lower order;
+            ``missed`` when last computed, ``slope`` of the last two values, ``frequency`` and ``foreground`` (of the
+            finished picture), ``random``.
         half: ``both`` of a guided pair alike, or ``c`` or ``u`` alone; ``c → u``, ``u → c``: the other moves along.
         spread: the change goes to all tokens. ``mean``: that of clusters of true errors; ``direction``: the part of
             each true error along its cluster's; ``nearest``: of one computed token a cluster of like slopes.
