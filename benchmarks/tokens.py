@@ -173,7 +173,7 @@ def table(rows: Sequence[Row]) -> None:
         "costs as much, with 10, 25 and 50 % of the tokens (of parts of the blocks, or one half of a pair, with all of "
         "them, too). *Oracles* choose by the true error and put the true value, and are charged the tokens' share of "
         "the FLOPs alone: below 0 a place is ruled out, above it nothing is promised. PSNR to the uncached samples of "
-        f"{len(SEEDS)} held-out seeds of {SAMPLES}. All rows: [tokens.csv](tokens.csv); what follows: "
+        f"{len(SEEDS)} held-out seeds of {SAMPLES}; a dot or no row: not sampled. All rows: [tokens.csv](tokens.csv); what follows: "
         "[policies.md](../policies.md).",
     ]
     for name, trained in TRAINED.items():
@@ -197,7 +197,8 @@ def table(rows: Sequence[Row]) -> None:
                 cells = [
                     " / ".join(gains.get((full, share), "·") for share in shares(place)) for full in sorted(FULL[name])
                 ]
-                lines.append(f"| {what} | {' | '.join(cells)} |")
+                if gains:
+                    lines.append(f"| {what} | {' | '.join(cells)} |")
     (RESULTS / "tokens.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
