@@ -173,8 +173,8 @@ def table(rows: Sequence[Row]) -> None:
         "costs as much, with 10, 25 and 50 % of the tokens (of parts of the blocks, or one half of a pair, with all of "
         "them, too). *Oracles* choose by the true error and put the true value, and are charged the tokens' share of "
         "the FLOPs alone: below 0 a place is ruled out, above it nothing is promised. PSNR to the uncached samples of "
-        f"{len(SEEDS)} held-out seeds of {SAMPLES}; a dot or no row: not sampled. All rows: [tokens.csv](tokens.csv); what follows: "
-        "[policies.md](../policies.md).",
+        f"{len(SEEDS)} held-out seeds of {SAMPLES}; a dot or no row: not sampled. All rows: "
+        "[tokens.csv](tokens.csv); what follows: [policies.md](../policies.md).",
     ]
     for name, trained in TRAINED.items():
         own = [row for row in rows if row.model == name]
@@ -190,7 +190,10 @@ def table(rows: Sequence[Row]) -> None:
             f"{trained.sampling}, {trained.steps} steps. dB of the forecasts held ",
         ]
         lines[-1] += f"against, by full steps: {told}. In brackets: without tokens, by which rule and κ, how laid."
-        for kind, places in (("oracle", ORACLES), ("no oracle, but in the first row to choose", REAL)):
+        for kind, places in (
+            ("oracle", ORACLES),
+            ("values that are computed; *by error* and *as many* ask an oracle which or how many", REAL),
+        ):
             lines += ["", f"| {kind} | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
             for what, place in places.items():
                 gains = {(row.full, row.share): f"{gain(row, own):+.1f}" for row in own if row.place == what}
