@@ -193,8 +193,8 @@ def test_no_more_are_at_work_than_a_batch_holds() -> None:
     assert [ticket.steps for ticket in tickets] == [1, 1, 0, 1]
     engine.run()
     alone = Alone(model)
-    for ticket, given in zip(tickets, ((0, 4), (1, 4), (2, 4), (3, 4, 2.0)), strict=True):
-        same(ticket.result(), alone(picture(*given), Fora(4, 2)))
+    for ticket, one in zip(tickets, ((0, 4), (1, 4), (2, 4), (3, 4, 2.0)), strict=True):
+        same(ticket.result(), alone(picture(*one), Fora(4, 2)))
 
 
 def test_a_policy_that_keeps_more_waits_for_room_too() -> None:
