@@ -1,6 +1,7 @@
 """The object that ``optimize`` returns: copies of it."""
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -237,6 +238,37 @@ def test_torch_compile_around_an_optimised_model_changes_nothing() -> None:
     assert toca_compile.restore(around) is around
     assert not toca_compile.is_optimized(model)
     steps(around, noise(), TIMES[:1])
+
+
+def test_torch_compile_of_a_plain_model_is_not_taken_for_one_of_an_optimised_one() -> None:
+    """Also where it saw the plain model first: around the models, around what holds them, and with them as arguments."""
+
+    class Own(PlainDiT):
+        pass
+
+    class Around(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any) -> Any:
+            return self.model(*args) * 1.0
+
+    plain, model = (randomize(Own(depth=1)) for _ in range(2))
+    toca_compile.enable_cache(model, Fora(8, 4), lowering="eager")
+    given = torch.compile(lambda model, *args: model(*args) * 1.0, backend="eager")
+    ways: list[Callable[[nn.Module], Any]] = [
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: torch.compile(Around(m), backend="eager"),
+        lambda m: functools.partial(given, m),
+    ]
+    expected = steps(model, noise(), TIMES)
+    for way in ways:
+        steps(way(plain), noise(), TIMES[:2])
+        toca_compile.controls(model).reset()
+        assert torch.equal(steps(way(model), noise(), TIMES), expected)
+        assert kinds(toca_compile.controls(model)) == "frrrfrrr"
+    toca_compile.restore(model)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap

@@ -140,7 +140,8 @@ def _prepare(cls: type, own: Sequence[str]) -> None:
 
     def called(before: Any) -> Any:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _is_called(self, cls):
+            # What Dynamo traces with a plain model is guarded by `hasattr`, and not by a look into its `__dict__`.
+            if hasattr(self, "_toca") and _is_called(self, cls):
                 return _cached(self, *args, **kwargs)
             return before(self, *args, **kwargs)
 
