@@ -67,7 +67,7 @@ def test_the_command_prints_the_variants_of_a_policy(tmp_path: Path, capsys: pyt
         (["tests.test_cli:no_inputs"], "write a factory that returns the model with its inputs"),
         (["tests"], "no config.json"),
         (["tests.test_cli:tiny", "--pass", "find-nothing"], "no pass or variant 'find-nothing'; there are capture,"),
-        (["tests.test_cli:tiny", "--policy", "nothing"], "no preset 'nothing'"),
+        (["tests.test_cli:tiny", "--policy", "nothing"], "no policy 'nothing'"),
     ],
 )
 def test_a_wrong_word_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ import toca_compile
 from tests.models import PlainDiT, randomize
 from tests.pair import Pair
 from tests.sampling import noise, sample
-from toca_compile.cli import _Help, _parser, main
-from toca_compile.policies import PRESETS, ready_made
+from toca_compile.cli import _Help, _parser, _policies, main
+from toca_compile.policies import LEVELS, PRESETS, Level, ready_made
 from toca_compile.rules.registry import RULES
 
 FAST = ["--steps", "4", "--lowering", "eager"]
@@ -60,9 +60,28 @@ def test_version_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__.partition('+')[0]}" in capsys.readouterr().out
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in (*PRESETS, *ready_made(50)):
+    for name in (*LEVELS, *PRESETS, *ready_made(50)):
         assert any(line.startswith(f"  {name} ") for line in lines), name
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 100
+
+
+def test_policies_by_name() -> None:
+    """What ``presets`` lists, ``--policy`` takes."""
+    names = (*LEVELS, *PRESETS, *ready_made(20))
+    found = _policies(names, 20)
+    assert list(found) == list(names)
+    assert found["fast"] == Level("fast", 20)
+    assert all(policy.num_steps == 20 for policy in found.values())
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "tune --flops 2", "plan --budget 9"])
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(
+    command: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--device", device, "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"toca-compile: device '{device}' cannot be used: ")
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from toca_compile.errors import TocaError
 from toca_compile.progress import plain_line, shown, working
 
 _WORKERS = "processes of Ray (the extra scale); 0: in this one"
-_POLICY = "a preset or a policy of the default table (toca-compile presets lists both), or a file of save_policy"
+_POLICY = "a level, a preset or a policy of the default table (see toca-compile presets), or a file of save_policy"
 _RECOMMENDED = "blocks, Newton o2 N=3"
 
 
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="the requests")
     batch.add_argument("--model", required=True, metavar="NAME", help="a folder or hub id of a diffusers pipeline, or "
                        "package.module:factory, a function that returns one")  # fmt: skip
-    batch.add_argument("--policy", default="balanced", metavar="NAME|FILE", help=f"a level, {_POLICY}")
+    batch.add_argument("--policy", default="balanced", metavar="NAME|FILE", help=_POLICY)
     batch.add_argument("--out", type=Path, default=Path("toca-batch"), metavar="FOLDER", help="for the samples")
     batch.add_argument("--workers", type=int, default=0, metavar="N", help=_WORKERS)
     batch.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, …")
@@ -196,9 +197,10 @@ def _version() -> str:
 
 def _demo(given: argparse.Namespace) -> None:
     from toca_compile.demo import emoji_flux, fashion_dit, side_by_side
-    from toca_compile.demo.sampling import load_sampling
+    from toca_compile.demo.sampling import check_device, load_sampling
     from toca_compile.quality.settings import ComparisonSettings
 
+    check_device(given.device)
     names = (field.name for field in fields(ComparisonSettings))
     settings = ComparisonSettings(**{name: getattr(given, name) for name in names})
     path = Path(given.model) if given.model else fashion_dit.default_model()
@@ -278,7 +280,6 @@ def _batch(given: argparse.Namespace) -> None:
     from functools import partial
 
     from toca_compile.demo.sampling import load_pipeline
-    from toca_compile.policies.levels import LEVELS
     from toca_compile.serving.offline import batch
 
     lines = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -288,9 +289,7 @@ def _batch(given: argparse.Namespace) -> None:
         raise TocaError(f"{given.prompts} must hold one JSON object a line: {error}") from error
     if given.workers < 0:
         raise TocaError(f"--workers must be 0 or more, not {given.workers}")
-    policy = given.policy
-    if policy not in LEVELS:
-        (policy,) = _policies([policy], 50).values()
+    (policy,) = _policies([given.policy], 50).values()
     pipeline = partial(load_pipeline, given.model, given.device)
     options = {"out": given.out, "workers": given.workers, "lowering": given.lowering}
     result = batch(pipeline, requests, policy, **options)
@@ -357,32 +356,37 @@ def _rules(given: argparse.Namespace) -> None:
 
 
 def _presets(given: argparse.Namespace) -> None:
-    from toca_compile.policies import PRESETS, ready_made
+    from toca_compile.policies import LEVELS, PRESETS, Level, ready_made
     from toca_compile.report.text import written
 
     table = ready_made(50)
     width = max(map(len, (*PRESETS, *table)))
-    print("published configurations, for --policy and toca_compile.preset(name, …):")
+    print("levels, which fit the number of steps; steps computed of 50:")
+    for name in LEVELS:
+        print(f"  {name:<{width}}  {len(Level(name, 50).full_steps())}")
+    print("\npublished configurations, for --policy and toca_compile.preset(name, …):")
     for name, policy in PRESETS.items():
         print(f"  {name:<{width}}  {type(policy).__name__}, {policy.num_steps} steps: full every {policy.interval}, "
               f"{policy.fresh_ratio:.0%} of the tokens between")  # fmt: skip
     print("\nthe default table of toca-compile evaluate, at 50 steps:")
     for name, ready in table.items():
-        print(f"  {name:<{width}}  {written(ready)}")
+        indent = " " * (width + 4)
+        print(*wrap(f"  {name:<{width}}  {written(ready)}", 100, subsequent_indent=indent), sep="\n")
 
 
 def _policies(names: Sequence[str], steps: int) -> dict[str, Any]:
-    """Policies by name: of the default table, presets, or files."""
-    from toca_compile.policies import load_policy, preset, ready_made
+    """Policies by name: levels, those of the default table, presets, or files."""
+    from toca_compile.policies import LEVELS, PRESETS, Level, load_policy, preset, ready_made
 
     table = ready_made(steps)
+    known = {**{name: Level(name, steps) for name in LEVELS}, **table}
+    known |= {name: preset(name, num_steps=steps) for name in PRESETS}
     found: dict[str, Any] = {}
     for name in names:
         path = Path(name)
-        found[path.stem if path.suffix == ".json" else name] = (
-            table[name] if name in table else load_policy(path) if path.suffix == ".json"
-            else preset(name, num_steps=steps)
-        )  # fmt: skip
+        if name not in known and path.suffix != ".json":
+            raise TocaError(f"no policy {name!r}: toca-compile presets lists those with a name, a file ends in .json")
+        found[path.stem if path.suffix == ".json" else name] = known[name] if name in known else load_policy(path)
     return found or table
 
 

@@ -235,7 +235,7 @@ def test_the_command_evaluates_presets_files_and_names(tmp_path: Path, capsys: p
     for row in ("uncached", "2 steps", "mine", "parts", "dit-xl-2/ddim-50", "FORA N=3"):
         assert f"| {row} |" in table
     assert main(["evaluate", "--policy", "nonsense", "--no-features", "--out", out]) == 2
-    assert "no preset" in capsys.readouterr().err
+    assert "no policy" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text('{"policy": "ToCa", "fresh_ratio": 7}')
     with pytest.raises(PolicyError, match="fresh_ratio"):
         load_policy(tmp_path / "bad.json")

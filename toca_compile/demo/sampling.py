@@ -55,6 +55,7 @@ def load_sampling(name: str | None, device: str = "cpu", prompt: str = PROMPT) -
     known = name is None or Path(name).is_dir() or ":" in name
     if not known and (not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).endswith(".json")):
         raise TocaError(f"{name} is no folder, no hub id (owner/name) and no package.module:factory")
+    check_device(device)
     with working(f"loading {name or 'the model'}"):
         return _loaded(name, device, prompt)
 
@@ -76,10 +77,23 @@ def load_pipeline(name: str, device: str = "cpu") -> Any:
     Raises:
         TocaError: there is none.
     """
+    check_device(device)
     pipe = imported(name) if ":" in name and not Path(name).is_dir() else _from_diffusers(name)
     if not is_pipeline(pipe):
         raise TocaError(f"{name} must return a pipeline, not {type(pipe).__name__}")
     return pipe.to(device) if hasattr(pipe, "to") else pipe
+
+
+def check_device(name: str) -> None:
+    """See whether anything can be put onto a device.
+
+    Raises:
+        TocaError: nothing can.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise TocaError(f"device {name!r} cannot be used: {_first_line(error)}") from error
 
 
 def _from_diffusers(name: str) -> Any:
