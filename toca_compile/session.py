@@ -325,13 +325,14 @@ class Session:
     def _say_what_it_means(self, policy: Policy, plan: Plan) -> None:
         """What a policy that fits itself to the run makes of it, and that one leaves nothing out."""
         computed = [all(action.dense for action in step.sites) for step in plan.steps]
-        if all(computed) and not plan.endless:
+        meaning = policy.meaning(plan, sum(computed)) if hasattr(policy, "meaning") else ""
+        if meaning:
+            self.warn_once(meaning)
+        elif all(computed) and not plan.endless:
             self.warn_once(
                 f"all {len(computed)} steps of a run are computed under {policy}, so nothing is cached: a run this "
                 "short leaves nothing out, or take a policy that does"
             )
-        elif hasattr(policy, "meaning") and (meaning := policy.meaning(plan, sum(computed))):
-            self.warn_once(meaning)
 
     def _explain_choices(self, program: Program, checked: GraphPlan) -> None:
         assert program.types is not None

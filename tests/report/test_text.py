@@ -12,6 +12,8 @@ from tests.models import PlainDiT, randomize
 from tests.pair import Pair
 from tests.sampling import noise, sample
 from toca_compile import BlockCache, TaylorSeer, ToCa, TocaError, preset
+from toca_compile.policies import Level
+from toca_compile.report.text import policy_name
 
 
 def optimized(policy: Any, model: Any = None) -> Any:
@@ -32,6 +34,16 @@ def test_before_the_first_call_it_says_what_is_known() -> None:
     for ask in (lambda: report.plan, lambda: report.schedule, lambda: report.flops("full"), report.flop_speedup):
         with pytest.raises(TocaError, match="call the model once"):
             ask()
+
+
+def test_a_level_is_told_by_its_name_and_what_a_scheduler_says_in_short() -> None:
+    pipe: Any = toca_compile.optimize(Pair(), lowering="eager")
+    assert "policy      Level(name='balanced')" in str(toca_compile.explain(pipe)).splitlines()
+    moves = tuple(-1.5 - i for i in range(20))
+    assert policy_name(Level("fast", 20, noise=True, moves=moves)) == (
+        "Level(name='fast', num_steps=20, noise=True, moves=(-1.5, …, -20.5: 20 numbers))"
+    )
+    assert policy_name(Level("fast", 3, moves=moves[:3])).endswith("moves=(-1.5, -2.5, -3.5))")
 
 
 def test_what_each_site_does_under_the_policy() -> None:

@@ -1,6 +1,6 @@
 """Levels: how much to leave out, by name, for any model and any number of steps."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from toca_compile.ir.fields import OneOf, Steps
@@ -78,7 +78,7 @@ class Level(CachingPolicy):
         PolicyError: there is no such level.
     """
 
-    name: Annotated[str, OneOf(LEVELS)] = "balanced"
+    name: Annotated[str, OneOf(LEVELS)] = field(default="balanced", metadata={"told": True})
     num_steps: Steps = 50
     flow: bool = False
     noise: bool = False
@@ -132,6 +132,12 @@ class Level(CachingPolicy):
 
     def meaning(self, plan: Plan, computed: int) -> str:
         """What a graph makes of it, as a sentence. ``computed``: how many steps are."""
+        if computed == len(plan.steps):
+            steps = f"all {computed} steps" if computed > 1 else "the one step"
+            return (
+                f"level {self.name!r} computes {steps} of a run this short, so nothing is cached: take another level "
+                "or policy, or more steps"
+            )
         what = "what all blocks add to the stream" if plan.skipped else "the output of each site"
         return (
             f"level {self.name!r} in a run of {len(plan.steps)} steps: {computed} are computed, on the others {what} "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from toca_compile.report.report import Report
 
 WIDTH = 100
+_NUMBERS = 8  # that are written out
 _NAME = 50  # columns of the longest name of a site that stands in the table's line
 
 KINDS = {
@@ -253,17 +254,20 @@ def grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[int]]]:
 
 
 def written(value: Any) -> str:
-    """A dataclass without the fields that are their defaults; anything else as it is."""
+    """A dataclass without the fields that are their defaults (of a level, its name is told all the same); anything else
+    as it is, but for long rows of numbers."""
     if isinstance(value, tuple):
+        if len(value) > _NUMBERS and all(isinstance(v, float) for v in value):
+            return f"({value[0]:.4g}, …, {value[-1]:.4g}: {len(value)} numbers)"
         return f"({', '.join(map(written, value))}{',' * (len(value) == 1)})"
     fields = getattr(value, "__dataclass_fields__", None)
     if fields is None:
         text = repr(value)
         return type(value).__name__ if " at 0x" in text else text
-    given = [f"{n}={written(getattr(value, n))}" for n, f in fields.items() if f.repr and not _is_default(value, f)]
+    given = [f"{n}={written(getattr(value, n))}" for n, f in fields.items() if f.repr and _is_told(value, f)]
     return f"{type(value).__name__}({', '.join(given)})"
 
 
-def _is_default(value: Any, field: Field[Any]) -> bool:
-    own = getattr(value, field.name)
-    return bool(own == (field.default_factory() if field.default_factory is not MISSING else field.default))
+def _is_told(value: Any, field: Field[Any]) -> bool:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return bool(field.metadata.get("told") or getattr(value, field.name) != default)
