@@ -57,6 +57,12 @@ class Perceptron(nn.Module):
         return x + self.net(x)
 
 
+@pytest.mark.parametrize("call", [toca_compile.optimize, toca_compile.enable_cache])
+def test_an_unknown_option_is_named_with_those_there_are(call: Any) -> None:
+    with pytest.raises(TocaError, match=r"no option 'compile'; there are lowering, .*mode"):
+        call(PlainDiT(depth=1), Fora(8, 4), compile=True)
+
+
 def test_no_transformer() -> None:
     model = Perceptron().eval()
     opt = toca_compile.optimize(model, POLICY, lowering="eager")

@@ -1,7 +1,8 @@
 """The public calls: ``optimize`` and ``explain``."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from torch import nn
 
@@ -56,17 +57,26 @@ def optimize(model: Any, policy: Policy | str = "balanced", **options: "Unpack[O
             replays ops on the CPU. ``"default"``: no graphs.
 
     Raises:
-        TocaError: ``model`` is no module and no pipeline with a transformer, or the lowering or mode is unknown.
+        TocaError: ``model`` is no module and no pipeline with a transformer, or an option, the lowering or the mode is
+            unknown.
         PolicyError: ``policy`` is no policy.
     """
     if is_pipeline(model):
         found = transformers_of(model)
         if not found:
             raise TocaError(f"{type(model).__name__} has no transformer to optimise; pass the model itself")
-        return attach(model, {name: convert(part, Session(policy, **options)) for name, part in found.items()})
+        return attach(model, {name: convert(part, _session(policy, options)) for name, part in found.items()})
     if not isinstance(model, nn.Module):
         raise TocaError(f"optimize takes a torch.nn.Module or a diffusers pipeline, not {type(model).__name__}")
-    return wrap(model, Session(policy, **options))
+    return wrap(model, _session(policy, options))
+
+
+def _session(policy: Policy | str, options: Mapping[str, Any]) -> Session:
+    unknown = ", ".join(repr(name) for name in options if name not in Options.__annotations__)
+    if unknown:
+        known = ", ".join(Options.__annotations__)
+        raise TocaError(f"optimize and enable_cache have no option {unknown}; there are {known}, beside the policy")
+    return Session(policy, **cast(Options, options))
 
 
 def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) -> Any:
@@ -84,7 +94,7 @@ def enable_cache(model: Any, policy: Policy | str = "balanced", **options: Any) 
     """
     if is_pipeline(model) or not isinstance(model, nn.Module):
         return optimize(model, policy, **options)
-    return convert(model, Session(policy, **options))._model
+    return convert(model, _session(policy, options))._model
 
 
 def disable_cache(model: Any) -> Any:
