@@ -214,6 +214,21 @@ def test_a_model_that_is_traced_at_each_call_is_told_so(caplog: pytest.LogCaptur
     assert kinds(opt) == "f" * 5
     (said,) = [r.getMessage() for r in caplog.records if "at each of the last calls" in r.getMessage()]
     assert "self.calls == 0" in said
+    assert "out of a pipeline no cache is reused" in said
+
+
+def test_in_a_pipeline_a_model_that_is_traced_at_each_call_reuses_its_caches_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[int] = []
+    (pipe, call), (plain, _) = (build("FluxPipeline") for _ in range(2))
+    for net in (pipe, plain):
+        toca_compile.optimize(net, Fora(50, 3), lowering="eager")
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(len(calls)))
+    assert torch.equal(run(pipe, call, 6), run(plain, call, 6))
+    assert kinds(pipe.transformer) == "frrfrr"
+    (said,) = [r.getMessage() for r in caplog.records if "at each of the last calls" in r.getMessage()]
+    assert "longer than caching saves" in said
     assert "torch.compiler.disable" in said
 
 

@@ -358,8 +358,9 @@ class Calls:
         """Something that the traced code reads is another at each call."""
         why = why_recompiled(entry.tracing.code) if entry.tracing is not None else ""
         self.session.warn_once(
-            "torch.compile traced the model again at each of the last calls, though their inputs are alike, so no "
-            "cache is ever reused: what it reads changes from call to call"
+            "torch.compile traced the model again at each of the last calls, though their inputs are alike, which "
+            "takes longer than caching saves (and out of a pipeline no cache is reused): what it reads changes from "
+            "call to call"
             f"{f' (no longer true: {why})' if why else ''}. A hook that appends to a list, or a counter that the model "
             "keeps, is such a thing: take it away, or put it into a function under torch.compiler.disable"
         )
