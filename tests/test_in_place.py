@@ -18,6 +18,7 @@ from tests.models import PlainBlock, PlainDiT, randomize
 from tests.pipelines import build, flux, run
 from tests.sampling import noise
 from toca_compile import Fora, FullCompute, TocaError
+from toca_compile.in_place import tidy
 from toca_compile.model import Calls
 
 diffusers = pytest.importorskip("diffusers")
@@ -45,6 +46,7 @@ def call_model(model: Any, steps: int = 4) -> list[Tensor]:
 
 def test_the_objects_stay_what_they_are_and_restore_gives_back_what_was() -> None:
     gc.collect()
+    tidy()  # what is watched for models that are gone
     others = list(Calls.alive)  # whose pipelines may be watched, before and after
     pipe, call = pipeline()
     run(pipe, call, 1)

@@ -115,9 +115,9 @@ def first_calls(pipe: Any, call: Mapping[str, Any]) -> dict[str, FirstCall]:
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             if name not in found:
-                left = _steps(pipe.scheduler) - index
-                known = _known(pipe.scheduler, arguments.arguments, left)
-                found[name] = FirstCall(model, args, kwargs, left, _guided(arguments.arguments), known)
+                steps, then = _part(pipe, index)
+                known = _known(pipe.scheduler, arguments.arguments, steps, then)
+                found[name] = FirstCall(model, args, kwargs, steps, _guided(arguments.arguments), known)
             if len(found) == len(models):
                 raise _Stop
             if not answers:
@@ -144,10 +144,23 @@ def _steps(scheduler: Any) -> int:
     return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
 
-def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int) -> Signature:
-    """What a call of a pipeline tells of its last so many steps."""
+def _part(pipe: Any, index: int) -> tuple[int, int]:
+    """How many steps in a row a transformer makes that a call of a pipeline asks at a step, and how many come then.
+    Where two share the steps, the pipeline's ``boundary_ratio`` tells which are whose: those that are noisier than that
+    share of the scheduler's training timesteps are one's."""
+    left, training = _steps(pipe.scheduler) - index, getattr(pipe.scheduler, "config", None)
+    ratio, most = getattr(pipe.config, "boundary_ratio", None), getattr(training, "num_train_timesteps", None)
+    if left < 1 or len(transformers_of(pipe)) < 2 or not isinstance(ratio, (int, float)) or not isinstance(most, int):
+        return left, 0
+    noisy = [t >= ratio * most for t in torch.as_tensor(pipe.scheduler.timesteps).tolist()[-left:]]
+    own = next((i for i, one in enumerate(noisy) if one is not noisy[0]), left)
+    return own, left - own
+
+
+def _known(scheduler: Any, arguments: Mapping[str, Any], steps: int, then: int) -> Signature:
+    """What a call of a pipeline tells of so many steps before its last few, ``then``."""
     guidance, eta = arguments.get("guidance_scale"), arguments.get("eta")
-    known = facts_of(scheduler, steps, eta if isinstance(eta, (int, float)) else 0.0)
+    known = facts_of(scheduler, steps, eta if isinstance(eta, (int, float)) else 0.0, then=then)
     return replace(known, guidance=float(guidance) if isinstance(guidance, (int, float)) else None)
 
 
@@ -212,7 +225,7 @@ class Home:
 def _sampling(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """One call of a pipeline."""
     models = list(optimized_components(pipe).values())
-    runs = [_Run(model, pipe.scheduler, arguments) for model in models]
+    runs = [_Run(model, pipe, arguments) for model in models]
 
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_timesteps, pipe.scheduler)
@@ -284,8 +297,8 @@ def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
 class _Run:
     """One model during one call of a pipeline."""
 
-    def __init__(self, model: Handle, scheduler: Any, arguments: Mapping[str, Any]) -> None:
-        self.model, self.scheduler, self.arguments = model, scheduler, arguments
+    def __init__(self, model: Handle, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        self.model, self.pipe, self.scheduler, self.arguments = model, pipe, pipe.scheduler, arguments
         self.restart()
 
     def restart(self) -> None:
@@ -334,10 +347,10 @@ class _Run:
 
     def _policy(self, call: Signature) -> Policy:
         """The policy as it is meant for this run; one that says nothing of runs is meant as it is."""
-        # From here on: one of two transformers that share the steps may come in late.
-        steps, wanted = _steps(self.scheduler) - self.index, self.model._session.policy
+        # From here on, and as far as it is asked: two transformers may share the steps.
+        (steps, then), wanted = _part(self.pipe, self.index), self.model._session.policy
         if hasattr(wanted, "for_call"):
-            known = _known(self.scheduler, self.arguments, steps)
+            known = _known(self.scheduler, self.arguments, steps, then)
             known = replace(known, size=call.size, dtype=call.dtype)
             wanted = self.model._toca.fitted(wanted, self.model._model, known)
         return for_run(wanted, steps, _guided(self.arguments))

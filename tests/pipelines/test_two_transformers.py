@@ -80,7 +80,7 @@ def test_the_lengths_that_they_are_planned_for() -> None:
     asked: list[int] = []
     toca_compile.optimize(pipe, Spread(asked, DuCa(6)), lowering="eager")
     run(pipe, call, 6)
-    assert asked == [6, 3]
+    assert asked == [3, 3]
     assert [len(k) for runs in kinds(pipe) for k in runs] == [3] * 4
 
 
@@ -94,4 +94,20 @@ def test_the_first_keeps_nothing_while_the_second_works() -> None:
         return kwargs
 
     run(pipe, call, 6, callback_on_step_end=look)
-    assert held == [(True, False)] * 3 + [(False, True)] * 2 + [(False, False)]
+    # Nor does either after the last of its steps.
+    assert held == [(True, False)] * 2 + [(False, False)] + [(False, True)] * 2 + [(False, False)]
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.35, 0.0, 1.1])
+def test_a_level_is_meant_for_the_steps_of_each(ratio: float) -> None:
+    """As long as its part, with the moves and times of that; where one makes all steps it has all."""
+    pipe, call = made("Wan 2.2")
+    boundary(pipe, ratio)
+    toca_compile.optimize(pipe, "balanced", lowering="eager")
+    run(pipe, call, 20)
+    early = sum(1 for t in pipe.scheduler.timesteps if t >= 1000 * ratio)
+    lengths = [n for n in (early, 20 - early) if n]
+    reports = [r for r in toca_compile.explain(pipe).transformers.values() if r.compiled]
+    assert [len(report.data[0].steps) for report in reports] == lengths
+    assert [len(runs[0]) for runs in kinds(pipe) if runs] == lengths
+    assert all(runs[0].startswith("ff") for runs in kinds(pipe) if runs)

@@ -9,14 +9,16 @@ import torch
 from toca_compile.ir.signature import FLOW, NOISE, Signature
 
 
-def facts_of(scheduler: Any, steps: int, eta: float = 0.0) -> Signature:
-    """What is known of the last so many steps of a scheduler that was given its timesteps. ``eta``: the share of noise
-    that it is told to add."""
+def facts_of(scheduler: Any, steps: int, eta: float = 0.0, *, then: int = 0) -> Signature:
+    """What is known of so many steps of a scheduler that was given its timesteps, before the last few, ``then``.
+    ``eta``: the share of noise that it is told to add."""
+    end = len(scheduler.timesteps) - then
+    part = slice(max(end - steps, 0), end)
     return Signature(
         sampler=_sampler(scheduler, eta),
-        times=_numbers(scheduler.timesteps)[-steps:],
+        times=_numbers(scheduler.timesteps)[part],
         prediction=_prediction(scheduler),
-        moves=_moves(scheduler, steps),
+        moves=_moves(scheduler, part),
     )
 
 
@@ -36,7 +38,7 @@ def _prediction(scheduler: Any) -> str | None:
     return told if isinstance(told, str) else None
 
 
-def _moves(scheduler: Any, steps: int) -> tuple[float, ...] | None:
+def _moves(scheduler: Any, part: slice) -> tuple[float, ...] | None:
     """By what σ falls, which is how far a flow's velocity moves the picture, and noise one that is scaled to its own
     size. What is predicted otherwise, or scaled on its way (``precondition_outputs``), moves it by other amounts, and
     where σ stays from one call to the next a step is of several calls."""
@@ -44,7 +46,7 @@ def _moves(scheduler: Any, steps: int) -> tuple[float, ...] | None:
     straight = _prediction(scheduler) in (NOISE, FLOW) and not hasattr(scheduler, "precondition_outputs")
     if not straight or len(sigmas) != len(scheduler.timesteps) + 1:
         return None
-    found = tuple(b - a for a, b in pairwise(sigmas))[-steps:]
+    found = tuple(b - a for a, b in pairwise(sigmas))[part]
     falls = all(move < 0 for move in found[:-1]) and found[-1] <= 0
     return found if falls or all(move > 0 for move in found) else None
 
