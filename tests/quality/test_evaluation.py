@@ -15,6 +15,7 @@ from toca_compile import (
     BlockCache,
     EvaluationSettings,
     Fora,
+    FullCompute,
     PolicyError,
     TaylorSeer,
     TocaError,
@@ -71,6 +72,22 @@ def test_rows_are_what_a_user_would_measure(tmp_path: Path) -> None:
     lines = (tmp_path / "table.csv").read_text().splitlines()
     assert len(lines) == 6
     assert lines[0].startswith("policy,FLOPs ×")
+
+
+def test_what_was_kept_is_told_when_the_run_is_over(tmp_path: Path) -> None:
+    """A sampler that says which steps will come: behind the last of them nothing is kept."""
+
+    class Telling(Counting):
+        def __call__(self, model: Any, steps: int, seed: int, count: int) -> Tensor:
+            if toca_compile.is_optimized(model):
+                model.begin([(steps - 1 - i) * 1000 // steps for i in range(steps)])
+            made = super().__call__(model, steps, seed, count)
+            assert getattr(model, "cache_bytes", 0) == 0
+            return made
+
+    rows = {r.name: r for r in run(tmp_path, Telling(), {"fora": Fora(12, 3), "all": FullCompute()})}
+    assert rows["fora"].cache_mb > 0
+    assert rows["all"].cache_mb == rows["uncached"].cache_mb == 0
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
