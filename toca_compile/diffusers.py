@@ -148,8 +148,9 @@ def _part(pipe: Any, index: int) -> tuple[int, int]:
     """How many steps in a row a transformer makes that a call of a pipeline asks at a step, and how many come then.
     Where two share the steps, the pipeline's ``boundary_ratio`` tells which are whose: those that are noisier than that
     share of the scheduler's training timesteps are one's."""
-    left, training = _steps(pipe.scheduler) - index, getattr(pipe.scheduler, "config", None)
-    ratio, most = getattr(pipe.config, "boundary_ratio", None), getattr(training, "num_train_timesteps", None)
+    left = _steps(pipe.scheduler) - index
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    most = getattr(getattr(pipe.scheduler, "config", None), "num_train_timesteps", None)
     if left < 1 or len(transformers_of(pipe)) < 2 or not isinstance(ratio, (int, float)) or not isinstance(most, int):
         return left, 0
     noisy = [t >= ratio * most for t in torch.as_tensor(pipe.scheduler.timesteps).tolist()[-left:]]
