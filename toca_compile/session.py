@@ -15,7 +15,6 @@ from toca_compile.compiler.check_plan import check_plan
 from toca_compile.compiler.layouts import layouts_of
 from toca_compile.compiler.pass_manager import PassManager
 from toca_compile.compiler.pipeline import PIPELINE
-from toca_compile.compiler.proved import proved
 from toca_compile.compiler.step_program import Whole
 from toca_compile.compiler.variants import ProgramVariants
 from toca_compile.compiler.wrappers import Flattener, unwrapped
@@ -227,12 +226,12 @@ class Session:
         if flat.needed:
             graph, static_inputs = unwrapped(graph, static_inputs, inputs)
             inputs = flat(inputs)
+        manager = PassManager(PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"])
         with working("proving what may be cached"):
             layouts, as_host = self._layouts(static_inputs, inputs), self.control.times.as_host
             known = tuple(isinstance(x, torch.Tensor) and on_host(as_host(x)) for x in inputs)
-            program, manager = proved(
-                Program(graph, static_inputs, tuple(inputs), self.grid, known, self.broken, layouts=layouts),
-                PIPELINE if self.hoist else [p for p in PIPELINE if p.name != "hoist"],
+            program = manager.run(
+                Program(graph, static_inputs, tuple(inputs), self.grid, known, self.broken, layouts=layouts)
             )
         self.programs.append(program)
         for node in program.module.graph.nodes:
