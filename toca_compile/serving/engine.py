@@ -324,7 +324,7 @@ class Engine:
         ahead = {id(a.lane) for a in self._active if not a.is_full}
         due = []
         for active in self._active:
-            if id(active.lane) in ahead and active.held < active.followed.interval and active.is_full:
+            if active.is_full and id(active.lane) in ahead and active.held < active.followed.interval:
                 active.held += 1
             else:
                 active.held = 0

@@ -4,6 +4,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, pairwise
 from typing import Any, Protocol
 
@@ -176,15 +177,20 @@ class Followed:
         assert schedule.range is not None
         return schedule.plan.skip.memory.turned(schedule.past(step, schedule.range.owners[0]))[0]
 
-    @property
+    @cached_property
+    def _full(self) -> tuple[bool, ...]:
+        # Asked of each request at each tick, and a row is as long as the model is deep.
+        return tuple(all(action.dense for action in row) for row in self.schedule.rows)
+
+    @cached_property
     def interval(self) -> int:
         """The most steps from one that computes everything to the next."""
-        full = [i for i in range(len(self.schedule.rows)) if self.is_full(i)]
+        full = [step for step, computed in enumerate(self._full) if computed]
         return max((b - a for a, b in pairwise(full)), default=1)
 
     def is_full(self, step: int) -> bool:
         """Whether a step computes everything."""
-        return all(action.dense for action in self.schedule.rows[min(step, len(self.schedule.rows) - 1)])
+        return self._full[min(step, len(self._full) - 1)]
 
     def laid(self, requests: int) -> LaidOut:
         """The plan for a batch of so many."""
