@@ -11,7 +11,7 @@ PACKAGE = ROOT / "toca_compile"
 
 # Each layer may import itself (not a sibling) and those before it.
 LAYERS = [
-    {"errors", "hooks", "progress", "kernels"},
+    {"errors", "hooks", "progress", "kernels", "direct"},
     {"ir", "ops"},
     {"rules", "policies", "runtime", "lowerings"},
     {"passes"},

@@ -19,10 +19,10 @@ from toca_compile.backend import (
     OptimizedModule,
     TorchDynamoException,
     compile_lock,
-    compiled_code,
     compiled_module,
     dynamo_limits,
     guards_hold,
+    input_names,
     is_traced_elsewhere,
     remove_from_cache,
     sizes_followed,
@@ -73,24 +73,44 @@ def test_remove_from_cache() -> None:
     assert len(seen) == 2
 
 
-def test_compiled_code() -> None:
-    """What Dynamo made of a function, which runs on its globals without guards; nothing where it made two things."""
+class Linear(nn.Module):
+    """Keeps its last input where it is asked to."""
 
-    def double(x: Tensor) -> Tensor:
-        return x * 2
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.inner, self.keeps = nn.Linear(2, 2), keeps
 
-    assert compiled_code(double.__code__) is None
-    function = types.FunctionType(double.__code__, {"__builtins__": __builtins__})
-    compiled = torch._dynamo.optimize(record, dynamic=False)(function)
-    compiled(torch.ones(2))
-    code = compiled_code(double.__code__)
-    assert code is not None
-    direct = types.FunctionType(code, function.__globals__)
-    assert torch.equal(direct(torch.ones(2)), torch.full((2,), 2.0))
-    assert torch.equal(direct(torch.ones(3)), torch.full((3,), 2.0))  # no guard
-    assert len(seen) == 1
-    compiled(torch.ones(3))
-    assert compiled_code(double.__code__) is None
+    def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
+        """The linear, scaled."""
+        if self.keeps:
+            self.last = x
+        made = []
+        made.append(self.inner(x) * scale)  # a list of its own is no effect
+        return {"out": made[0]}
+
+
+def test_input_names() -> None:
+    """An expression for each input of the graph; none where the code has effects."""
+    told: list[Any] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        told.append((input_names(gm), inputs))
+        return gm.forward
+
+    def call(self: Any, args: Any, kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+    for keeps in (False, True):
+        model, args, kwargs = Linear(keeps), (torch.ones(2),), {"scale": torch.ones(1)}
+        with torch.no_grad():
+            torch._dynamo.optimize(look, dynamic=False)(call)(model, args, kwargs)
+        names, inputs = told[-1]
+        if keeps:
+            assert names is None
+        else:
+            scope = {"L": {"self": model, "args": args, "kwargs": kwargs}}
+            assert all(eval(name, dict(scope)) is value for name, value in zip(names, inputs, strict=True))
+            assert len(names) == 4
 
 
 def test_guards_hold() -> None:

@@ -135,7 +135,22 @@ def test_a_sampling_that_begins_early_looks_at_the_model(looks: list[int]) -> No
     assert kinds(opt) == "f"
 
 
-def test_hooks_and_layers_that_are_new_are_met_at_the_next_full_step() -> None:
+def test_hooks_that_are_new_are_met_at_the_next_full_step() -> None:
+    model = randomize(PlainDiT())
+    opt = optimized(model, Fora(8, 4))
+    steps(opt, noise(), TIMES)
+    steps(opt, noise(), TIMES[:2])
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)  # type: ignore[union-attr, operator, index]
+    with torch.no_grad():
+        for i, time in enumerate(TIMES[2:5], 2):
+            t = torch.full((2,), time)
+            out = opt(noise(), t, torch.arange(2))
+            if i == 4:
+                torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
+    handle.remove()
+
+
+def test_hooks_are_met_with_a_layer_that_is_new_at_the_next_step() -> None:
     model = randomize(PlainDiT())
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
@@ -143,11 +158,9 @@ def test_hooks_and_layers_that_are_new_are_met_at_the_next_full_step() -> None:
     handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)  # type: ignore[union-attr, operator, index]
     model.head = randomize(nn.Linear(16, 8))
     with torch.no_grad():
-        for i, time in enumerate(TIMES[2:5], 2):
-            t = torch.full((2,), time)
-            out = opt(noise(), t, torch.arange(2))
-            if i == 4:
-                torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
+        t = torch.full((2,), TIMES[2])
+        out = opt(noise(), t, torch.arange(2))
+        torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
     handle.remove()
 
 

@@ -19,7 +19,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, remove_from_cache, skip_code
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, guard_failures
+from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -251,10 +253,21 @@ def dynamo_limits(limits: dict[str, Any]) -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(limits)
 
 
-def compiled_code(code: types.CodeType) -> types.CodeType | None:
-    """What Dynamo made of a code object: None where that is nothing, or several things, of which guards choose."""
-    made = _debug_get_cache_entry_list(code)
-    return made[0].code if len(made) == 1 else None
+def input_names(gm: fx.GraphModule) -> tuple[str, ...] | None:
+    """By what expressions over the local variables ``L`` of the traced function Dynamo finds each input of the graph
+    that it hands over; None where it does not say, or where its code does more than call the graph: it changes what was
+    there before the call (an attribute of the model, a list of the caller's)."""
+    tx = InstructionTranslator.current_tx()
+    effects = tx.output.side_effects
+    changed = (v.mutation_type for v in effects.id_to_variable.values() if effects.is_modified(v))
+    outside = any(isinstance(kind, (ValueMutationExisting, AttributeMutationExisting)) for kind in changed)
+    if outside or effects.tensor_hooks or effects.save_for_backward or tx.output.random_calls:
+        return None
+    arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
+    if not all(hasattr(argument, "source") for argument in arguments):
+        return None
+    names: list[Any] = [argument.source.name for argument in arguments]
+    return tuple(str(name() if callable(name) else name) for name in names)
 
 
 def is_traced_elsewhere(error: RuntimeError) -> bool:
@@ -341,7 +354,6 @@ __all__ = [
     "OptimizedModule",
     "TorchDynamoException",
     "compile_lock",
-    "compiled_code",
     "compiled_module",
     "compiled_session",
     "dynamo_context",
@@ -349,6 +361,7 @@ __all__ = [
     "global_hooks",
     "graph_of",
     "guards_hold",
+    "input_names",
     "is_traced_elsewhere",
     "remove_from_cache",
     "session_of",

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from toca_compile.backend import (
     why_not_asked,
     why_recompiled,
 )
+from toca_compile.direct import Direct
 from toca_compile.errors import (
     GRAD_ENABLED,
     NO_SITE,
@@ -80,6 +81,7 @@ class _Entry:
     uncached: dict[str, TocaError] = field(default_factory=dict)
     traced: list[Traced] = field(default_factory=list)  # the graphs that Dynamo made of it
     retraced: int = 0  # calls in succession that were traced, though one like them had been
+    direct: "Direct | Literal[False] | None" = None  # how its one graph is called; False: that cannot be told
 
     @property
     def refused(self) -> bool:
@@ -88,17 +90,35 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Direct:
-    """A call of one graph without guards: inputs of which signature, what Dynamo made of it, and what that runs."""
+class _Last:
+    """The call before, of one graph: inputs of which signature, what runs, and how that is called without Dynamo."""
 
     signature: Any
-    direct: Callable[..., Any]
     executor: Executor
+    direct: Direct
 
-    def is_cached(self, control: StepControl) -> bool:
-        """Whether the next step takes branches from caches, if the sampling goes on."""
-        run = control.coming()
-        return run is not None and self.executor.is_cached(run)
+    def __call__(self, control: StepControl, scope: dict[str, Any]) -> Any:
+        """A call like it, with these local variables, if it takes branches from caches, the sampling goes on, and the
+        model has the tensors that it had.
+
+        Raises:
+            Unexpected: it is none.
+        """
+        run, executor = control.coming(), self.executor
+        if run is None or not executor.is_cached(run):
+            raise Unexpected
+        reads = executor.reads(run)
+        if reads is not None:
+            with contextlib.suppress(Unexpected):  # of what follows from the time, something is to be made first
+                return self._with(control, scope, reads, some=True)
+        return self._with(control, scope, range(len(self.direct.names)), some=False)
+
+    def _with(self, control: StepControl, scope: dict[str, Any], places: Sequence[int], *, some: bool) -> Any:
+        inputs = self.direct.inputs(scope, places, self.executor.given)
+        if inputs is None:
+            raise Unexpected
+        with control.unguarded():
+            return self.direct.result(self.executor.call(inputs, some=some))
 
 
 class Calls:
@@ -118,7 +138,7 @@ class Calls:
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
         # A policy, what it was told of a call, what it meant by that, and the weights' fingerprint if it asks for it.
         self._fit: tuple[Policy, tuple[Signature, Signature], Policy, str | None] | None = None
-        self._last: _Direct | None = None  # the call before, if one like it can be made without guards
+        self._last: _Last | None = None  # the call before, if one like it can be made without guards
         # One for all calls, which are made one at a time: each new one would stay in the thread's context.
         self._limits = dynamo_limits(_LIMITS)
         self.context, self._caller = context(), Caller(session)
@@ -161,8 +181,7 @@ class Calls:
         control.begin_call(leaves, known)
         failed, shapes, self._dispatched = True, [], False
         try:
-            with _UNFUSED, self._limits, self._caller:
-                out = step(*args, **kwargs)
+            out = step(*args, **kwargs)
             failed, shapes = False, [tuple(v.shape) for v in _leaves((out,), {}).values() if _is_tensor(v)]
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, TocaError):
@@ -215,11 +234,10 @@ class Calls:
         hooks and by Dynamo's guards, where a step computes everything, and what is cached is of the model as it was."""
         entries, self._dispatched = self._entries, True
         signature = _signature(args, kwargs, self.session.control.known)
-        last = self._last
-        if last is not None and last.signature == signature and last.is_cached(self.session.control):
+        last, scope = self._last, {"self": model, "args": args, "kwargs": kwargs}
+        if last is not None and last.signature == signature:
             try:
-                with self.session.control.unguarded():
-                    return last.direct(model, args, kwargs)
+                return last(self.session.control, scope)
             except Unexpected:
                 pass
         self._last = None
@@ -241,10 +259,14 @@ class Calls:
         made = len(self._caller.made)
         new = not entry.executors and not entry.uncached
         told = working(f"tracing {type(model).__name__}") if new else contextlib.nullcontext()
+        ran, self._caller.seen = [], []
         try:
-            with told, self._hooked[2]():
-                return entry.call(model, args, kwargs)
+            with _UNFUSED, self._limits, self._caller, told, self._hooked[2]():
+                out = entry.call(model, args, kwargs)
+            ran = self._caller.seen
+            return out
         finally:
+            self._caller.seen = None
             if session.seen != before:
                 entry.executors += session.executors[known:]
                 entry.traced += list(self._caller.made)[made:]
@@ -256,8 +278,8 @@ class Calls:
             if entry.retraced == _RETRACED:
                 self._warn_of_retracing(entry)
             session.graphs = len(entry.traced)
-            if not new:
-                self._last = self._direct(entry, signature)
+            if not new and len(ran) == 1:
+                self._last = self._called(entry, signature, scope, *ran[0], out)
 
     def _trace(self, entry: _Entry, tracing: Tracing) -> None:
         if entry.tracing is not None:
@@ -265,14 +287,21 @@ class Calls:
         entry.tracing, entry.call = tracing, tracing.call
         tracing.users.add(self)
 
-    def _direct(self, entry: _Entry, signature: Any) -> "_Direct | None":
-        """How a call of an entry is made without guards; None where Dynamo made more than one graph of it."""
+    def _called(
+        self, entry: _Entry, signature: Any, scope: dict[str, Any], inputs: Sequence[Any], results: Any, out: Any
+    ) -> "_Last | None":
+        """A call of an entry, as one like it is made without Dynamo; None where that cannot be told."""
         if entry.tracing is None or len(entry.executors) != 1 or len(entry.traced) != 1:
             return None
         if self.session.broken or self._hooked[1]:
             return None
-        direct = entry.tracing.direct()
-        return _Direct(signature, direct, entry.executors[0]) if direct is not None else None
+        names = entry.traced[0].names
+        if entry.direct is None and names is not None:
+            entry.direct = Direct.of(names, scope, inputs, results, out) or False
+        if not entry.direct:
+            return None
+        entry.direct.guarded(inputs)
+        return _Last(signature, entry.executors[0], entry.direct)
 
     def close(self) -> None:
         """Forget what was compiled, and every run."""

@@ -16,10 +16,10 @@ from torch import fx
 
 from toca_compile.backend import (
     compile_lock,
-    compiled_code,
     dynamo_context,
     graph_of,
     guards_hold,
+    input_names,
     is_traced_elsewhere,
     remove_from_cache,
 )
@@ -28,13 +28,19 @@ from toca_compile.session import Session
 
 
 class Traced:
-    """A graph as Dynamo traced it."""
+    """A graph as Dynamo traced it.
+
+    Attributes:
+        names: how its inputs are found, if it takes no more to call it without Dynamo's code.
+        cached: whether anything of it could be.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
         # Dynamo takes away where inputs came from when it has called its backend.
         self._metas = [dict(node.meta) for node in graph.graph.nodes]
-        self.cached = False  # whether anything of it could be
+        self.names = input_names(graph)
+        self.cached = False
 
     def make(self, session: Session, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What a session makes of it, for a model's tensors."""
@@ -49,11 +55,15 @@ class Caller:
     """A session while its model is called: it has something of its own for each graph that was traced.
 
     Dynamo keeps for as long as the process lives what a backend returns, which refers to nobody, but asks who calls.
+
+    Attributes:
+        seen: asked for, the inputs and results of the graphs that run.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.made: dict[Traced, Callable[..., Any]] = {}
+        self.seen: list[tuple[Sequence[Any], Sequence[Any]]] | None = None
         self._before: list[Caller | None] = []
 
     def __enter__(self) -> None:
@@ -68,7 +78,10 @@ class Caller:
         if run is None:
             with compile_lock:
                 run = self.made[traced] = traced.make(self.session, inputs)
-        return run(*inputs)
+        results = run(*inputs)
+        if self.seen is not None:
+            self.seen.append((inputs, results))
+        return results
 
 
 class _Calling(local):
@@ -132,8 +145,7 @@ class Tracing:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self.code = _entry.__code__.replace()
         function = types.FunctionType(self.code, {"__builtins__": __builtins__, "call": call})
-        self.call, self._names = waiting(context(function)), function.__globals__
-        self._direct: Callable[..., Any] | None = None
+        self.call = waiting(context(function))
         weakref.finalize(self, remove_from_cache, self.code).atexit = False
         with compile_lock:
             Tracing.alive.add(self)
@@ -150,10 +162,3 @@ class Tracing:
         if len(self.graphs) != 1 or not all(traced.cached for traced in self.graphs):
             return False
         return guards_hold(self.code, {"self": model, "args": args, "kwargs": kwargs})
-
-    def direct(self) -> Callable[..., Any] | None:
-        """What Dynamo made, called without its guards; None where it made several things, of which they choose."""
-        if self._direct is None:
-            code = compiled_code(self.code)
-            self._direct = types.FunctionType(code, self._names) if code is not None else None
-        return self._direct

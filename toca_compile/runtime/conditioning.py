@@ -198,6 +198,19 @@ class Conditioning:
         for place in wanted:
             values[place] = row[place]
 
+    def find(self, values: list[Any], wanted: frozenset[int], tables: list[Table], times: Times) -> bool:
+        """As ``fill`` in a step that does not compute everything, if what it wants was made before; whether it was."""
+        if not tables or not tables[0].labels.holds([values[i] for i in self._labels]):
+            return False
+        time = times.time([values[i] for i in self._clock])
+        row = tables[0].rows.get(time) if time is not None else None
+        if row is None or not wanted <= row.keys():
+            return False
+        tables[0].uses += 1
+        for place in wanted:
+            values[place] = row[place]
+        return True
+
     def _table(self, values: Sequence[Any], tables: list[Table], *, full: bool) -> Table:
         labels, weights = [values[i] for i in self._labels], [values[i] for i in self._weights]
         for i, table in enumerate(tables):

@@ -27,11 +27,11 @@ from toca_compile.ir.types import Site
 from toca_compile.progress import working
 from toca_compile.runtime.cache_state import allocate, bytes_of, like_buffer, owner
 from toca_compile.runtime.carry_over import carry_over
-from toca_compile.runtime.conditioning import Conditioning
+from toca_compile.runtime.conditioning import Conditioning, Table
 from toca_compile.runtime.graphs import Fixed, Graphs, Work, without
 from toca_compile.runtime.peers import Peers, about
 from toca_compile.runtime.schedule import Calls, Row, Schedule, SegmentCall
-from toca_compile.runtime.step_control import Run, RunConstants, StepControl
+from toca_compile.runtime.step_control import Run, RunConstants, StepControl, Unexpected
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +136,14 @@ class _Followed:
         free: after each of its segments, which values nothing later needs.
         ready: the variants that are compiled.
         like: fake tensors like the buffers, made when a run first asks for them.
+        inputs: those of the graph that a step takes, if what stands in front was made before; by its calls.
     """
 
     schedule: Schedule
     free: list[tuple[int, ...]]
     ready: dict[_Variant, Graph]
     like: dict[tuple[State, int, int], torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Executor:
@@ -161,6 +163,7 @@ class Executor:
         whole: makes one callable of all steps of a plan, in the place of one for each variant.
         peers: the processes that share the graph's work, which are to do the same.
         names: of the inputs, as the model's caller knows them.
+        given: the numbers of those that are none of the model's own.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class Executor:
         # Segments that are constant during a run stand first; these are the inputs on which they depend.
         self._constant = sum(s.constant for s in program.segments)
         self._varying = [self._place[n] for n in program.varying]
+        self.given = frozenset(self._varying)
         read = {n for s in program.segments[: self._constant] for n in s.inputs}
         self._watched = sorted(self._place[n] for n in read if n in self._place)
         # Behind them those that follow from the time.
@@ -197,6 +201,10 @@ class Executor:
         labels = [i for i in given if i in self._varying and i not in self._clock]
         weights = [i for i in given if i not in self._varying]
         self._conditioning = Conditioning(self._clock, labels, weights, bytes_of(n.meta["val"] for n in made))
+        # What a step takes of its inputs, whatever it computes: by these the call is judged.
+        always = {*self._varying, *self._clock, *self._watched, *labels, *weights[:1]}
+        handed_out = {self._place[n] for n in graph.output_node().all_input_nodes if n in self._place}
+        self._always = always | handed_out | ({self._state} if self._state is not None else set())
         held = [n for n in graph.nodes if n.op == "get_attr"]
         self._constants = [(n, operator.attrgetter(str(n.target))(program.module)) for n in held]
         for segment in program.segments:
@@ -247,6 +255,14 @@ class Executor:
         return self._now.ready
 
     def __call__(self, *inputs: Any) -> Any:
+        return self.call(inputs)
+
+    def call(self, inputs: Sequence[Any], *, some: bool = False) -> Any:
+        """As ``__call__``. ``some``: only those of the inputs are there that ``reads`` names; the others are None.
+
+        Raises:
+            Unexpected: with ``some``, where the step turns out to need more; then nothing was done.
+        """
         instance = id(self.parameter(inputs))
         inputs = inputs if self._flat is None else self._flat(inputs)
         with self.control.lock:
@@ -258,9 +274,11 @@ class Executor:
                 if self.peers is not None and key not in run.last:
                     self.peers.begin(about(self.program, self.schedule.planned, inputs, self.names))
                 with nullcontext() if self.graphs is None else self.graphs.capture.turn():
-                    results = self._execute(inputs, run, key)
+                    results = self._execute(inputs, run, key, some=some)
                     if self.program.written:
                         results = self._write(inputs, results)
+            except Unexpected:
+                raise
             except BaseException as error:
                 self.control.void()
                 lost = self.peers.failed(error, run.step) if self.peers is not None else None
@@ -296,6 +314,17 @@ class Executor:
             return False
         row = schedule.rows[min(run.step, len(schedule.rows) - 1)]
         return not all(action.dense for action in row)
+
+    def reads(self, run: Run) -> Sequence[int] | None:
+        """The inputs that the graph's next step in a run reads, which takes from caches what it can; None where it may
+        be any."""
+        if self.whole is not None or self._flat is not None or self.program.written:
+            return None
+        (key,) = (k for k in run.schedules if k[0] == self.number)
+        schedule = run.schedules[key]
+        if schedule is not self._now.schedule:
+            return None
+        return self._now.inputs.get(id(schedule.calls[min(run.step, len(schedule.rows) - 1)]))
 
     def parameter(self, inputs: Sequence[Any]) -> Any:
         """The first of the model's parameters among a call's inputs."""
@@ -352,17 +381,15 @@ class Executor:
         read = {n for s in rest for n in s.inputs}
         return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
-    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...]) -> Any:
+    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], *, some: bool = False) -> Any:
         now = self._now
         if run.step and len(now.schedule.rows) > 1:
             now = self._going_on(now, run, key)
         schedule = now.schedule
         index = min(run.step, len(schedule.rows) - 1)
-        run.last[key], run.schedules[key] = run.step, schedule
-        self._last = (weakref.ref(run), key, index, schedule)
-        self._record(run, key, schedule, schedule.rows[index])
         past = run.computed.get(key, Past())
         if self.whole is not None:
+            self._enter(run, key, schedule, index)
             return self._as_one(self.whole(self, schedule), inputs, run, key, past)
         # What leaves skipped blocks has a past of its own, which a test at run time may decide.
         moves = schedule.plan.skip.memory.numbers(past, run.step, past.made) if schedule.range is not None else {}
@@ -372,12 +399,16 @@ class Executor:
         step = _Step(schedule, index, moves, [*inputs, *self._unset], fixed, self._apart)
         calls, uncut, done = schedule.calls[index], schedule.uncut[index], 0
         bound = self._bound(calls, now, run, key)
-        if self._constant and not self._restore(inputs, step.values, run, key):
-            step.run(bound.calls[: self._constant])
-            self._keep(inputs, step.values, run, key)
-        full = all(action.dense for action in schedule.unskipped[index])
+        if some and not (self._restored(inputs, step.values, run, key) and self._conditioned(step, bound, run, key)):
+            raise Unexpected
+        self._enter(run, key, schedule, index)
+        if not some:
+            if not self._restored(inputs, step.values, run, key):
+                step.run(bound.calls[: self._constant])
+                self._keep(inputs, step.values, run, key)
+            full = all(action.dense for action in schedule.unskipped[index])
+            self._condition(step, bound, (run, key), full=full and calls is uncut)
         done = self._front
-        self._condition(step, bound, (run, key), full=full and calls is uncut)
         if schedule.probe is not None and calls is not uncut:
             ahead = schedule.joined(calls)
             stop = schedule.until(ahead, schedule.skips.start - 1)
@@ -405,6 +436,12 @@ class Executor:
             run.drift[key] = 0.0
             run.computed[key] = schedule.plan.skip.after(past, run.step)
         return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+    def _enter(self, run: Run, key: tuple[int, ...], schedule: Schedule, index: int) -> None:
+        """A step begins."""
+        run.last[key], run.schedules[key] = run.step, schedule
+        self._last = (weakref.ref(run), key, index, schedule)
+        self._record(run, key, schedule, schedule.rows[index])
 
     def _as_one(self, program: WholeStep, inputs: Sequence[Any], run: Run, key: tuple[int, ...], past: Past) -> Any:
         """A step as one call."""
@@ -470,12 +507,20 @@ class Executor:
     def _condition(self, step: "_Step", bound: "_BoundCalls", of: tuple[Run, tuple[int, ...]], *, full: bool) -> None:
         """Put what follows from the time where the step reads it."""
         if bound.timed:
-            run, key = of
             parts = bound.calls[self._constant : self._front]
-            # Between two runs weights may change where the host does not look: what was made with them goes with a run.
-            kept = self.control.tables if self._conditioning.sees_weights(step.values) else run.tables
-            tables, times = kept.setdefault(key, []), self.control.times
+            tables, times = self._tables(step, *of), self.control.times
             self._conditioning.fill(step.values, parts, bound.timed, tables, full=full, times=times)
+
+    def _conditioned(self, step: "_Step", bound: "_BoundCalls", run: Run, key: tuple[int, ...]) -> bool:
+        """As ``_condition``, where it was made before; whether it was."""
+        if not bound.timed:
+            return True
+        return self._conditioning.find(step.values, bound.timed, self._tables(step, run, key), self.control.times)
+
+    def _tables(self, step: "_Step", run: Run, key: tuple[int, ...]) -> list[Table]:
+        # Between two runs weights may change where the host does not look: what was made with them goes with a run.
+        kept = self.control.tables if self._conditioning.sees_weights(step.values) else run.tables
+        return kept.setdefault(key, [])
 
     def _skips(self, step: "_Step", past: Past, now: _Followed, run: Run, key: tuple[int, ...]) -> bool:
         """Whether a step skips the blocks that its plan lets it skip."""
@@ -493,10 +538,10 @@ class Executor:
         before, or with what another graph hands over, or computes everything."""
         schedule, before = now.schedule, run.schedules.get(key)
         if before is not None and run.last[key] == run.step - 1 and before.plan is schedule.plan:
-            return now if before is schedule else replace(now, schedule=before)
+            return now if before is schedule else replace(now, schedule=before, inputs={})
         carried = carry_over(run, key, schedule)
         if carried is not None:
-            return replace(now, schedule=carried)
+            return replace(now, schedule=carried, inputs={})
         if before is not None:
             # It did not run in the step before (another model shares the run, or a branch of the model was skipped),
             # or by another plan, so its caches are not what the plan thinks.
@@ -505,16 +550,19 @@ class Executor:
             log.info("another graph of the model goes on with the run: it computes all of step %d", run.step)
         run.forget(key)
         start = run.step if schedule.plan.endless else min(run.step, len(schedule.rows) - 1)
-        return replace(now, schedule=Schedule(self.program, schedule.planned, start))
+        return replace(now, schedule=Schedule(self.program, schedule.planned, start), inputs={})
 
-    def _restore(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> int:
-        """Put back what the constant segments computed before from the same inputs; how many segments that spares."""
+    def _restored(self, inputs: Sequence[Any], values: list[Any], run: Run, key: tuple[int, ...]) -> bool:
+        """Put back what the constant segments computed before from the same inputs; whether there is nothing else to
+        compute of them."""
+        if not self._constant:
+            return True
         kept = run.kept.get(key)
         if kept is None or not kept.holds([inputs[i] for i in self._watched]):
-            return 0
+            return False
         for place, value in kept.values.items():
             values[place] = value
-        return self._constant
+        return True
 
     def _keep(self, inputs: Sequence[Any], values: Sequence[Any], run: Run, key: tuple[int, ...]) -> None:
         places = (self._place[n] for s in self.program.segments[: self._constant] for n in s.outputs)
@@ -557,7 +605,10 @@ class Executor:
             read = [self._bind(probe, now, run, key)] if self._timed and probe is not None else []
             read += bound[self._front :]
             timed = frozenset(p for b in read for p in b.values if p in self._timed)
-            known[id(calls)] = _BoundCalls(bound, timed, *self._around(bound[self._front :]))
+            reads, makes = self._around(bound[self._front :])
+            inputs = {*self._always, *(place for place in reads if place < self._inputs)}
+            now.inputs[id(calls)] = tuple(sorted(inputs))
+            known[id(calls)] = _BoundCalls(bound, timed, reads, makes)
         return known[id(calls)]
 
     def _around(self, calls: Sequence[_BoundCall]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -6,14 +6,17 @@ denoising time where it is a host value, the latents, and the other inputs by va
 a new sampling, which computes everything: a wrong guess costs time, never a wrong picture.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 _SIGNAL = 256  # elements of a host tensor that is read as numbers
 _COPIED = 1 << 22  # elements of a host tensor that is compared by value
 
@@ -71,8 +74,17 @@ class Seen:
         copy = value.detach().clone() if on_host(value) and value.numel() <= _COPIED else None
         return cls(weakref.ref(value), version, tuple(value.shape), value.is_floating_point(), copy, value.is_meta)
 
+    def shows(self, value: torch.Tensor) -> bool:
+        """Whether a tensor has the values that were seen, as far as the host has them."""
+        copy = self.copy
+        if copy is None or not on_host(value) or copy.shape != value.shape or copy.dtype != value.dtype:
+            return False
+        return torch.equal(copy, value)
+
     def same(self, now: "Seen") -> bool:
         """Whether two sights are of the same values."""
+        if self is now:
+            return True
         if self.shape != now.shape:
             return False
         if self.copy is not None and now.copy is not None:
@@ -104,26 +116,37 @@ class Sight:
     lane: tuple[int, int] = (0, 0)  # which of the pictures that are sampled in turns, and which pass of it
 
     @classmethod
-    def of(cls, graph: int, clock: Sequence[Any], inputs: Mapping[Any, Any], told: Told | None) -> "Sight":
-        """Look at a call's inputs."""
+    def of(
+        cls,
+        graph: int,
+        clock: Sequence[Any],
+        inputs: Mapping[Any, Any],
+        told: Told | None,
+        before: Mapping[Any, Seen] = NOTHING,
+    ) -> "Sight":
+        """Look at a call's inputs. ``before``: what was seen in the call before, of which most stays as it is."""
         sight = cls(graph, read(clock), told=told)
         if told is not None and told.time is not None:
             sight.clock = (told.time,)
         sight.hidden = bool(clock) and sight.clock is None
+        if told is not None and told.step_index is not None:
+            return sight  # there is nothing to find out
         times = {id(x) for x in clock}
         for key, value in inputs.items():
             if id(value) in times and isinstance(value, torch.Tensor):
                 continue
-            if isinstance(value, torch.Tensor) and not _is_signal(value):
-                sight.tensors[key] = Seen.of(value)
+            is_tensor = isinstance(value, torch.Tensor)
+            if is_tensor and not _is_signal(value):
+                known = before.get(key)
+                sight.tensors[key] = known if known is not None and known.shows(value) else Seen.of(value)
                 continue
             numbers = _numbers(value)
             if numbers is not None:
                 sight.signals[key] = numbers
-                if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                    sight.floats.add(key)
-                if isinstance(value, torch.Tensor):
+                if is_tensor:
                     sight.arrays.add(key)
+                if value.is_floating_point() if is_tensor else isinstance(value, float):
+                    sight.floats.add(key)
         return sight
 
 
@@ -339,7 +362,7 @@ class Watch:
 def _by_telling(before: Told | None, now: Told | None) -> Verdict | None:
     """What the caller's own step numbers say; None where there are none."""
     if now is None or now.step_index is None:
-        return None
+        return None if before is None or before.step_index is None else Verdict.NEW
     if before is None or before.step_index is None or before.num_inference_steps != now.num_inference_steps:
         return Verdict.NEW
     passed = now.step_index - before.step_index
@@ -355,8 +378,9 @@ def _copies(a: Sight, b: Sight, key: Any) -> tuple[torch.Tensor, torch.Tensor] |
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """1 − cosine of two tensors."""
-    norms = float(a.norm() * b.norm())
-    return 1 - float(a.flatten() @ b.flatten()) / norms if norms > 0 else 0.0
+    a, b = a.flatten(), b.flatten()
+    norms = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    return 1 - float(a @ b) / norms if norms > 0 else 0.0
 
 
 def _uniform(values: Sequence[float]) -> bool:
@@ -383,7 +407,7 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     if isinstance(value, (bool, int, float)):
         return (float(value),)
     if isinstance(value, torch.Tensor) and not value.is_complex():
-        return tuple(float(x) for x in value.detach().reshape(-1).tolist())
+        return tuple(map(float, value.reshape(-1).tolist()))
     return None
 
 
@@ -392,7 +416,7 @@ def number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
         if not on_host(value) or not value.numel() or value.numel() > 4096 or value.is_complex():
             return None
-        numbers = value.detach().reshape(-1).tolist()  # for the few that they are, faster than an op
+        numbers = value.reshape(-1).tolist()  # for the few that they are, faster than an op
         return float(sum(numbers)) / len(numbers)
     return float(value) if isinstance(value, (int, float)) else None
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,12 +31,11 @@ from toca_compile.ir.state import State
 from toca_compile.ir.types import StepKind
 from toca_compile.progress import stages
 from toca_compile.runtime.clock import Clock, device_of
-from toca_compile.runtime.sight import Sight, Told, Verdict, Watch, is_plain, on_host
+from toca_compile.runtime.sight import NOTHING, Sight, Told, Verdict, Watch, is_plain, on_host
 from toca_compile.runtime.times import Times
 
 log = logging.getLogger(__name__)
 
-NOTHING: Mapping[int, Any] = MappingProxyType({})
 _KEPT = 4096  # records kept: an endless run has no last step
 _RESTARTS = 3  # samplings in a row that end after their first step: then something is wrong, and said
 
@@ -549,7 +547,8 @@ class StepControl:
         stream = self._call.stream = streams[key]
         told = next((e.told for e in reversed(_ENTERED.get()) if e.control() is self and e.told), None)
         watch = stream.watch
-        had, sight = watch.steps, Sight.of(place[0], clock, inputs, told)
+        before = watch.group[-1].tensors if watch.group else NOTHING
+        had, sight = watch.steps, Sight.of(place[0], clock, inputs, told, before)
         verdict = watch.judge(sight)
         first = stream.runs.get((sight.lane, place[0]))
         # Where a graph is new (the model was changed after a sampling), what went on is over when all runs are.
