@@ -77,7 +77,8 @@ def capture(
         return (*out, *(args[i] for i in mutated))
 
     functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
-    with preserve_node_meta(), tracing(None), mode:
+    # In inference mode torch 2.12 does not follow what an op without tensors makes; gradients are none of ours.
+    with torch.inference_mode(False), torch.no_grad(), preserve_node_meta(), tracing(None), mode:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     # The graph keeps the mode, which would know the model's parameters by weak references: torch swaps no such tensor.
     mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
