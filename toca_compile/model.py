@@ -169,7 +169,6 @@ class Calls:
 
     def _run(self, step: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         session = self.session
-        session.patch = patch_of(model)
         if session.strict:
             _check_mode(model)
         self._watch_numbers(args, kwargs)
@@ -254,6 +253,7 @@ class Calls:
         if entry.tracing is not None and len(entry.tracing.users) > 1 and not entry.tracing.holds(model, args, kwargs):
             self._trace(entry, Tracing(None, _plain_call(model), self.context))  # it is no longer like others
         session = self.session
+        session.patch = patch_of(model)
         before, session.uncached = session.seen, entry.uncached
         known, session.splits = len(session.executors), split_by_sizes()
         made = len(self._caller.made)
