@@ -176,3 +176,22 @@ def test_the_blocks_of_a_step_that_skips_them_are_not_looked_at(monkeypatch: pyt
     everything = len(explain(opt).program.placeholders)
     assert len(looked) == 6
     assert max(looked) < everything / 2
+
+
+class TwoTexts(PlainDiT):
+    """Adds what two inputs say."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t, y) + a.mean() - b.mean()
+
+
+def test_inputs_that_were_one_tensor_may_be_two() -> None:
+    model = randomize(TwoTexts())
+    opts = [optimized(model, Fora(8, 4)) for _ in range(2)]
+    a, b = torch.zeros(2, 4, 16), torch.full((2, 4, 16), 100.0)
+    with torch.no_grad():
+        for run in range(2):
+            for i, t in enumerate(TIMES):
+                call, other = (noise(), torch.full((2,), t), torch.arange(2)), b if run and i else a
+                # Where one of them reuses, the other may compute.
+                torch.testing.assert_close(opts[0](*call, a, other), opts[1](*call, a, other.clone()), rtol=0, atol=10)

@@ -680,8 +680,13 @@ def _check_mode(model: nn.Module) -> None:
 
 
 def _signature(args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[int, Any]) -> tuple[Any, ...]:
-    """What tells traced calls apart: kinds of inputs, which of them the host knows (``known``), and modes."""
-    kinds = tuple((k, _kind(v), id(v) in known) for k, v in _leaves(args, kwargs).items())
+    """What tells traced calls apart: kinds of inputs, which of them the host knows (``known``) and which are the same,
+    and modes."""
+    leaves = _leaves(args, kwargs)
+    first: dict[int, Any] = {}
+    kinds = tuple(
+        (k, _kind(v), id(v) in known, first.setdefault(id(v), k) if _is_tensor(v) else None) for k, v in leaves.items()
+    )
     modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *(
         torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")
     )  # fmt: skip
