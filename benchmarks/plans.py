@@ -5,7 +5,8 @@
 Searches a plan for each model and number of full steps (on one seed of the first classes or prompts), writes it to
 ``plans/``, and samples three other seeds of other classes or prompts with it, with each rule at even spacing, with the
 level of as many full steps, if there is one, and with the schedules of DPCache and CEM under the best rule of the
-calibration. Eager; nothing is timed. Goes on where an earlier run stopped; ``results/plans.md`` is written from all
+calibration. A model of pictures of any size is asked for larger ones, too, with the plan of those that it was made
+for. Eager; nothing is timed. Goes on where an earlier run stopped; ``results/plans.md`` is written from all
 plans that are there.
 """
 
@@ -31,6 +32,7 @@ from toca_compile.quality.planning import RULES, _Recorded
 
 PLANS = Path(__file__).resolve().parent / "plans"
 SEEDS = (0, 1, 2)
+SIDES = {"emoji_flux": 48}  # in pixels, of larger pictures
 SAMPLES = {"fashion_dit": 6, "emoji_flux": 4}  # a seed: as many as there are classes or prompts beside four
 
 
@@ -92,16 +94,23 @@ def judge(
 
     opt = toca_compile.optimize(model, FullCompute(), lowering="eager")
 
-    def sampled(policy: Policy) -> list[Tensor]:
-        opt.policy = policy
-        return [sampler(opt, steps, seed, SAMPLES[name]) for seed in SEEDS]
+    def compare(rows: dict[str, Policy], sampler: Any, suffix: str = "") -> None:
+        def sampled(policy: Policy) -> list[Tensor]:
+            opt.policy = policy
+            return [sampler(opt, steps, seed, SAMPLES[name]) for seed in SEEDS]
 
-    base = sampled(FullCompute()) if rows.keys() - judged.keys() else []
-    for row, policy in rows.items():
-        if row in judged:
-            continue
-        judged[row] = [psnr(a, b) for a, b in zip(sampled(policy), base, strict=True)]
-        print(f"{name} {budget}: {row}: {statistics.mean(judged[row]):.2f}", flush=True)
+        missing = {row + suffix: policy for row, policy in rows.items() if row + suffix not in judged}
+        base = sampled(FullCompute()) if missing else []
+        for row, policy in missing.items():
+            judged[row] = [psnr(a, b) for a, b in zip(sampled(policy), base, strict=True)]
+            print(f"{name} {budget}: {row}: {statistics.mean(judged[row]):.2f}", flush=True)
+
+    compare(rows, sampler)
+    if name in SIDES:
+        larger = TRAINED[name].load(first=settings.samples, side=SIDES[name])[1]
+        kept = {"the plan": found.anyway("sampler", "size")}
+        kept |= {row: policy for row, policy in rows.items() if row.startswith(("even", '"'))}
+        compare(kept, larger, f", {SIDES[name]} pixels")
     return judged
 
 

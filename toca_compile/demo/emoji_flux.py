@@ -111,15 +111,16 @@ def sample(
     steps: int,
     *,
     seed: int = 0,
+    side: int = SIDE,
 ) -> Tensor:
     """Euler steps of the flow with guidance, on the device of the text's vectors, both halves of the pair in one batch;
-    pictures ``[prompts, 3, 32, 32]`` in about [−1, 1]."""
+    pictures ``[prompts, 3, side, side]`` in about [−1, 1]."""
     device, count = text.table.weight.device, len(prompts)
-    noise = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
     x = packed(noise).to(device)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
     with torch.inference_mode():
-        told = text(text.indices([*prompts, *[""] * count]).to(device)) | positions(SIDE, device)
+        told = text(text.indices([*prompts, *[""] * count]).to(device)) | positions(side, device)
         for t in shipped.begun(model, scheduler):
             sigma = (t / scheduler.config.num_train_timesteps).expand(2 * count)
             velocity = model(hidden_states=torch.cat([x, x]), timestep=sigma, **told).sample
@@ -133,13 +134,15 @@ def prompts(count: int, first: int = 0) -> list[str]:
     return [PROMPTS[(first + i) % len(PROMPTS)] for i in range(count)]
 
 
-def model_and_sampler(path: Path | None = None, device: str = "cpu", first: int = 0) -> tuple[Any, Sampler]:
+def model_and_sampler(
+    path: Path | None = None, device: str = "cpu", first: int = 0, side: int = SIDE
+) -> tuple[Any, Sampler]:
     """The trained model, and a sampler of it for ``evaluate`` and ``tune``. ``first``: prompt that a batch begins
-    with."""
+    with; ``side``: of the pictures, in pixels."""
     model, scheduler, text = load(path or default_model())
     text.to(device)
 
     def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(model, scheduler, text, prompts(count, first), steps, seed=seed)
+        return sample(model, scheduler, text, prompts(count, first), steps, seed=seed, side=side)
 
     return model.to(device), sampler
