@@ -161,7 +161,7 @@ def test_an_exception_inside_a_compiled_step_voids_the_run(model: PlainDiT, monk
     partial_run(opt, 2)
     execute = Executor._execute
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
+    def fail(*args: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Executor, "_execute", fail)

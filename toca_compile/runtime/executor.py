@@ -274,7 +274,7 @@ class Executor:
                 if self.peers is not None and key not in run.last:
                     self.peers.begin(about(self.program, self.schedule.planned, inputs, self.names))
                 with nullcontext() if self.graphs is None else self.graphs.capture.turn():
-                    results = self._execute(inputs, run, key, some=some)
+                    results = self._execute(inputs, run, key, some)
                     if self.program.written:
                         results = self._write(inputs, results)
             except Unexpected:
@@ -381,7 +381,7 @@ class Executor:
         read = {n for s in rest for n in s.inputs}
         return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
-    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], *, some: bool = False) -> Any:
+    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], some: bool) -> Any:
         now = self._now
         if run.step and len(now.schedule.rows) > 1:
             now = self._going_on(now, run, key)
