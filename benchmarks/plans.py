@@ -108,7 +108,7 @@ def judge(
     compare(rows, sampler)
     if name in SIDES:
         larger = TRAINED[name].load(first=settings.samples, side=SIDES[name])[1]
-        kept = {"the plan": found.anyway("sampler", "size")}
+        kept: dict[str, Policy] = {"the plan": found.anyway("sampler", "size")}
         kept |= {row: policy for row, policy in rows.items() if row.startswith(("even", '"'))}
         compare(kept, larger, f", {SIDES[name]} pixels")
     return judged

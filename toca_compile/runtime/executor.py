@@ -381,7 +381,7 @@ class Executor:
         read = {n for s in rest for n in s.inputs}
         return bytes_of(n.meta["val"] for s in front for n in s.outputs if n in read)
 
-    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], some: bool) -> Any:
+    def _execute(self, inputs: Sequence[Any], run: Run, key: tuple[int, ...], some: bool = False) -> Any:
         now = self._now
         if run.step and len(now.schedule.rows) > 1:
             now = self._going_on(now, run, key)
