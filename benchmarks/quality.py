@@ -27,12 +27,12 @@ from what_to_use import BUDGETS
 
 from toca_compile import load_policy
 from toca_compile.demo import fashion_dit, fashion_mnist
-from toca_compile.policies import ready_made
+from toca_compile.policies import LEVELS, Level, Planned, ready_made
 from toca_compile.quality.evaluation import evaluate
 from toca_compile.quality.settings import EvaluationSettings
 
 T = TypeVar("T")
-POLICIES = Path(__file__).resolve().parent / "policies"
+POLICIES, PLANS = (Path(__file__).resolve().parent / folder for folder in ("policies", "plans"))
 
 
 def main() -> None:
@@ -60,6 +60,11 @@ def main() -> None:
         others = {} if given.no_peers else peers(model, sampler, 50, compiled=given.lowering == "inductor")
         real = features(fashion_mnist.read_pictures(given.data, "t10k")[0][:2000]) if given.data is not None else None
         accuracy = _accuracy(given.batch, given.samples)
+    policies |= {f'level "{name}"': Level(name, trained.steps, trained.flow) for name in LEVELS}
+    for path in sorted(PLANS.glob(f"{given.model}-*.json")):
+        found = None if "held-out" in path.name else load_policy(path)
+        if isinstance(found, Planned):
+            policies[f"planned, {len(found.full)} full"] = found.anyway("sampler")
     policies |= {f"best {n} ×": load_policy(POLICIES / f"{given.model}-{n}.json") for n in BUDGETS}
     policies, others = _asked(policies, given.rows), _asked(others, given.rows)
     settings = EvaluationSettings(

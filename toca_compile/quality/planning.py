@@ -40,6 +40,7 @@ CORRECTED = (0.0, 0.25, 0.5, 0.75)
 RULES: tuple[Weights, ...] = (Polynomial(1), Polynomial(2), Polynomial(3), Taylor(), Hermite(), Foca())
 _TRIALS = 200
 _HOT, _COLD = 0.5, 0.02  # dB by which a candidate may be worse and still be gone on from, first and last
+_CORRECTED = 4  # candidates, the best first
 _DRAWN = 12  # candidates that the recorded run compares before one is sampled with
 
 Full = tuple[int, ...]
@@ -68,7 +69,7 @@ def plan(
 
     Returns:
         A policy that ``save_policy`` can keep. Its ``found`` has what it was held against, on the same seeds: the best
-        rule at even spacing, the schedules of DPCache and CEM with that rule, and the best of these corrected.
+        rule at even spacing, the schedules of DPCache and CEM with the best rule, and the best of these corrected.
 
     Raises:
         TocaError: the budget leaves nothing to choose, nothing could be sampled in the time, or a setting is unknown or
@@ -238,28 +239,31 @@ class _Search:
     def run(self) -> Planned:
         """Even spacing with each rule, the two programmes, then candidates near the best, ever more strictly."""
         found: dict[str, float] = {}
-        start, quality = None, -math.inf
+        tried: list[tuple[float, Candidate]] = []
+
+        def sampled(name: str, candidate: Candidate) -> None:
+            new = self._quality(candidate)
+            if new is not None:
+                tried.append((new, candidate))
+                if name:
+                    found[name] = max(new, found.get(name, -math.inf))
+
+        def best_first() -> list[tuple[float, Candidate]]:
+            return sorted(tried, key=lambda one: -one[0])
+
         for i in range(len(RULES)):
             for full in (self._even(), *self._spread()):
-                new = self._quality(Candidate(full, self._alone(i)))
-                if new is not None and full == self._even():
-                    found["even"] = max(new, found.get("even", -math.inf))
-                if new is not None and new > quality:
-                    start, quality = Candidate(full, self._alone(i)), new
-        if start is None:
+                sampled("even" if full == self._even() else "", Candidate(full, self._alone(i)))
+        if not tried:
             raise TocaError("nothing was sampled: give more seconds or trials")
+        shares = best_first()[0][1].shares
         for name, full in (("DPCache", self.recorded.dpcache(self.budget)), ("CEM", self.recorded.cem(self.budget))):
-            new = self._quality(Candidate(full, start.shares))
-            if new is not None:
-                found[name] = new
-                if new > quality:
-                    start, quality = Candidate(full, start.shares), new
-        for share in self.corrected[1:]:
-            new = self._quality(replace(start, correct=share))
-            if new is not None:
-                found["corrected"] = max(new, found.get("corrected", -math.inf))
-                if new > quality:
-                    start, quality = replace(start, correct=share), new
+            sampled(name, Candidate(full, shares))
+        # Which rule and spacing a correction does most for, those without it do not tell.
+        for _, candidate in best_first()[:_CORRECTED]:
+            for share in self.corrected[1:]:
+                sampled("corrected", replace(candidate, correct=share))
+        quality, start = best_first()[0]
         found["start"] = quality
         best, top, now, at = start, quality, start, quality
         while not self._over():
