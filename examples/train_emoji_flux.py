@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toca_compile.demo.emoji_flux import PROMPTS, SIDE, Text, packed, positions, prompts, sample
+from toca_compile.demo.emoji_flux import PROMPTS, SIDE, Text, noise_of, packed, positions, prompts, sample
 from toca_compile.demo.noto_emoji import SIZE, Emoji, download, read_emoji, words
 
 HEAD, HEADS, DOUBLE, SINGLE, WIDTH_OF_TEXT = 32, 4, 2, 4, 64
@@ -156,10 +156,9 @@ def draw(net: Net, path: Path, steps: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from matplotlib.image import imsave
 
-    rows = [
-        sample(net.transformer, FlowMatchEulerDiscreteScheduler(), net.text, prompts(len(PROMPTS)), steps, seed=seed)
-        for seed in range(4)
-    ]
+    asked, scheduler = prompts(len(PROMPTS)), FlowMatchEulerDiscreteScheduler()
+    noises = [noise_of(len(asked), seed) for seed in range(4)]
+    rows = [sample(net.transformer, scheduler, net.text, asked, steps, noise=noise) for noise in noises]
     sheet = torch.cat([row.permute(2, 0, 3, 1).reshape(SIDE, -1, 3) for row in rows]).cpu()
     sheet = (sheet.float().clamp(-1, 1) + 1) / 2
     imsave(path, sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())

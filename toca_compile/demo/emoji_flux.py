@@ -103,6 +103,11 @@ def load(path: Path) -> tuple[Any, Any, Text]:
     return model, scheduler, text.eval()
 
 
+def noise_of(count: int, seed: int = 0, side: int = SIDE) -> Tensor:
+    """What a batch begins with: ``[count, 3, side, side]``."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
 def sample(
     model: Callable[..., Any],
     scheduler: Any,
@@ -110,14 +115,13 @@ def sample(
     prompts: Sequence[str],
     steps: int,
     *,
-    seed: int = 0,
-    side: int = SIDE,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Euler steps of the flow with guidance, on the device of the text's vectors, both halves of the pair in one batch;
-    pictures ``[prompts, 3, side, side]`` in about [−1, 1]."""
+    pictures in about [−1, 1], of the shape of the ``noise`` that they begin with (that of seed 0)."""
     device, count = text.table.weight.device, len(prompts)
-    noise = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    x = packed(noise).to(device)
+    noise = noise_of(count) if noise is None else noise
+    side, x = noise.shape[-1], packed(noise).to(device)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
     with torch.inference_mode():
         told = text(text.indices([*prompts, *[""] * count]).to(device)) | positions(side, device)
@@ -143,6 +147,6 @@ def model_and_sampler(
     text.to(device)
 
     def sampler(model: Any, steps: int, seed: int, count: int) -> Tensor:
-        return sample(model, scheduler, text, prompts(count, first), steps, seed=seed, side=side)
+        return sample(model, scheduler, text, prompts(count, first), steps, noise=noise_of(count, seed, side))
 
     return model.to(device), sampler

@@ -23,6 +23,11 @@ class Clock:
         self._ended = self._now()
 
     @property
+    def is_over(self) -> bool:
+        """Whether the work is done, so that ``seconds`` waits for nothing."""
+        return self._device is None or bool(self._ended.query())
+
+    @property
     def seconds(self) -> float:
         """What the work took. On an accelerator this waits until it is done."""
         if self._device is None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from toca_compile.errors import TocaError
 from toca_compile.ir.plan import Policy
 from toca_compile.model import OptimizedModel, unwrapped
 from toca_compile.policies.given import checked_policy
+from toca_compile.runtime.clock import Clock, device_of
 from toca_compile.serving.lane import Followed, Kind, Lane, NoRoom
 from toca_compile.serving.requests import Call, Request, Sampling, Ticket, meant
 from toca_compile.serving.turns import BatchSession
@@ -90,7 +92,8 @@ class Engine:
         model: a diffusion transformer in eval mode, as of ``optimize``. It is not changed.
         policy: as of ``optimize``; fitted to each request's number of steps and guidance.
         memory: bytes that caches may take; requests beyond it wait. None: no limit.
-        sizes: of batches, ascending from 1. Of a kind of request as many are at work as the largest holds; others wait.
+        sizes: of batches, ascending from 1. Of a kind of request as many are at work as the largest holds, or as few as
+            are found to have as many done in a second; others wait.
         options: ``lowering`` and ``grid``, as of ``optimize``.
 
     Attributes:
@@ -301,11 +304,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Give slots to requests in the order in which they came, as far as there is memory. More of a kind than a
-        batch holds would only keep one another waiting."""
+        batch holds, or than it pays to compute together, would only keep one another waiting."""
         at_work = Counter(id(active.lane) for active in self._active)
         for first in list(self._ready):
             lane = first.lane
-            if at_work[id(lane)] >= lane.most:
+            if at_work[id(lane)] >= lane.costs.at_once(lane.sizes):
                 continue
             slot = self._slot(lane)
             if slot is None and self._active:
@@ -375,6 +378,8 @@ class Engine:
     def _compute(self, members: Sequence[Active]) -> None:
         lane = members[0].lane
         requests = next(size for size in lane.sizes if size >= len(members))
+        call = members[0].call
+        clock, full = Clock(device_of(tree_leaves((call.args, call.kwargs)))), members[0].is_full
         try:
             answers = lane.compute(members, requests)
         except Exception as error:
@@ -387,6 +392,9 @@ class Engine:
             self._settle(members[0].ticket, error=error)
             self._over(members[0])
             return
+        clock.stop()
+        if full:
+            lane.costs.note(requests, clock)
         self.statistics.calls += 1
         self.statistics.samples += len(members)
         self.statistics.padded += requests - len(members)

@@ -21,6 +21,7 @@ from toca_compile.ir.types import Site
 from toca_compile.passes.proof.samples import sample_factor, samples_in
 from toca_compile.runtime.cache_state import like_buffer
 from toca_compile.runtime.schedule import Schedule
+from toca_compile.serving.costs import Costs
 from toca_compile.serving.pool import Key, Name, Place, Pool, Stored
 from toca_compile.serving.requests import Call
 from toca_compile.serving.turns import BatchSession, Inputs, LaidOut, Turn, Turned
@@ -253,12 +254,14 @@ class Lane:
         pool: their caches.
         sizes: of batches, in requests.
         why_apart: why each must be computed alone; None where they may share calls.
+        costs: what batches took.
     """
 
     def __init__(
         self, model: Callable[..., Any], session: BatchSession, call: Call, sizes: Sequence[int], memory: Memory
     ) -> None:
         self.kind, self.session, self.pool, self.sizes = Kind.of(call), session, Pool(), tuple(sizes)
+        self.costs = Costs()
         self._memory, self._has_room = memory
         self._model, self._example = model, call
         self._graphs: dict[int, Graphed] = {}
