@@ -9,6 +9,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from tests.compiler.test_wrappers import quantised
 from tests.models import PlainDiT, randomize
 from tests.runs import POLICY, TIMES, kinds, optimized, steps
 from tests.sampling import noise
@@ -86,9 +87,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.mark.parametrize("make", [lambda model: model, quantised], ids=["plain", "quantised"])
 @pytest.mark.parametrize("policy", [POLICY, Fora(8, 4)], ids=["partial", "reuse"])
-def test_dynamos_code_runs_at_steps_that_compute_everything(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomize(PlainDiT())
+def test_dynamos_code_runs_at_steps_that_compute_everything(
+    policy: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(randomize(PlainDiT()))
     opt = optimized(model, policy)
     steps(opt, noise(), TIMES)
     made = calls(monkeypatch)

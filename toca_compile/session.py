@@ -222,6 +222,7 @@ class Session:
             for executor in self.executors:
                 if executor.graphs is not None and not executor.graphs.refused:
                     executor.graphs.refuse(_SPLIT)
+        given = frozenset(i for i, fixed in enumerate(static_inputs) if not fixed)
         flat = Flattener(inputs, static_inputs)
         if flat.needed:
             graph, static_inputs = unwrapped(graph, static_inputs, inputs)
@@ -253,7 +254,7 @@ class Session:
         graphs = Graphs(capture, names, static_inputs, self.warn_once) if capture is not None else None
         executor = self.runs(program, plan, self.control, variants, self.seen, flat if flat.needed else None)
         executor.graphs, executor.whole = graphs, whole
-        executor.peers = self._peers(program)
+        executor.peers, executor.given = self._peers(program), given
         executor.names = tuple(input_name(n) for n in graph.graph.nodes if n.op == "placeholder")
         self.managers.append(manager)
         self.executors.append(executor)

@@ -163,7 +163,7 @@ class Executor:
         whole: makes one callable of all steps of a plan, in the place of one for each variant.
         peers: the processes that share the graph's work, which are to do the same.
         names: of the inputs, as the model's caller knows them.
-        given: the numbers of those that are none of the model's own.
+        given: which of the inputs of a call are none of the model's own.
     """
 
     def __init__(
@@ -181,6 +181,7 @@ class Executor:
         self.whole: Callable[[Executor, Schedule], WholeStep] | None = None
         self.peers: Peers | None = None
         self.names: tuple[str, ...] = ()
+        self.given = frozenset[int]()
         self._flat = flat
         self._apart: NumberOf | None = None
         self._state = next((i for i, fixed in enumerate(program.static_inputs) if fixed), None)
@@ -191,7 +192,6 @@ class Executor:
         # Segments that are constant during a run stand first; these are the inputs on which they depend.
         self._constant = sum(s.constant for s in program.segments)
         self._varying = [self._place[n] for n in program.varying]
-        self.given = frozenset(self._varying)
         read = {n for s in program.segments[: self._constant] for n in s.inputs}
         self._watched = sorted(self._place[n] for n in read if n in self._place)
         # Behind them those that follow from the time.
