@@ -108,9 +108,9 @@ def judge(
     compare(rows, sampler)
     if name in SIDES:
         larger = TRAINED[name].load(first=settings.samples, side=SIDES[name])[1]
-        kept: dict[str, Policy] = {"the plan": found.anyway("sampler", "size")}
-        kept |= {row: policy for row, policy in rows.items() if row.startswith(("even", '"'))}
-        compare(kept, larger, f", {SIDES[name]} pixels")
+        kept = {row: policy for row, policy in rows.items() if row.startswith(("the plan", "even", '"'))}
+        any_size = {row: p.anyway("sampler", "size") if isinstance(p, Planned) else p for row, p in kept.items()}
+        compare(any_size, larger, f", {SIDES[name]} pixels")
     return judged
 
 
