@@ -135,33 +135,34 @@ def test_a_sampling_that_begins_early_looks_at_the_model(looks: list[int]) -> No
     assert kinds(opt) == "f"
 
 
-def test_hooks_that_are_new_are_met_at_the_next_full_step() -> None:
-    model = randomize(PlainDiT())
+@pytest.fixture
+def hooked() -> Iterator[tuple[Any, Any]]:
+    """A model that was given a hook after two steps of its second sampling, and it optimised."""
+    model: Any = randomize(PlainDiT())
     opt = optimized(model, Fora(8, 4))
     steps(opt, noise(), TIMES)
     steps(opt, noise(), TIMES[:2])
-    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)  # type: ignore[union-attr, operator, index]
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)
     with torch.no_grad():
-        for i, time in enumerate(TIMES[2:5], 2):
-            t = torch.full((2,), time)
-            out = opt(noise(), t, torch.arange(2))
-            if i == 4:
-                torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
+        yield model, opt
     handle.remove()
 
 
-def test_hooks_are_met_with_a_layer_that_is_new_at_the_next_step() -> None:
-    model = randomize(PlainDiT())
-    opt = optimized(model, Fora(8, 4))
-    steps(opt, noise(), TIMES)
-    steps(opt, noise(), TIMES[:2])
-    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out + 1)  # type: ignore[union-attr, operator, index]
-    model.head = randomize(nn.Linear(16, 8))
-    with torch.no_grad():
-        t = torch.full((2,), TIMES[2])
+def test_hooks_that_are_new_are_met_at_the_next_full_step(hooked: tuple[Any, Any]) -> None:
+    model, opt = hooked
+    for i, time in enumerate(TIMES[2:5], 2):
+        t = torch.full((2,), time)
         out = opt(noise(), t, torch.arange(2))
-        torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
-    handle.remove()
+        if i == 4:
+            torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
+
+
+def test_hooks_are_met_with_a_layer_that_is_new_at_the_next_step(hooked: tuple[Any, Any]) -> None:
+    model, opt = hooked
+    model.head = randomize(nn.Linear(16, 8))
+    t = torch.full((2,), TIMES[2])
+    out = opt(noise(), t, torch.arange(2))
+    torch.testing.assert_close(out, model(noise(), t, torch.arange(2)), rtol=1e-6, atol=1e-6)
 
 
 def test_other_shapes_and_modes_are_no_step_of_the_sampling(looks: list[int]) -> None:
