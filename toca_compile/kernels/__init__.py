@@ -1,4 +1,5 @@
-"""Kernels in Triton, each imported where it is called: Triton comes with the builds of torch for a GPU."""
+"""Kernels: for a GPU in Triton, which comes with torch's builds for one, so that each is imported where it is called;
+for a CPU in C++."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -7,7 +8,7 @@ import torch
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether the kernels do."""
+    """Whether those in Triton do."""
     return device.type == "cuda" and _is_there()
 
 

@@ -82,7 +82,7 @@ def _compile(variant: Variant, examples: Sequence[Any], sizes: OpenSizes | None)
             with mode:
                 values.append(torch.empty((none, *told), dtype=torch.int8, device=device))
     are_numbers = [not isinstance(e, torch.Tensor) for e in examples]
-    graph = with_values(by_sizes(variant.module.graph, are_numbers), values)
+    graph = with_values(by_sizes(variant.module.graph, are_numbers), values, alone=True)
     module = fx.GraphModule(variant.module, graph)
     files = _files(module, values)
     if sizes is not None and own is not None:
@@ -113,7 +113,7 @@ def compile_step(module: fx.GraphModule, inputs: Sequence[torch.Tensor | int]) -
     # Up to torch 2.12 what memory a branch may take over is asked of the graph around it, which has other nodes.
     before = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
     with config.patch(allow_buffer_reuse=False) if before else nullcontext():
-        return _files(fx.GraphModule(module, with_values(module.graph, values)), values)
+        return _files(fx.GraphModule(module, with_values(module.graph, values, alone=True)), values)
 
 
 def _files(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> Files:

@@ -185,9 +185,13 @@ def _order_kept() -> Iterator[None]:
         yield
 
 
-def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
+def with_values(graph: fx.Graph, values: Sequence[Any], *, alone: bool = False) -> fx.Graph:
     """A copy of a graph, given these, as it is compiled: an attention and its score are one op, and on
-    a GPU products of few rows are sums."""
+    a GPU products of few rows are sums.
+
+    Args:
+        alone: the code will run without this package, whose kernel joins the two on a CPU.
+    """
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     # Segments meet at contiguous values: Inductor is free to lay out what it computes, and the next segment was
@@ -202,7 +206,8 @@ def with_values(graph: fx.Graph, values: Sequence[Any]) -> fx.Graph:
         if node.op != "placeholder":
             node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     _keep_apart(copy)
-    fuse_scores(copy)
+    if not alone or _on_gpu(values):
+        fuse_scores(copy)
     return copy
 
 

@@ -1,7 +1,9 @@
-"""The attention score on a GPU: column sums of the map by one Triton kernel, which makes no map.
+"""The attention score by kernels: column sums of a map that is not kept. Compiled code alone gets them
+(``lowerings/fused_scores``).
 
-An attention kernel knows each row's log-sum-exp, so that a second pass over queries and keys has the map's columns at
-once: half of an attention's products, no memory but the sums. Compiled code alone gets it (``lowerings/fused_scores``).
+On a GPU an attention kernel knows each row's log-sum-exp, so that a second pass over queries and keys, in Triton, has
+the map's columns at once: half of an attention's products, no memory but the sums. On a CPU a block of whole rows of
+the map fits the cache of a core, where an attention in C++ adds it up on the way.
 """
 
 import torch
@@ -10,10 +12,12 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from toca_compile import kernels
+from toca_compile.kernels.attention import attention, load, runs_on
 from toca_compile.ops.registry import op
 from toca_compile.ops.scores import attention_received
 
 aten = torch.ops.aten
+toca = torch.ops.toca
 
 _TILE = 64  # queries, and keys, at a time
 _LARGEST = 256  # features of a head that fit a tile
@@ -31,22 +35,44 @@ def attention_and_received(
     Args:
         query, key, value: as ``scaled_dot_product_attention`` takes them, of as many heads.
     """
-    if not _is_flash(query, key, value, mask, causal, scale):
-        attention = scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
-        return attention, attention_received(query, key, mask, scale, causal, stride)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attention, total, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=scale)
-    rows = slice(0, query.shape[-2], stride)
-    return attention, column_sums(query[..., rows, :], key, total[..., rows], scale)
-
-
-def _is_flash(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> bool:
-    """Whether torch takes the kernel that tells each row's log-sum-exp, and ours can follow it."""
     plain = mask is None and not causal and query.dim() == 4 and key.shape[-3] == query.shape[-3]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if plain and _is_by_rows(query, key, value):
+        load()  # what has to be compiled is, before the first step
+        return toca.attention_by_rows(query, key, value, factor, stride)
+    if plain and _is_flash(query, key, value, scale):
+        out, total, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=factor)
+        rows = slice(0, query.shape[-2], stride)
+        return out, column_sums(query[..., rows, :], key, total[..., rows], factor)
+    out = scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+    return out, attention_received(query, key, mask, scale, causal, stride)
+
+
+def _fake_by_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, stride: int) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, key.shape[-2])
+
+
+@op(
+    "attention_by_rows(Tensor query, Tensor key, Tensor value, float scale, int stride) -> (Tensor, Tensor)",
+    fake=_fake_by_rows,
+)
+def attention_by_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, stride: int) -> tuple[Tensor, Tensor]:
+    """``kernels.attention.attention``."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return attention(query, key, value, scale, stride)
+
+
+def _is_by_rows(*tensors: Tensor) -> bool:
+    """Whether the kernel that makes whole rows takes them."""
+    return all(runs_on(x.device) and x.dtype == torch.float32 for x in tensors)
+
+
+def _is_flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
+    """Whether torch takes the kernel that tells each row's log-sum-exp, and ours can follow it."""
     sizes = query.shape[-2], key.shape[-2], query.shape[-1]
-    if not kernels.run_on(query.device) or not plain or not all(isinstance(size, int) for size in sizes):
+    if not kernels.run_on(query.device) or not all(isinstance(size, int) for size in sizes):
         return False
     if query.shape[-1] % 8 or query.shape[-1] > _LARGEST:
         return False
