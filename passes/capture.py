@@ -65,7 +65,8 @@ def capture(
         UnknownSizeError: it has sizes that only values tell, where no op can hold them together.
     """
     gm, mode = outlined(_without_rewiring(gm, inputs)), FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [_fake(mode, value) for value in inputs]
+    with torch.inference_mode(False), torch.no_grad():
+        fakes = [_fake(mode, value) for value in inputs]
     mutated: list[int] = []
 
     def run(*args: Any) -> Any:
@@ -77,7 +78,7 @@ def capture(
         return (*out, *(args[i] for i in mutated))
 
     functional = dispatch_functionalize(run, _Functional(pre_dispatch=True, export=True))
-    # In inference mode torch 2.12 does not follow what an op without tensors makes; gradients are none of ours.
+    # In inference mode torch 2.12 does not follow what an op without tensors makes.
     with torch.inference_mode(False), torch.no_grad(), preserve_node_meta(), tracing(None), mode:
         captured = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*fakes)
     # The graph keeps the mode, which would know the model's parameters by weak references: torch swaps no such tensor.
@@ -228,7 +229,7 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
             sizes, strides = [int(s) for s in value.shape], [int(s) for s in value.stride()]
             with mode:
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-        return mode.from_tensor(value, static_shapes=True)
+        return mode.from_tensor(value, static_shapes=True).detach()  # gradients are none of ours
     if isinstance(value, torch.SymInt):
         return int(value)
     return value

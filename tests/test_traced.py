@@ -44,6 +44,19 @@ def step(opt: Any) -> tuple[Tensor, int]:
     return run(opt, TIMES[:1])
 
 
+@pytest.mark.parametrize("modes", [(False, False), (False, True), (True, False), (True, True)])
+def test_weights_made_in_inference_mode(modes: tuple[bool, bool]) -> None:
+    """Parameters that are inference tensors ask for gradients, which no trace may pass on."""
+    own, policies = fresh(), (POLICY, Fora(8, 2))
+    plain = randomize(own())
+    wanted = [steps(optimize(plain, policy, lowering="eager"), noise(), TIMES) for policy in policies]
+    with torch.inference_mode():
+        model = randomize(own())
+    for policy, mode, expected in zip(policies, modes, wanted, strict=True):
+        with torch.inference_mode(mode), torch.no_grad():
+            assert torch.equal(steps(optimize(model, policy, lowering="eager"), noise(), TIMES), expected)
+
+
 def test_a_second_model_of_a_class_is_not_followed_again() -> None:
     own = fresh()
     models = [randomize(own(), seed=seed) for seed in (0, 1)]
