@@ -74,9 +74,9 @@ def partial(repeats: int) -> Rows:
 def scores(repeats: int) -> Rows:
     """What keeping caches and scores costs a full step: exact column sums, and every 4th query row."""
     rows: Rows = []
-    for size in (32, 64):
+    for size, width, batch in ((32, 1152, 2), (64, 1152, 2), (136, 384, 1)):
         torch._dynamo.reset()
-        model, inputs = dit(1152, 4, size), arguments(2, size)
+        model, inputs = dit(width, 4, size), arguments(batch, size)
         baseline = torch.compile(model, dynamic=False)
         baseline(**inputs)
         settings: dict[str, Any] = {
@@ -97,7 +97,12 @@ def scores(repeats: int) -> Rows:
         calls = {"baseline": bind(baseline, **inputs)} | {name: bind(full_step, o) for name, o in opts.items()}
         median = interleaved(calls, repeats)
         rows += [
-            {"tokens": size * size // 4, "full step": name, "time / baseline": median[name] / median["baseline"]}
+            {
+                "tokens": size**2 // 4,
+                "width": width,
+                "full step": name,
+                "time / baseline": median[name] / median["baseline"],
+            }
             for name in opts
         ]
         print(rows[-3:], flush=True)
