@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch._inductor.utils import fresh_cache
 
@@ -105,19 +106,44 @@ def test_all_that_an_artifact_is_made_of_is_in_its_key(monkeypatch: pytest.Monke
     key = artifacts.key_of("graph", "inputs", device=CPU)
     assert artifacts.key_of("graph", "inputs", device=CPU) == key
     others = {artifacts.key_of("graph", "others", device=CPU), artifacts.key_of("graphinputs", "", device=CPU)}
-    for part in ("_sources", "_machine"):
+    for part in ("sources", "_machine"):
         with monkeypatch.context() as patch:
             patch.setattr(artifacts, part, lambda *_: "other")
             others.add(artifacts.key_of("graph", "inputs", device=CPU))
     assert len(others | {key}) == 5
 
 
-def test_the_next_process_loads_what_this_one_compiled() -> None:
+def a_graph() -> Variant:
+    """One that takes a number."""
     graph = fx.Graph()
     x, k = graph.placeholder("x"), graph.placeholder("k")
     y = graph.call_function(torch.ops.aten.slice.Tensor, (x, 0, 0, k))
     graph.output((graph.call_function(torch.ops.aten.relu.default, (y,)),))
-    variant = Variant(fx.GraphModule({}, graph), (0,), ())
+    return Variant(fx.GraphModule({}, graph), (0,), ())
+
+
+@pytest.mark.inductor
+def test_torchs_own_caches_know_the_version_of_our_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found by the names of ops, whatever these make."""
+
+    def hits() -> int:
+        return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+    found: list[bool] = []
+    with fresh_cache(), monkeypatch.context() as patch:
+        for version in ("one", "one", "other"):
+            patch.setattr(artifacts, "sources", lambda told=version: told)
+            patch.setattr(artifacts, "load", lambda _: None)
+            inductor.clear()
+            before = hits()
+            inductor.lower(a_graph(), [torch.empty(8, 3), 5])
+            found.append(hits() > before)
+    inductor.clear()
+    assert found == [False, True, False]
+
+
+def test_the_next_process_loads_what_this_one_compiled() -> None:
+    variant = a_graph()
     with fresh_cache():
         loads, results = inductor.loads, []
         for _ in range(2):

@@ -45,7 +45,7 @@ def folder() -> Path:
 
 def key_of(*made_of: Any, device: torch.device) -> str:
     """The name of an artifact: a digest of what it is made of."""
-    parts = (*map(repr, made_of), torch.__version__, torch_key().hex(), _sources(), _machine(str(device)))
+    parts = (*map(repr, made_of), torch.__version__, torch_key().hex(), sources(), _machine(str(device)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -116,8 +116,8 @@ def _is_ours(path: Path) -> bool:
 
 
 @cache
-def _sources() -> str:
-    """A digest of what runs inside artifacts: this package's kernels and how it lowers."""
+def sources() -> str:
+    """A digest of what runs inside compiled code: this package's kernels and how it lowers."""
     package = Path(__file__).resolve().parent.parent
     files = sorted(file for part in ("ops", "kernels", "lowerings") for file in (package / part).glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

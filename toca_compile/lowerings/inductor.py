@@ -146,9 +146,12 @@ def symbol(mode: FakeTensorMode, name: str, example: int) -> torch.SymInt:
 @contextmanager
 def settings() -> Iterator[None]:
     """How Inductor compiles variants. A buffer is written in place only if what reads it before is not moved behind the
-    write."""
-    with config.patch(reorder_for_locality=False), _order_kept(), _reads_told():
-        yield
+    write. What torch's own caches hold is found again by the names of our ops, which another version of them shares."""
+    tag = f"{torch.compiler.config.cache_key_tag} toca {artifacts.sources()}"
+    tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with config.patch(reorder_for_locality=False), tagged:
+        with _order_kept(), _reads_told():
+            yield
 
 
 @contextmanager
