@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 import toca_compile.ops  # noqa: F401  (defines the toca:: ops)
-from toca_compile.ir.graph import value_of
+from toca_compile.ir.graph import module_of, value_of
 from toca_compile.ir.program import Form, Segment, Variant
 from toca_compile.ir.selectors import TokenSelector
 from toca_compile.ir.state import Number, Slot, State
@@ -81,7 +81,7 @@ class Builder:
         for slot, node in self.slots.items():
             if slot not in kept:
                 self.graph.erase_node(node)
-        return Variant(fx.GraphModule({}, self.graph), tuple(values), tuple(kept))
+        return Variant(module_of(self.graph), tuple(values), tuple(kept))
 
 
 class SegmentBuilder(Builder):

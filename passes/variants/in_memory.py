@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from toca_compile.errors import PassError
+from toca_compile.ir.graph import module_of
 from toca_compile.ir.program import Variant
 from toca_compile.ir.state import Slot
 
@@ -35,7 +36,7 @@ def in_memory(variant: Variant, device: torch.device, slots: Container[Slot] | N
             env[node].meta.pop("val", None)
         elif held.intersection(node.all_input_nodes):
             _take(env[node], device)
-    return Variant(fx.GraphModule({}, graph), variant.values, variant.slots, variant.ranks)
+    return Variant(module_of(graph), variant.values, variant.slots, variant.ranks)
 
 
 def _take(node: fx.Node, device: torch.device) -> None:

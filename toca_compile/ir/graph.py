@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from toca_compile.ir.calls import tensors
 
@@ -17,6 +18,17 @@ _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,
 }  # fmt: skip
 CAPTURED_AS = "toca_name"  # in a node's meta: its name in the captured graph, which copies of it keep
+
+
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """A graph without weights as a module, whose Python is written when it is first run: what is compiled never is."""
+    return _LazyGraphModule({}, graph)
+
+
+def written_out(module: fx.GraphModule) -> Callable[..., Any]:
+    """The Python of a module's graph."""
+    _LazyGraphModule.force_recompile(module)
+    return module.forward
 
 
 def value_of(node: fx.Node) -> Any:

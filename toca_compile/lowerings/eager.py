@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from toca_compile.ir.graph import written_out
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings.registry import lowering
 
@@ -10,5 +11,4 @@ from toca_compile.lowerings.registry import lowering
 @lowering("eager")
 def lower(variant: Variant, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     """The graph's own generated Python."""
-    forward: Callable[..., Sequence[Any]] = variant.module.forward
-    return forward
+    return written_out(variant.module)
