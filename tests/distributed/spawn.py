@@ -49,6 +49,10 @@ def _forked(module: Any, place: int, count: int, folder: Path) -> None:
 
 
 def _main(name: str, count: int, folder: Path) -> None:
+    from diffusers import DiTTransformer2DModel, FluxTransformer2DModel  # noqa: F401
+
+    from toca_compile import explain, optimize  # noqa: F401  (what stands behind them is imported when they are named)
+
     module, processes = importlib.import_module(name), []
     for place in range(count):
         process = os.fork()
