@@ -3,16 +3,10 @@
     python benchmarks/cpu.py                     # all parts, about 40 minutes on 2 cores
     python benchmarks/cpu.py --parts partial     # some of: partial, scores, queries, runs, forecasts, …
 
-All ratios come from one process with interleaved repeats (``cold`` starts processes with empty caches). Results go to
-``benchmarks/results/cpu.{json,md}``.
+All ratios come from one process with interleaved repeats. Results go to ``benchmarks/results/cpu.{json,md}``.
 """
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from functools import partial as bind
 from typing import Any
 
@@ -193,35 +187,6 @@ def _runs(model: Any, inputs: dict[str, Any], policies: dict[str, Any], repeats:
     return rows
 
 
-def cold(_: int) -> Rows:
-    """First sampling's compile time in a new process with empty caches, at depth 4 and 28."""
-    seconds = {}
-    for depth in (4, 28):
-        with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-            command = [sys.executable, __file__, "--cold-child", str(depth)]
-            out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-            seconds[depth] = float(out.split()[-1])
-    rows: Rows = [{"depth": d, "cold compile s": s, "over depth 4": s / seconds[4]} for d, s in seconds.items()]
-    print(rows, flush=True)
-    return rows
-
-
-def cold_child(depth: int) -> None:
-    """Compile every variant of the ddim-50 preset; print the seconds beyond running it."""
-    model, inputs = dit(384, depth, 32), arguments(2, 32)
-    opt = toca_compile.optimize(model, preset("dit-xl-2/ddim-50", num_steps=12, interval=4))
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(12):
-            opt(**inputs)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(12):
-            opt(**inputs)
-    print(first - (time.perf_counter() - start))
-
-
 def dispatch(repeats: int) -> Rows:
     """Cost of one more block call beyond its arithmetic: blocks so small that nothing else is left."""
     times: dict[tuple[str, int], float] = {}
@@ -267,7 +232,7 @@ def host(repeats: int) -> Rows:
 
 
 PARTS = {
-    "partial": partial, "scores": scores, "queries": queries, "runs": runs, "forecasts": forecasts, "cold": cold,
+    "partial": partial, "scores": scores, "queries": queries, "runs": runs, "forecasts": forecasts,
     "dispatch": dispatch, "host": host,
 }  # fmt: skip
 
@@ -277,11 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--cold-child", type=int)
     given = parser.parse_args()
-    if given.cold_child:
-        cold_child(given.cold_child)
-        return
     with torch.inference_mode():
         sections = {name: PARTS[name](3 if name in ("runs", "forecasts") else given.repeats) for name in given.parts}
     save("cpu", "cpu", sections)
