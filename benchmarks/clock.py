@@ -11,13 +11,14 @@ Results go to ``benchmarks/results/clock.{json,md}``.
 
 import argparse
 import copy
+import json
 import statistics
 from collections.abc import Callable
 from functools import partial as bind
 from typing import Any
 
 import torch
-from common import dit, interleaved, save
+from common import RESULTS, dit, interleaved, save
 from paper_systems import System, calling_pixart, sample
 from peers import Peer, _reset_hooks
 from torch import Tensor
@@ -116,7 +117,7 @@ def measure(system: System, policies: dict[str, tuple[Any, float]], repeats: int
         shares = {kind: statistics.median(times) / step for kind, times in seconds.items()}
         steps.append({"model": system.name, "policy": name, "baseline step ms": 1e3 * step, **_columns(shares)})
         print(runs[-1], steps[-1], flush=True)
-    for name, make in _peers(system.model).items():
+    for name, make in _peers(system.model).items() if policies.keys() == POLICIES.keys() else ():
         try:
             peer, flops = make(), _counted(system, make())
             sample(system, peer, STEPS)
@@ -191,14 +192,25 @@ def main() -> None:
     """Measure the chosen models and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--policies", nargs="+", default=[""], help="words in the names of those to run")
+    parser.add_argument(
+        "--policies", nargs="+", default=[""], help="words in the names of those to run; the rows of others stay"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     policies = {name: p for name, p in POLICIES.items() if any(word in name for word in given.policies)}
     with torch.no_grad():
         for name in given.models:
             runs, steps = measure(MODELS[name](), policies, given.repeats)
-            save("clock", "cpu", {f"{runs[0]['model']}": runs, f"{runs[0]['model']}, steps": steps})
+            found = {f"{runs[0]['model']}": runs, f"{runs[0]['model']}, steps": steps}
+            save("clock", "cpu", {title: _beside(title, rows) for title, rows in found.items()})
+
+
+def _beside(title: str, rows: Rows) -> Rows:
+    """Rows in the place of earlier ones of the same policies."""
+    file = RESULTS / "clock.json"
+    before: Rows = json.loads(file.read_text()).get(title, []) if file.exists() else []
+    new = {row["policy"]: row for row in rows}
+    return [new.pop(row["policy"], row) for row in before] + list(new.values())
 
 
 if __name__ == "__main__":

@@ -5,34 +5,65 @@
 // `received` is [batch, heads, groups, keys]: a thread works on one of `groups` parts of a head's queries at a time.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/_softmax_cpu_dispatch.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 namespace {
+
+using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kBlock = 1 << 18; // numbers of the map alive at a time: a megabyte
 constexpr int64_t kRows = 128; // at most, of a block
 constexpr int64_t kFewest = 16; // fewer make the products slow
+constexpr int64_t kWide = Vec::size();
+constexpr int64_t kSums = 4; // vectors of sums that stay in registers
 
-// Adds every `stride`-th of `rows` rows, four at a time, so that the sums are read and written a quarter as often.
-void add_rows(float* sums, const float* row, int64_t rows, int64_t stride, int64_t keys) {
-  const int64_t next = stride * keys;
-  int64_t left = (rows + stride - 1) / stride;
-  for (; left >= 4; left -= 4, row += 4 * next) {
-#pragma omp simd
-    for (int64_t j = 0; j < keys; ++j)
-      sums[j] += (row[j] + row[j + next]) + (row[j + 2 * next] + row[j + 3 * next]);
+// A row of logits becomes exp(x - max); returns what makes it a row of the map.
+float exponentials(float* row, int64_t keys) {
+  const int64_t whole = keys - keys % kWide;
+  Vec highest(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < whole; j += kWide)
+    highest = at::vec::maximum(highest, Vec::loadu(row + j));
+  float top = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, highest);
+  for (int64_t j = whole; j < keys; ++j)
+    top = std::max(top, row[j]);
+  Vec totals(0.f);
+  for (int64_t j = 0; j < whole; j += kWide) {
+    const Vec made = (Vec::loadu(row + j) - Vec(top)).exp_u20();
+    made.store(row + j);
+    totals = totals + made;
   }
-  for (; left > 0; --left, row += next) {
-#pragma omp simd
-    for (int64_t j = 0; j < keys; ++j)
-      sums[j] += row[j];
+  float total = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, totals);
+  for (int64_t j = whole; j < keys; ++j)
+    total += row[j] = std::exp(row[j] - top);
+  return 1.f / total;
+}
+
+// Adds every `stride`-th of some rows, each times its factor.
+void add_rows(float* sums, const float* rows, const float* factors, int64_t count, int64_t stride, int64_t keys) {
+  int64_t j = 0;
+  for (; j + kSums * kWide <= keys; j += kSums * kWide) {
+    Vec found[kSums];
+    for (int64_t n = 0; n < kSums; ++n)
+      found[n] = Vec::loadu(sums + j + n * kWide);
+    for (int64_t i = 0; i < count; i += stride)
+      for (int64_t n = 0; n < kSums; ++n)
+        found[n] = at::vec::fmadd(Vec(factors[i]), Vec::loadu(rows + i * keys + j + n * kWide), found[n]);
+    for (int64_t n = 0; n < kSums; ++n)
+      found[n].store(sums + j + n * kWide);
   }
+  for (int64_t i = 0; i < count; i += stride)
+    for (int64_t rest = j; rest < keys; ++rest)
+      sums[rest] += factors[i] * rows[i * keys + rest];
 }
 
 } // namespace
@@ -56,6 +87,7 @@ extern "C" void attention(
   {
     const c10::InferenceMode guard;
     const at::Tensor room = at::empty({block, keys}, at::kFloat);
+    std::vector<float> factors(block);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * heads * groups; ++task) {
       const int64_t sample = task / (heads * groups), head = task / groups % heads, group = task % groups;
@@ -74,11 +106,17 @@ extern "C" void attention(
         const int64_t rows = std::min(block, end - first);
         at::Tensor map = room.narrow(0, 0, rows);
         at::cpu::mm_out(map, rows_of(query, 0, first, rows, size), keys_of_head);
-        at::cpu::_softmax_out(map, map, 1, false);
+        float* const first_row = map.data_ptr<float>();
+        for (int64_t i = 0; i < rows; ++i)
+          factors[i] = exponentials(first_row + i * keys, keys);
         const int64_t skipped = (stride - first % stride) % stride;
-        add_rows(sums, map.const_data_ptr<float>() + skipped * keys, rows - skipped, stride, keys);
+        add_rows(sums, first_row + skipped * keys, factors.data() + skipped, rows - skipped, stride, keys);
         at::Tensor rows_of_out = rows_of(out, 3, first, rows, size_of_value);
         at::cpu::mm_out(rows_of_out, map, values_of_head);
+        float* row_of_out = rows_of_out.data_ptr<float>();
+        for (int64_t i = 0; i < rows; ++i, row_of_out += strides[11])
+          for (int64_t j = 0; j < size_of_value; ++j)
+            row_of_out[j] *= factors[i];
       }
     }
   }
