@@ -8,6 +8,7 @@ model's policy, session and tensors, as if it had just been traced.
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import local
 from types import TracebackType
 from typing import Any, ClassVar
@@ -27,6 +28,14 @@ from toca_compile.runtime.executor import Executor
 from toca_compile.session import Session
 
 
+@dataclass(frozen=True)
+class _Argument:
+    """Where an input came from. What Dynamo has for that refers to the tensor weakly, and torch swaps none that is
+    referred to (``set_swap_module_params_on_conversion``)."""
+
+    source: Any
+
+
 class Traced:
     """A graph as Dynamo traced it.
 
@@ -39,13 +48,16 @@ class Traced:
         self._graph = graph
         # Dynamo takes away where inputs came from when it has called its backend.
         self._metas = [dict(node.meta) for node in graph.graph.nodes]
+        for meta in self._metas:
+            if "grapharg" in meta:
+                meta["grapharg"] = _Argument(getattr(meta["grapharg"], "source", None))
         self.names = input_names(graph)
         self.cached = False
 
     def make(self, session: Session, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What a session makes of it, for a model's tensors."""
         for node, meta in zip(self._graph.graph.nodes, self._metas, strict=True):
-            node.meta = dict(meta)
+            node.meta = {**meta, **node.meta}
         made = graph_of(session, self._graph, inputs)
         self.cached |= isinstance(made, Executor)
         return made
