@@ -13,7 +13,7 @@ from tests.compiler.test_wrappers import quantised
 from tests.models import PlainDiT, randomize
 from tests.runs import POLICY, TIMES, kinds, optimized, steps
 from tests.sampling import noise
-from toca_compile import BlockCache, Fora, explain
+from toca_compile import BlockCache, Fora, explain, traced
 from toca_compile.direct import Direct
 from toca_compile.traced import Caller
 
@@ -92,7 +92,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_dynamos_code_runs_at_steps_that_compute_everything(
     policy: Any, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make(randomize(PlainDiT()))
+    class Own(PlainDiT):
+        """Of which no other model shares the trace."""
+
+    model = make(randomize(Own()))
     opt = optimized(model, policy)
     steps(opt, noise(), TIMES)
     made = calls(monkeypatch)
@@ -104,6 +107,27 @@ def test_dynamos_code_runs_at_steps_that_compute_everything(
     before = len(made)
     assert torch.equal(result, steps(dynamo, noise(), TIMES))
     assert len(made) - before == 8
+
+
+def test_guards_that_a_shared_trace_is_asked_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[Any] = [randomize(PlainDiT(), seed=seed) for seed in (1, 2)]
+    opts = [optimized(model, Fora(8, 4)) for model in models]
+    wanted = [steps(opt, noise(), TIMES) for opt in opts]
+    asked, made = list[Any](), calls(monkeypatch)
+    own = traced.guards_hold
+
+    def hold(*given: Any) -> bool:
+        asked.append(given)
+        return own(*given)
+
+    monkeypatch.setattr(traced, "guards_hold", hold)
+    for opt, expected in zip(opts, wanted, strict=True):
+        assert torch.equal(steps(opt, noise(), TIMES), expected)
+        assert kinds(opt) == "frrrfrrr"
+    assert (len(asked), made) == (4, [])
+    models[0].head.bias.requires_grad_(False)  # a guard of Dynamo's
+    assert torch.equal(steps(opts[0], noise(), TIMES), wanted[0])
+    assert made
 
 
 class Remembering(PlainDiT):

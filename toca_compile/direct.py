@@ -52,7 +52,7 @@ class Direct:
         leaves = [(numbers[id(v)], None) if id(v) in numbers else (-1, v) for v in values]
         made = cls(tuple(names), leaves, spec)
         try:
-            found = made._lookup(range(len(names)))(scope)
+            found = made.every(scope)
         except Exception:  # an expression of which Dynamo alone knows the meaning
             return None
         if any(a is not b for a, b in zip(found, inputs, strict=True)):
@@ -77,6 +77,10 @@ class Direct:
                 return None
             inputs[place] = value
         return inputs
+
+    def every(self, scope: dict[str, Any]) -> tuple[Any, ...]:
+        """All inputs, of a call that Dynamo's guards let pass."""
+        return self._lookup(range(len(self.names)))(scope)
 
     def result(self, results: Sequence[Any]) -> Any:
         """What the model returns."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import operator
 import threading
 import types
 import weakref
@@ -133,6 +134,7 @@ class Calls:
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any], tuple[type, ...]] = (-1, [], ())
+        self._class_members: tuple[list[Any], tuple[Any, ...]] = ([], ())  # and the functions among them
         self._altered = False  # whether modules have hooks, or a forward, of their own
         self._dispatched = False  # whether the call that runs has come as far as here
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
@@ -250,8 +252,10 @@ class Calls:
             if len(entries) > self.signatures:
                 self._forget(entries.popitem(last=False)[1])
         entries.move_to_end(key)
-        if entry.tracing is not None and len(entry.tracing.users) > 1 and not entry.tracing.holds(model, args, kwargs):
+        shared = entry.tracing is not None and len(entry.tracing.users) > 1
+        if shared and not entry.tracing.holds(model, args, kwargs):  # type: ignore[union-attr]
             self._trace(entry, Tracing(None, _plain_call(model), self.context))  # it is no longer like others
+            shared = False
         session = self.session
         session.patch = patch_of(model)
         before, session.uncached = session.seen, entry.uncached
@@ -262,7 +266,7 @@ class Calls:
         ran, self._caller.seen = [], []
         try:
             with _UNFUSED, self._limits, self._caller, told, self._hooked[2]():
-                out = entry.call(model, args, kwargs)
+                out = self._call(entry, scope, held=shared)
             ran = self._caller.seen
             return out
         finally:
@@ -280,6 +284,16 @@ class Calls:
             session.graphs = len(entry.traced)
             if not new and len(ran) == 1:
                 self._last = self._called(entry, signature, scope, *ran[0], out)
+
+    def _call(self, entry: _Entry, scope: dict[str, Any], *, held: bool) -> Any:
+        """A call of an entry. ``held``: Dynamo's guards were found to hold, and it would ask them once more."""
+        if not held or not entry.direct or len(entry.executors) != 1:
+            return entry.call(scope["self"], scope["args"], scope["kwargs"])
+        inputs = entry.direct.every(scope)
+        results = entry.executors[0].call(inputs)
+        if self._caller.seen is not None:
+            self._caller.seen.append((inputs, results))
+        return entry.direct.result(results)
 
     def _trace(self, entry: _Entry, tracing: Tracing) -> None:
         if entry.tracing is not None:
@@ -307,6 +321,7 @@ class Calls:
         """Forget what was compiled, and every run."""
         self._forget_all()
         self._hook_lists, self._hooked, self._last = (-1, [], ()), ((), [], Traceable(())), None
+        self._class_members = [], ()
         self.session.control.reset()
         Calls.alive.discard(self)
 
@@ -336,14 +351,23 @@ class Calls:
             classes = _classes(modules)
             self._hook_lists = (self.session.seen, listed, classes)
         keys = tuple(key for _, pre, post in listed if pre or post for key in (*pre, *post))
-        around = any("forward" in vars(m) for m in modules)
+        around = any("forward" in m.__dict__ for m in modules)
         self._altered = bool(keys) or around
-        keys += (*global_hooks(), *(f for cls in classes for f in vars(cls).values() if _is_traced(f)))
+        keys += (*global_hooks(), *self._functions(classes))
         found = hooked(model) if around else []
         names = tuple(name for one in found for name in (one.path, *one.names))
         if names != self._hooked[0]:
             self._hooked = (names, found, Traceable(found))
         return (*keys, *names)
+
+    def _functions(self, classes: Sequence[type]) -> tuple[Any, ...]:
+        """The functions of classes."""
+        held = [value for cls in classes for value in vars(cls).values()]
+        before, functions = self._class_members
+        if len(held) != len(before) or not all(map(operator.is_, held, before)):
+            functions = tuple(filter(_is_traced, held))
+            self._class_members = held, functions
+        return functions
 
     def _new_entry(self, model: nn.Module, key: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Entry:
         call, policy = _plain_call(model), self.session.policy
