@@ -108,11 +108,23 @@ def capture(
         whole = whole_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
         if whole is not None:
             node.replace_all_uses_with(whole)
+    _join_sums(captured.graph)
     captured.graph.eliminate_dead_code()
     for node in captured.graph.nodes:
         node.meta[CAPTURED_AS] = node.name
     captured.recompile()
     return captured, tuple(mutated)
+
+
+def _join_sums(graph: fx.Graph) -> None:
+    """Sums of the same two values are one: ``h + y + mlp(h + y)`` says the next stream twice."""
+    known: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs:
+            first = known.setdefault(frozenset(node.args), node)
+            handed_out = any(user.op == "output" for user in node.users)  # to whoever may write to it
+            if first is not node and not handed_out and first.meta["val"].stride() == node.meta["val"].stride():
+                node.replace_all_uses_with(first)
 
 
 def _without_rewiring(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

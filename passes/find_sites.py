@@ -8,7 +8,8 @@ M's output before the conditioning-only tail ``g`` (the gate), since the gate ch
 3. several streams side by side, mixed by small matrices at each addition (hyper-connections): the branch starts at the
    streams as they last were. Looked for where there is no plain residual;
 4. nests: a candidate around others that hold an attention is a block or a stack, not a site; one around others that do
-   not is the site, and they are part of it (an adapter inside a projection).
+   not is the site, and they are part of it (an adapter inside a projection). One in whose midst another begins, which
+   ends outside of it (streams that change places), is none.
 """
 
 from collections.abc import Iterable, Mapping
@@ -220,13 +221,25 @@ def _choose(residuals: list[_Residual], attentions: tuple[Attention, ...]) -> li
     attends = {r.add: any(n in mixing or is_foreign(n) for n in r.branch.region) for r in residuals}
     kept: list[_Residual] = []
     for residual in sorted(residuals, key=lambda r: len(r.branch.region)):
-        inner = [k for k in kept if k.add in residual.branch.region]
+        region = residual.branch.region
+        if any(k.branch.output in region and k.add not in region for k in kept):
+            continue  # around another's branch, not around what that adds to: y is in h + y + mlp(h + y / 2) twice
+        inner = [k for k in kept if k.add in region]
         attentive = [k for k in inner if attends[k.add]]
         if len(attentive) > 1 or (attentive and (len(inner) > 1 or not _more_work(residual, attentive[0]))):
             continue
         kept = [k for k in kept if k not in inner] + [residual]
     order = {residual.add: i for i, residual in enumerate(residuals)}
-    return sorted(kept, key=lambda r: order[r.add])
+    chosen: list[_Residual] = []
+    for residual in sorted(kept, key=lambda r: order[r.add], reverse=True):
+        if not any(_begins_in(later, residual) for later in chosen):
+            chosen.append(residual)
+    return chosen[::-1]
+
+
+def _begins_in(later: _Residual, residual: _Residual) -> bool:
+    """Whether a stream goes on from the midst of another branch: it needs all tokens of what is computed for some."""
+    return later.branch.source in residual.branch.region and later.add not in residual.branch.region
 
 
 def _more_work(outer: _Residual, inner: _Residual) -> bool:

@@ -487,3 +487,71 @@ def test_autocast_around_a_model_that_switches_it_off() -> None:
         pytest.raises(UnsupportedGraphError, match="off or to"),
     ):
         opt(*inputs(0))
+
+
+class TwoStreams(Net):
+    """Streams that change places, or take turns (a reversible network)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(*(nn.ModuleList((Attention(), Mlp())) for _ in range(2)))
+        self.how = how
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, c = self.embed(x) + self.positions, self.time(timestep_features(t, 8))[:, None]
+        g = h * 0.5 if self.how == "swapped" else h
+        blocks: Any = self.blocks
+        for attention, mlp in blocks:
+            if self.how == "swapped":
+                h, g = g + attention(h, c), h
+                h = (h + mlp(g, c)) * 0.9
+            else:
+                g = g + attention(h, c)
+                h = h + mlp(g, c)
+        return self.head(h + g)
+
+
+@pytest.mark.parametrize("how", ["swapped", "reversible"])
+def test_a_stream_that_begins_within_a_branch(how: str) -> None:
+    opt = check(randomize(TwoStreams(how)), [*QUERIES.values(), TAYLOR, *OTHERS.values()], partial=False)
+    assert toca_compile.explain(opt).sites
+
+
+class Around(nn.Module):
+    """``x + y + mlp(…)`` around an attention's ``y``, whose sum with the stream is written twice or with a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.attention, self.mlp, self.factor = Attention(), Mlp(), factor
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        y = self.attention(x, c)
+        return x + y + self.mlp(x + (y if self.factor == 1 else self.factor * y), c)
+
+
+@pytest.mark.parametrize("factor", [1, 0.5])
+def test_a_branch_around_what_another_adds(factor: float) -> None:
+    opt = check(
+        randomize(Net(Around(factor), Around(factor))), [*QUERIES.values(), TAYLOR, *OTHERS.values()], partial=False
+    )
+    kinds = [site.kind for site in toca_compile.explain(opt).sites]
+    assert kinds == (["self_attention", "mlp"] if factor == 1 else ["self_attention"]) * 2
+
+
+class Telling(Net):
+    """Hands out what a branch made, too."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        h, c = self.embed(x) + self.positions, self.time(timestep_features(t, 8))[:, None]
+        y = self.blocks[0](h, c)
+        return self.head(h + y + self.blocks[1](h + y, c)), y, c
+
+
+def test_who_writes_to_what_is_handed_out_changes_no_later_step() -> None:
+    model = randomize(Telling(Attention(), Mlp()))
+    opts = [toca_compile.optimize(model, Fora(STEPS, 3), lowering="eager") for _ in range(2)]
+    with torch.no_grad():
+        for i in range(2 * STEPS):
+            results = [opt(*inputs(i % STEPS)) for opt in opts]
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            for value in results[1]:
+                value.mul_(10)

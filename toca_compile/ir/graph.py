@@ -105,6 +105,19 @@ def is_mutable(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a call's result may be its first operand's memory."""
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(told.alias_info is not None for told in returns) and not is_mutable(node)
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """What a value may be a view of."""
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that a node came from, or its name where that is not known."""
     trace = node.meta.get("stack_trace") or ""

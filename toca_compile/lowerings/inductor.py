@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._ordered_set import OrderedSet
 
 from toca_compile.errors import LoweringError, cannot_write
-from toca_compile.ir.graph import is_mutable
+from toca_compile.ir.graph import is_mutable, viewed
 from toca_compile.ir.program import Variant
 from toca_compile.lowerings import artifacts
 from toca_compile.lowerings.few_rows import fuse_few_rows
@@ -222,17 +222,10 @@ def _keep_apart(graph: fx.Graph) -> None:
     written = {node.args[0] for node in changing}
     for node in changing:
         for value in dict.fromkeys(arg for arg in node.args[1:] if isinstance(arg, fx.Node)):
-            source = value
-            while _is_view(source):
-                source = source.args[0]  # type: ignore[assignment]
+            source = viewed(value)
             if source in written and source is not node.args[0]:
                 with graph.inserting_before(node):
                     node.replace_input_with(value, graph.call_function(torch.ops.aten.maximum.default, (value, value)))
-
-
-def _is_view(node: fx.Node) -> bool:
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(told.alias_info is not None for told in returns) and not is_mutable(node)
 
 
 def _on_gpu(values: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 
 from toca_compile.errors import UnsupportedGraphError
 from toca_compile.ir.actions import Keep
-from toca_compile.ir.graph import ancestors
+from toca_compile.ir.graph import ancestors, viewed
 from toca_compile.ir.history import Numbers, Past
 from toca_compile.ir.plan import Plan
 from toca_compile.ir.program import Chain, Form, GraphPlan, Kind, Program, Segment, StandIn, Stream, Use, Variant
@@ -217,6 +217,10 @@ class Executor:
         self._unset = [None] * (len(self._place) - self._inputs - len(self._constants))
         self._unset += [constant for _, constant in self._constants]
         self._output = graph.output_node().args[0]
+        # What a step may take from a cache or a table, and hands out: the caller may write to it.
+        kept = {n for site in program.sites for n in (*site.region, site.add)}
+        kept |= {n for s in program.segments[: self._front] for n in s.outputs}
+        self._copied = frozenset(n for n in graph.output_node().all_input_nodes if viewed(n) in kept)
         self._shared: dict[TokenSelector, dict[_Variant, Graph]] = {}
         self._last: tuple[weakref.ref[Run], tuple[int, ...], int, Schedule] | None = None
         self._followed: list[_Followed] = []
@@ -435,7 +439,12 @@ class Executor:
         if schedule.range is not None and calls is uncut:
             run.drift[key] = 0.0
             run.computed[key] = schedule.plan.skip.after(past, run.step)
-        return fx.node.map_arg(self._output, lambda n: _unkept(_as_traced(n, step.values[self._place[n]]), kept))
+
+        def result(node: fx.Node) -> Any:
+            value = _as_traced(node, step.values[self._place[node]])
+            return value.clone() if node in self._copied and isinstance(value, torch.Tensor) else _unkept(value, kept)
+
+        return fx.node.map_arg(self._output, result)
 
     def _enter(self, run: Run, key: tuple[int, ...], schedule: Schedule, index: int) -> None:
         """A step begins."""
