@@ -74,3 +74,23 @@ def test_where_it_is_taken(dtype: torch.dtype, causal: bool, fused: bool) -> Non
     assert found is fused
     for ours, wanted in zip(traced(query, key, value), both(query.float(), key.float(), value.float()), strict=True):
         torch.testing.assert_close(ours.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("keys", [1, 9])
+@pytest.mark.parametrize("shared", ["keys", "values", "both"])
+def test_samples_and_heads_may_be_one_for_all(shared: str, keys: int) -> None:
+    query, key, value = operands(2, 3, 8, queries=9, keys=keys, of_value=8)
+    key = key[:1] if shared != "values" else key
+    value = value[:, :1] if shared != "keys" else value
+    out, received = toca.attention_and_received(query, key, value, None, False, None, 1)
+    rows = (query @ key.mT * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(out, rows @ value)
+    torch.testing.assert_close(received, rows.sum(-2))
+
+
+@pytest.mark.parametrize(("samples", "keys"), [(0, 4), (2, 0)])
+def test_nothing_to_attend(samples: int, keys: int) -> None:
+    query, key, value = (torch.ones(samples, 1, n, 8) for n in (3, keys, keys))
+    out, received = toca.attention_and_received(query, key, value, None, False, None, 1)
+    assert (out.shape, received.shape) == ((samples, 1, 3, 8), (samples, 1, keys))

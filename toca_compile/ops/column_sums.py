@@ -35,7 +35,8 @@ def attention_and_received(
     Args:
         query, key, value: as ``scaled_dot_product_attention`` takes them, of as many heads.
     """
-    plain = mask is None and not causal and query.dim() == 4 and key.shape[-3] == query.shape[-3]
+    # Torch lets samples and heads be one for all; kernels are given each.
+    plain = mask is None and not causal and query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if plain and _is_by_rows(query, key, value):
         load()  # what has to be compiled is, before the first step
@@ -66,7 +67,7 @@ def attention_by_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, s
 
 def _is_by_rows(*tensors: Tensor) -> bool:
     """Whether the kernel that makes whole rows takes them."""
-    return all(runs_on(x.device) and x.dtype == torch.float32 for x in tensors)
+    return all(runs_on(x.device) and x.dtype == torch.float32 and 0 not in x.shape for x in tensors)
 
 
 def _is_flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
