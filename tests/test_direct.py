@@ -2,6 +2,8 @@
 
 import copy
 from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.models import PlainDiT, randomize
 from tests.runs import POLICY, TIMES, kinds, optimized, steps
 from tests.sampling import noise
 from toca_compile import BlockCache, Fora, explain, traced
+from toca_compile.backend import guards_hold
 from toca_compile.direct import Direct
 from toca_compile.traced import Caller
 
@@ -114,7 +117,7 @@ def test_guards_that_a_shared_trace_is_asked_are_asked_once(monkeypatch: pytest.
     opts = [optimized(model, Fora(8, 4)) for model in models]
     wanted = [steps(opt, noise(), TIMES) for opt in opts]
     asked, made = list[Any](), calls(monkeypatch)
-    own = traced.guards_hold
+    own = guards_hold
 
     def hold(*given: Any) -> bool:
         asked.append(given)
@@ -223,3 +226,31 @@ def test_inputs_that_were_one_tensor_may_be_two() -> None:
                 call, other = (noise(), torch.full((2,), t), torch.arange(2)), b if run and i else a
                 # Where one of them reuses, the other may compute.
                 torch.testing.assert_close(opts[0](*call, a, other), opts[1](*call, a, other.clone()), rtol=0, atol=10)
+
+
+@dataclass
+class Scale:
+    """An object that says a number."""
+
+    by: float
+
+
+class Strength(Enum):
+    PLAIN, STRONG = 1.0, 3.0
+
+
+class Scaled(PlainDiT):
+    """Whose output is scaled by what an argument says."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, scale: Any = None) -> Tensor:
+        out: Tensor = super().forward(x, t, y)
+        return out * (scale.by if isinstance(scale, Scale) else scale.value if isinstance(scale, Strength) else 1.0)
+
+
+@pytest.mark.parametrize("make", [Scale, Strength], ids=["object", "enum"])
+def test_what_an_object_says_is_seen_at_each_step(make: Any) -> None:
+    opt, x, y = optimized(randomize(Scaled()), Fora(8, 4)), noise(), torch.tensor([1, 2])
+    for scales in ([1.0] * 8, [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 3.0, 1.0]):
+        with torch.no_grad():
+            norms = [float(opt(x, torch.full((2,), t), y, make(s)).norm()) for t, s in zip(TIMES, scales, strict=True)]
+        assert [round(norm / norms[0]) for norm in norms] == scales

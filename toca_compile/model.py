@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -309,6 +310,9 @@ class Calls:
             return None
         if self.session.broken or self._hooked[1]:
             return None
+        # What an object says, Dynamo's guards alone look at.
+        if not all(_is_tensor(v) or isinstance(v, _TOLD) for v in _leaves(scope["args"], scope["kwargs"]).values()):
+            return None
         names = entry.traced[0].names
         if entry.direct is None and names is not None:
             entry.direct = Direct.of(names, scope, inputs, results, out) or False
@@ -398,7 +402,7 @@ class Calls:
         """A Python number that is another one at each call of a run is traced anew for each value: say so."""
         session = self.session
         for name, value in (*enumerate(args), *kwargs.items()):
-            if type(value) in (int, float):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 last = session.numbers.setdefault(name, deque(maxlen=_DISTINCT))
                 last.append(value)
                 if len(set(last)) == _DISTINCT:
@@ -717,13 +721,16 @@ def _signature(args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[in
     return len(args), tuple(kwargs), kinds, modes
 
 
+_TOLD = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))  # by their values
+
+
 def _kind(value: Any) -> Any:
     if _is_tensor(value):
         return (
             type(value), value.shape, value.stride() if value.layout == torch.strided else None, value.dtype,
             value.device, value.is_inference(),
         )  # fmt: skip
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+    return value if isinstance(value, _TOLD) else type(value)
 
 
 def has_hooks(model: nn.Module) -> bool:
