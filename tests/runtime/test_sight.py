@@ -192,6 +192,24 @@ def test_two_passes_a_step_without_a_context_are_two_runs(traced: Traced, style:
     assert torch.equal(guided(bare, noise()), expected)
 
 
+@pytest.mark.parametrize(
+    "orders", [["cu", "uc"] * 4, ["cu"] * 3 + ["c"] * 5, ["cu"] * 3 + ["u"] * 5, ["cun", "nuc", "ucn", "cnu"] * 2]
+)
+def test_passes_are_known_by_their_texts_in_any_order(traced: Traced, orders: list[str]) -> None:
+    texts = {name: torch.randn(2, 5, 8) for name in "cun"}
+    opt = traced(Texted, Fora(STEPS, 4))[1]
+    named, bare = dict[Any, Tensor](), dict[Any, Tensor]()
+    arounds: Any = opt.cache_context, lambda _: contextlib.nullcontext()
+    for found, around in zip((named, bare), arounds, strict=True):
+        opt.reset()
+        with torch.no_grad():
+            for i, (t, order) in enumerate(zip(TIMES, orders, strict=True)):
+                for name in order:
+                    with around(name):
+                        found[i, name] = opt(noise(seed=i), torch.full((2,), t), texts[name])
+    assert all(torch.equal(named[key], bare[key]) for key in named)
+
+
 def test_two_pictures_in_turns_without_a_context_are_two_runs(traced: Traced) -> None:
     model, (_, other) = randomize(PlainDiT()), traced(PlainDiT, POLICY)
     expected = [steps(other, noise(seed=s), TIMES) for s in (0, 5)]

@@ -183,6 +183,8 @@ class Watch:
         verdict = self._judge(now) if self.group else Verdict.NEW
         if verdict is Verdict.NEW:
             self.restart()
+        if now.told is None or now.told.step_index is None:
+            self._recognise(now, *((self.previous, self.group) if verdict is Verdict.PASS else (self.group, ())))
         if verdict is Verdict.PASS:
             self.group.append(now)
         else:
@@ -222,6 +224,20 @@ class Watch:
         lane, number = self.group[-1].lane
         now.lane = (lane, number + 1)
         return Verdict.PASS
+
+    def _recognise(self, now: Sight, before: Sequence[Sight], beside: Sequence[Sight]) -> None:
+        """Which pass a call is, if those of the step before (``before``) are told by tensors: they may come in another
+        order, or without the first. ``beside``: the calls of this step so far."""
+        lane, number = now.lane
+        passes = {sight.lane[1]: sight for sight in before if sight.lane[0] == lane}
+        if passes.keys() <= {number}:
+            return
+        latents, taken = self._latents(now), {sight.lane[1] for sight in beside if sight.lane[0] == lane}
+        alike = [n for n, sight in passes.items() if n not in taken and _is_told_alike(sight, now, latents)]
+        if alike and number not in alike:
+            now.lane = (lane, alike[0])
+        elif not alike and number > len(taken):  # those before it came in another order
+            now.lane = (lane, next(n for n in range(number + 1) if n not in taken))
 
     def _beside(self, now: Sight, latents: Any) -> Verdict:
         """Other latents at the same time: another picture, sampled beside or instead. The next step will tell which by
@@ -357,6 +373,12 @@ class Watch:
         jumps = 1e-6 < 5 * self.drift < away and away > _JUMP
         self.drift = max(self.drift, away)
         return jumps
+
+
+def _is_told_alike(a: Sight, b: Sight, latents: Any) -> bool:
+    """Whether two calls have the same tensors beside the picture."""
+    keys = a.tensors.keys() - {latents}
+    return keys == b.tensors.keys() - {latents} and all(a.tensors[k].same(b.tensors[k]) for k in keys)
 
 
 def _by_telling(before: Told | None, now: Told | None) -> Verdict | None:
