@@ -288,13 +288,9 @@ class Calls:
 
     def _call(self, entry: _Entry, scope: dict[str, Any], *, held: bool) -> Any:
         """A call of an entry. ``held``: Dynamo's guards were found to hold, and it would ask them once more."""
-        if not held or not entry.direct or len(entry.executors) != 1:
+        if not held or not entry.direct or len(entry.traced) != 1:
             return entry.call(scope["self"], scope["args"], scope["kwargs"])
-        inputs = entry.direct.every(scope)
-        results = entry.executors[0].call(inputs)
-        if self._caller.seen is not None:
-            self._caller.seen.append((inputs, results))
-        return entry.direct.result(results)
+        return entry.direct.result(self._caller(entry.traced[0], entry.direct.every(scope)))
 
     def _trace(self, entry: _Entry, tracing: Tracing) -> None:
         if entry.tracing is not None:
