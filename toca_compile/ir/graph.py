@@ -113,7 +113,7 @@ def is_view(node: fx.Node) -> bool:
 
 def viewed(node: fx.Node) -> fx.Node:
     """What a value may be a view of."""
-    while is_view(node) and isinstance(node.args[0], fx.Node):
+    while (is_view(node) or node.target is operator.getitem) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
