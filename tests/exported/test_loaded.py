@@ -64,6 +64,24 @@ def test_what_follows_from_the_text_and_from_the_time(hoist: bool) -> None:
         text = text + 1
 
 
+class Telling(PlainDiT):
+    """Hands out what it makes of the time, too."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        return super().forward(x, t, y), self.prepare(x, t, y)[1][:, None]
+
+
+def test_who_writes_to_what_is_handed_out_changes_no_later_step() -> None:
+    model = randomize(Telling())
+    files = [loaded(model, Fora(4, 2), INPUTS) for _ in range(2)]
+    with torch.no_grad():
+        for t in [9, 7, 5, 3] * 2:
+            ours, theirs = (file(noise(seed=t), torch.full((2,), t), INPUTS[2]) for file in files)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            for value in theirs:
+                value.mul_(10)
+
+
 def test_reset_begins_a_run_anew(toca: LoadedModel) -> None:
     first = sample(toca, STEPS, noise())
     sample(toca, 3, noise(seed=5))

@@ -219,7 +219,7 @@ class LoadedModel(RunControls, nn.Module):
         run.last[key] = run.step
         past = run.computed.get(key, Past())
         moves = self._moves(past, run.step)
-        self._begin(step, values, run)
+        kept = self._begin(step, values, run)
         done, test = 0, table.test
         if test is not None and step.computed is not None:
             done, skips = test.stays, test.skip.may(past, run.step)
@@ -234,12 +234,18 @@ class LoadedModel(RunControls, nn.Module):
                     values[:] = entered
             if not skips:
                 step = step.computed
-                self._begin(step, values, run)
+                kept = self._begin(step, values, run)
         self._calls(step, slice(done, None), moves, values, run)
         if step.computed is None:
             self._computed(run, past)
-        # What a cache holds is changed by the next step; what was handed out must not be.
-        return [None if r is None else laid_as(values[r[0]], [at(s, self._size) for s in r[1]]) for r in table.results]
+        # What a cache holds is changed by the next step; what was handed out must not be. Nor may what a caller writes
+        # to be what follows from the time, or is constant, of which machine code gives views as tensors of their own.
+        results: list[Tensor | None] = [None] * len(table.results)
+        for i, told in enumerate(table.results):
+            if told is not None:
+                made = laid_as(values[told[0]], [at(size, self._size) for size in told[1]])
+                results[i] = made.clone() if any(made.data_ptr() in memory for memory in kept) else made
+        return results
 
     def _computed(self, run: Run, past: Past) -> None:
         """Note that a step computed what it could skip."""
@@ -248,8 +254,9 @@ class LoadedModel(RunControls, nn.Module):
             run.drift[self._key] = 0.0
             run.computed[self._key] = test.skip.after(past, run.step)
 
-    def _begin(self, step: Step, values: list[Any], run: Run) -> None:
-        """Note what a step does, and put there what does not change in a run, and what follows from the time."""
+    def _begin(self, step: Step, values: list[Any], run: Run) -> list[range]:
+        """Note what a step does, and put there what does not change in a run, and what follows from the time: its
+        addresses, if the model hands out more than one result."""
         table, control = self._table, self._control
         row = table.rows[step.row]
         control.record(run).note(self._key, frozenset(StepKind(kind) for kind in row.kinds), self._tokens(row))
@@ -269,6 +276,13 @@ class LoadedModel(RunControls, nn.Module):
         if row.timed:
             tables = control.tables.setdefault(self._key, [] if self._known is None else [self._known])
             self._conditioning.fill(values, self._parts, frozenset(row.timed), tables, full=True)
+        if len(table.results) < 2:
+            return []
+        held = [values[place] for place in row.timed]
+        if self._key in run.kept:
+            held += run.kept[self._key].values.values()
+        storages = [value.untyped_storage() for value in held if isinstance(value, Tensor)]
+        return [range(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
 
     def _calls(self, step: Step, which: slice, moves: Mapping[str, int], values: list[Any], run: Run) -> None:
         row = self._table.rows[step.row]
