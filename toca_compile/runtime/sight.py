@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -236,8 +237,8 @@ class Watch:
         alike = [n for n, sight in passes.items() if n not in taken and _is_told_alike(sight, now, latents)]
         if alike and number not in alike:
             now.lane = (lane, alike[0])
-        elif not alike and number > len(taken):  # those before it came in another order
-            now.lane = (lane, next(n for n in range(number + 1) if n not in taken))
+        elif not alike and (number in taken or number > len(taken)):  # those before it came in another order
+            now.lane = (lane, next(n for n in count() if n not in taken))
 
     def _beside(self, now: Sight, latents: Any) -> Verdict:
         """Other latents at the same time: another picture, sampled beside or instead. The next step will tell which by
