@@ -135,7 +135,7 @@ class Calls:
         self.replaced = replaced  # the wrapper for which the model now stands in a pipeline
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._hook_lists: tuple[int, list[Any], tuple[type, ...]] = (-1, [], ())
-        self._class_members: tuple[list[Any], tuple[Any, ...]] = ([], ())  # and the functions among them
+        self._class_members: tuple[list[Any], tuple[Any, ...]] = ([], ())  # all, and the functions among them
         self._altered = False  # whether modules have hooks, or a forward, of their own
         self._dispatched = False  # whether the call that runs has come as far as here
         self._hooked: tuple[tuple[str, ...], list[Hooked], Traceable] = ((), [], Traceable(()))
@@ -306,8 +306,8 @@ class Calls:
             return None
         if self.session.broken or self._hooked[1]:
             return None
-        # What an object says, Dynamo's guards alone look at.
-        if not all(_is_tensor(v) or isinstance(v, _TOLD) for v in _leaves(scope["args"], scope["kwargs"]).values()):
+        # What an object says, which the signature tells by its type, Dynamo's guards alone look at.
+        if any(isinstance(kind, type) for _, kind, *_ in signature[2]):
             return None
         names = entry.traced[0].names
         if entry.direct is None and names is not None:
